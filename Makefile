@@ -1,0 +1,54 @@
+# What developers and CI type; each target installs what it lacks.
+SHELL := bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+CLUSTER ?= dev
+SOURCES := crds engine node_agent operator examples tests bench
+
+.PHONY: help demo test nightly lint format requirements images cluster-up cluster-down clean venv
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster)
+	@CLUSTER=$(CLUSTER) hack/demo
+
+test: lint ## every test but the nightly ones
+	hack/cluster install
+	hack/cluster build
+	$(BIN)/pytest -m "not nightly"
+
+nightly: venv ## the tests that are too long for every run
+	$(BIN)/pytest -m nightly
+
+lint: venv ## ruff, mypy, import-linter; warnings are errors
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv ## rewrite the sources in the common form
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+requirements: venv ## resolve requirements/*.txt anew from pyproject.toml
+	hack/requirements
+
+images: ## the images of operator and agent (the agent's holds torch: 4.5 GB)
+	hack/cluster install
+	hack/cluster images base redis operator agent
+
+cluster-up: ## the development cluster
+	hack/cluster install
+	hack/cluster build
+	hack/cluster up
+
+cluster-down: ## end the development cluster, whatever state it is in
+	hack/cluster down
+
+clean: cluster-down ## also remove what was made in this checkout
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+venv:
+	@hack/venv $(VENV)

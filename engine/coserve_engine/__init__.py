@@ -1,0 +1,1 @@
+"""The engine: serving and token-level finetuning in one forward over one paged KV cache."""

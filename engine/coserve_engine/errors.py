@@ -1,0 +1,37 @@
+"""The engine's error tree: each names the thing at fault, its value and the remedy."""
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose."""
+
+
+class ModelFolderError(EngineError):
+    """A model folder that is missing, broken or not supported."""
+
+
+class AdapterFolderError(EngineError):
+    """An adapter folder that is not a LoRA adapter for this model."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint folder that is missing, corrupt or of another run."""
+
+
+class RequestError(EngineError):
+    """A request that cannot run; `code` is part of the engine's interface."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class JobError(EngineError):
+    """A finetuning command that cannot be obeyed; `code` is part of the engine's interface."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class OutOfPagesError(EngineError):
+    """The page pool cannot cover a reservation now."""

@@ -1,0 +1,100 @@
+"""The narrow waist between decisions and tensors: a forward of a batch, one unit of backward, nothing
+about requests or jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from coserve_engine import head
+from coserve_engine.batch import SequenceRows, bind
+from coserve_engine.config import EngineConfig, ModelConfig, read_model_config
+from coserve_engine.errors import ModelFolderError
+from coserve_engine.lora import LoraLayout, LoraWeights
+from coserve_engine.messages import LoraSpec, Pass
+from coserve_engine.pages import PageLedger
+from coserve_engine.passes import PassState
+from coserve_engine.plan import Segment, Unit
+from coserve_engine.transformer import KVCache, Transformer
+from coserve_engine.weights import load_weights
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Executor:
+    """Model, cache and live passes of one engine on one device."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        torch.set_num_threads(config.threads)
+        folder = Path(config.model_path)
+        self.config, self.numerics = config, config.numerics
+        self.model: ModelConfig = read_model_config(folder)
+        if config.max_model_length > self.model.max_positions:
+            raise ModelFolderError(
+                f"maxModelLength is {config.max_model_length}, but {folder / 'config.json'} allows "
+                f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
+            )
+        self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
+        weights = load_weights(folder, self.model, self.dtype, self.device)
+        positions = self.numerics.pad(config.max_model_length)
+        self.transformer = Transformer.create(self.model, weights, self.numerics, positions)
+        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
+        if pages <= self.numerics.pages(positions):
+            raise ModelFolderError(
+                f"kvCacheMemory of {config.kv_cache_bytes} bytes holds {pages} pages of {self.numerics.page} tokens, "
+                f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
+            )
+        self.ledger = PageLedger(pages)
+        self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
+        self.passes: dict[int, PassState] = {}
+
+    def layout(self, spec: LoraSpec) -> LoraLayout:
+        return LoraLayout(self.model, spec)
+
+    def open_pass(self, work: Pass, weights: LoraWeights, layout: LoraLayout, pages: tuple[int, ...]) -> PassState:
+        """Make a pass live; its pages were reserved as `pass:<id>`."""
+        state = PassState(work, weights, layout, pages, self.model, self.numerics, self.dtype, self.device)
+        self.passes[work.id] = state
+        return state
+
+    def close_pass(self, pass_id: int) -> None:
+        """Forget a live pass and free its pages."""
+        state = self.passes.pop(pass_id)
+        pages = tuple(page for table in state.page_tables for page in table)
+        if not torch.isfinite(state.final).all():
+            self.cache.scrub(pages)
+        self.ledger.free(f"pass:{pass_id}")
+
+    def forward(
+        self, segments: tuple[Segment, ...], sequences: Mapping[int, SequenceRows]
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Run a batch. Returns the slots that sample and their logits [slots, vocab]."""
+        batch = bind(segments, sequences, self.passes, self.numerics, self.device)
+        hidden = self.transformer.forward(batch, self.cache)
+        for rows in batch.kept:
+            done = rows.first + rows.stop - rows.start
+            rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)
+        count = len(batch.sample_slots)
+        if count == 0:
+            return (), hidden[:0]
+        weights = self.transformer.weights
+        scores = head.logits(hidden[batch.sample_rows], weights.norm, weights.head, self.model.rms_eps)
+        return batch.sample_slots, scores[:count]
+
+    def backward(self, unit: Unit) -> None:
+        """Run one unit and advance its pass."""
+        state = self.passes[unit.pass_id]
+        if (unit.layer, unit.end) != (state.layer, state.end_tile):
+            raise ValueError(f"{unit} does not go on from layer {state.layer}, tile {state.end_tile}")
+        weights = self.transformer.weights
+        if unit.layer == self.model.layers:
+            eps = self.model.rms_eps
+            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, eps, self.numerics)
+        else:
+            self.transformer.backward(state, unit.layer, unit.first, unit.end, self.cache)
+        state.end_tile = unit.first
+        if unit.first == 0:
+            state.layer, state.end_tile = unit.layer - 1, len(state.spans)

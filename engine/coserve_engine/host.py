@@ -1,0 +1,120 @@
+"""The engine in a process of its own, behind one queue of commands and one of events: neither side ever
+waits for the other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
+
+from coserve_engine.config import EngineConfig
+from coserve_engine.engine import Engine
+from coserve_engine.errors import EngineError
+from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
+
+IDLE_S = 0.25
+"""How long an idle engine sleeps at most between load reports."""
+WAIT_S = 0.002
+"""How long an engine sleeps that waits for files only."""
+
+
+class EngineHost:
+    """The parent's end. Events come in batches, one for each iteration."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._commands: Queue[Command] = context.Queue()
+        self._events: Queue[list[Event]] = context.Queue()
+        self._process = context.Process(
+            target=_main, args=(config, self._commands, self._events), name="coserve-engine", daemon=True
+        )
+
+    @classmethod
+    def start(cls, config: EngineConfig) -> EngineHost:
+        """Start the process. Its first event is EngineReady or EngineFailed."""
+        host = cls(config)
+        host._process.start()
+        return host
+
+    def submit(self, command: Command) -> None:
+        """Hand over a command; never blocks."""
+        self._commands.put(command)
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """The next batch of events, or none after `timeout_s`. Blocks: call it in a thread."""
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ask the process to end, and end it where it does not."""
+        if self._process.is_alive():
+            self.submit(Shutdown())
+        self._process.join(timeout_s)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._commands.cancel_join_thread()
+        self._commands.close()
+        self._events.close()
+
+
+class _Inbox:
+    """Commands as they come, with a look ahead for requests so that backward units can stop for them."""
+
+    def __init__(self, commands: Queue[Command]) -> None:
+        self._commands = commands
+        self._ahead: list[Command] = []
+
+    def drain(self, timeout_s: float) -> Iterator[Command]:
+        """All commands that are there; waits up to `timeout_s` for the first."""
+        ahead, self._ahead = self._ahead, []
+        yield from ahead
+        try:
+            yield self._commands.get(timeout=timeout_s) if timeout_s > 0 and not ahead else self._commands.get_nowait()
+            while True:
+                yield self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def request_came(self) -> bool:
+        while not self._commands.empty():
+            try:
+                self._ahead.append(self._commands.get_nowait())
+            except queue.Empty:
+                break
+        return any(isinstance(command, AddRequest) for command in self._ahead)
+
+
+def _main(config: EngineConfig, commands: Queue[Command], events: Queue[list[Event]]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        engine = Engine(config)
+        events.put([engine.ready()])
+    except EngineError as error:
+        events.put([EngineFailed(str(error))])
+        return
+    inbox = _Inbox(commands)
+    parent = multiprocessing.parent_process()
+    while not engine.closed and (parent is None or parent.is_alive()):
+        for command in inbox.drain(IDLE_S if engine.idle else 0.0):
+            engine.submit(command)
+        batch = engine.step(inbox.request_came)
+        if batch:
+            events.put(batch)
+        elif not engine.idle:
+            for command in inbox.drain(WAIT_S):
+                engine.submit(command)

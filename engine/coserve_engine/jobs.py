@@ -1,0 +1,222 @@
+"""A finetuning job inside the engine: an ordered stream of commands, the passes they made live, and the training state.
+
+Gradients are transactional: each pass has its own buffer, added to the step's sum when the pass is done, in order of
+the commands. A dropped pass leaves no trace, so replaying it is exact.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from coserve_engine.artifacts import peft_files, write_folder
+from coserve_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from coserve_engine.errors import JobError, OutOfPagesError
+from coserve_engine.executor import Executor
+from coserve_engine.lora import LoraWeights
+from coserve_engine.messages import (
+    AdapterExported,
+    CheckpointDone,
+    Event,
+    ExportAdapter,
+    ForwardBackward,
+    JobStopped,
+    OptimStep,
+    PassDone,
+    PassMode,
+    SaveCheckpoint,
+    StartJob,
+    StepDone,
+    StopJob,
+)
+from coserve_engine.optim import AdamState, adamw
+from coserve_engine.passes import PassState, pages_of_pass
+
+JobCommand = ForwardBackward | OptimStep | SaveCheckpoint | ExportAdapter
+Defer = Callable[[str, Callable[[], Event]], None]
+"""Run a function that touches only files in another thread, on behalf of a job; its event is emitted when
+it is done.
+"""
+
+MAX_LIVE = 2
+"""Live passes of a job: one in backward, one in forward."""
+
+
+class Job:
+    """One finetuning job. `live` passes are in command order; only the first may be committed."""
+
+    def __init__(self, command: StartJob, executor: Executor) -> None:
+        self.id, self._executor = command.job, executor
+        self.layout = executor.layout(command.lora)
+        self.files: dict[str, str] = {}
+        if command.resume is None:
+            param = self.layout.fresh(command.seed, executor.dtype, executor.device)
+            self._state = TrainingState(param, AdamState(torch.zeros_like(param), torch.zeros_like(param)), 0, 0)
+        else:
+            folder, numerics = Path(command.resume), executor.numerics
+            self._state, self.files = load_checkpoint(folder, self.layout, numerics, executor.dtype, executor.device)
+        self.weights = LoraWeights(command.lora.scale, self.layout.views(self._state.param))
+        self._grad = torch.zeros_like(self._state.param)
+        self._queue: deque[JobCommand] = deque()
+        self._seen = self._state.seq_no
+        self.live: dict[int, tuple[ForwardBackward, PassState]] = {}
+
+    @property
+    def step(self) -> int:
+        return self._state.step
+
+    @property
+    def seq_no(self) -> int:
+        """The last command that is done."""
+        return self._state.seq_no
+
+    @property
+    def idle(self) -> bool:
+        return not self._queue and not self.live
+
+    def submit(self, command: JobCommand) -> None:
+        """Queue a command; one that was seen before is ignored.
+
+        Raises:
+            JobError: a pass is longer than the model's context, empty, or holds a token outside the vocabulary.
+        """
+        if command.seq_no <= self._seen:
+            return
+        if isinstance(command, ForwardBackward):
+            self._check(command)
+        self._seen = command.seq_no
+        self._queue.append(command)
+
+    def _check(self, command: ForwardBackward) -> None:
+        limit, vocab = self._executor.config.max_model_length, self._executor.model.vocab_size
+        if not command.work.seqs:
+            raise JobError("invalid_command", f"pass {command.work.id} has no sequence")
+        for seq in command.work.seqs:
+            where = f"sample {seq.uid}"
+            if not 2 <= len(seq.tokens) <= limit:
+                raise JobError("invalid_command", f"{where} has {len(seq.tokens)} tokens; 2 to {limit} are allowed")
+            if len(seq.weights) != len(seq.tokens):
+                raise JobError(
+                    "invalid_command", f"{where} has {len(seq.tokens)} tokens but {len(seq.weights)} weights"
+                )
+            if not 0 <= min(seq.tokens) <= max(seq.tokens) < vocab:
+                raise JobError("invalid_command", f"{where} has a token outside the vocabulary of {vocab}")
+        lengths = tuple(len(seq.tokens) for seq in command.work.seqs)
+        if pages_of_pass(lengths, self._executor.numerics) > self._executor.ledger.total:
+            raise JobError("invalid_command", f"pass {command.work.id} needs more KV pages than the pool has; split it")
+
+    def advance(self, defer: Defer, *, may_open: bool) -> list[Event]:
+        """Commit finished passes, then start what can start. `may_open`: pages may be taken for new passes."""
+        events: list[Event] = []
+        for pass_id, (finished, state) in list(self.live.items()):
+            if not state.done:
+                break
+            events.append(self._commit(finished, state))
+            del self.live[pass_id]
+        while self._queue:
+            command = self._queue[0]
+            if isinstance(command, ForwardBackward):
+                if not may_open or len(self.live) >= MAX_LIVE or not self._open(command):
+                    break
+            elif self.live:
+                break
+            elif isinstance(command, OptimStep):
+                events.append(self._optimize(command))
+            else:
+                defer(self.id, self._write(command))
+                self._done(command)
+            self._queue.popleft()
+        return events
+
+    def _open(self, command: ForwardBackward) -> bool:
+        work = command.work
+        lengths = tuple(len(seq.tokens) for seq in work.seqs)
+        ledger = self._executor.ledger
+        try:
+            pages = ledger.reserve(f"pass:{work.id}", pages_of_pass(lengths, self._executor.numerics))
+        except OutOfPagesError:
+            return False
+        self.live[work.id] = (command, self._executor.open_pass(work, self.weights, self.layout, pages))
+        return True
+
+    def drop_youngest(self) -> bool:
+        """Give up the youngest live pass and its pages; its command runs again later. False where none is live."""
+        if not self.live:
+            return False
+        pass_id, (command, _) = self.live.popitem()
+        self._executor.close_pass(pass_id)
+        self._queue.appendleft(command)
+        return True
+
+    def _commit(self, command: ForwardBackward, state: PassState) -> Event:
+        if state.training:
+            self._grad += state.grads
+        self._executor.close_pass(command.work.id)
+        self._done(command)
+        mode = PassMode.TRAIN if state.training else PassMode.EVAL
+        tokens = sum(len(seq.tokens) for seq in command.work.seqs)
+        return PassDone(self.id, command.seq_no, mode, state.loss_sum(), state.weight_sum(), tokens)
+
+    def _optimize(self, c: OptimStep) -> Event:
+        norm, changed = adamw(
+            self._state.param,
+            self._grad,
+            self._state.adam,
+            c.lr,
+            c.beta1,
+            c.beta2,
+            c.eps,
+            c.weight_decay,
+            c.max_grad_norm,
+        )
+        self._grad.zero_()
+        self._done(c, steps=1)
+        return StepDone(self.id, c.seq_no, self.step, norm, not changed)
+
+    def _done(self, command: JobCommand, steps: int = 0) -> None:
+        state = self._state
+        self._state = TrainingState(state.param, state.adam, state.step + steps, command.seq_no)
+
+    def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], Event]:
+        state, path, layout = self._state.copy(), Path(command.path), self.layout
+        if isinstance(command, SaveCheckpoint):
+            state = TrainingState(state.param, state.adam, state.step, command.seq_no)
+            return self._saver(command.path, state, command.files, command.seq_no)
+
+        def export() -> Event:
+            texts, tensors = peft_files(layout, state.param, command.base_model_name)
+            sha256 = write_folder(path, {**texts, **command.files}, tensors)
+            return AdapterExported(command.job, command.seq_no, command.path, sha256)
+
+        return export
+
+    def _saver(self, path: str, state: TrainingState, files: dict[str, str], seq_no: int) -> Callable[[], Event]:
+        layout, numerics, base, job = self.layout, self._executor.numerics, self._executor.config.model_path, self.id
+
+        def save() -> Event:
+            sha256 = save_checkpoint(Path(path), layout, state, numerics, files, base)
+            return CheckpointDone(job, seq_no, state.step, path, sha256)
+
+        return save
+
+    def stop(self, command: StopJob) -> Callable[[], Event]:
+        """Drop what is live and waiting; returns what is to be written, if anything, as a function that ends in
+        JobStopped.
+        """
+        while self.drop_youngest():
+            pass
+        self._queue.clear()
+        step, checkpoint = self.step, command.checkpoint
+        if checkpoint is None:
+            return lambda: JobStopped(command.job, step, None)
+        save = self._saver(checkpoint, self._state.copy(), command.files, self.seq_no)
+
+        def finish() -> Event:
+            done = save()
+            assert isinstance(done, CheckpointDone)
+            return JobStopped(command.job, step, done.sha256)
+
+        return finish

@@ -1,0 +1,124 @@
+"""LoRA weights in one flat buffer, and a linear layer whose rows belong to different adapters.
+
+All adapters of a batch share the one GEMM of the frozen weight; each adapter adds scale * (x A^T) B^T to its own
+rows. Ranks are stored rounded up to 8 with zeros (products of 5 to 7 columns are not row-invariant on CPUs), A and B
+unscaled as in PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from coserve_engine.config import LINEARS, ModelConfig
+from coserve_engine.messages import LoraSpec
+
+AB = tuple[torch.Tensor, torch.Tensor]
+"""A [padded rank, in] and B [out, padded rank]."""
+
+
+class LoraLayout:
+    """Where (layer, linear, A | B) stands in a flat buffer: layer by layer, linears in the order of LINEARS, A
+    before B.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LoraSpec) -> None:
+        self.config, self.spec = config, spec
+        self.padded_rank = -(-spec.rank // 8) * 8
+        self.targets = tuple(name for name in LINEARS if name in spec.targets)
+        self.size = config.layers * sum(self.padded_rank * sum(config.linear_shape(n)) for n in self.targets)
+
+    def views(self, flat: torch.Tensor) -> tuple[dict[str, AB], ...]:
+        """Per layer: linear name -> (A, B), views into `flat` [size]."""
+        layers, start, rank = [], 0, self.padded_rank
+        for _ in range(self.config.layers):
+            layer: dict[str, AB] = {}
+            for name in self.targets:
+                out, into = self.config.linear_shape(name)
+                middle, end = start + rank * into, start + rank * (into + out)
+                layer[name] = (flat[start:middle].view(rank, into), flat[middle:end].view(out, rank))
+                start = end
+            layers.append(layer)
+        return tuple(layers)
+
+    def fresh(self, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Initial parameters as PEFT's: A uniform with Kaiming's bound for a = sqrt(5), B zero."""
+        flat = torch.zeros(self.size, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.views(flat):
+            for a, _ in layer.values():
+                bound = 1.0 / math.sqrt(a.shape[1])
+                values = torch.rand(self.spec.rank, a.shape[1], generator=generator, dtype=torch.float32)
+                a[: self.spec.rank] = values.mul_(2 * bound).sub_(bound)
+        return flat.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One adapter, ready to compute with."""
+
+    scale: float
+    layers: tuple[Mapping[str, AB], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """Rows of a batch that use one adapter.
+
+    `index` [padded] picks the rows, the last one repeated up to the row multiple; the first `count` are written back.
+    """
+
+    weights: LoraWeights
+    index: torch.Tensor
+    count: int
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, groups: tuple[LoraGroup, ...], layer: int, name: str) -> torch.Tensor:
+    """x [T, in] -> [T, out]: one GEMM for all rows, then each adapter's two small ones for its rows."""
+    y = functional.linear(x, weight)
+    for group in groups:
+        pair = group.weights.layers[layer].get(name)
+        if pair is not None:
+            a, b = pair
+            low = functional.linear(x.index_select(0, group.index), a).mul_(group.weights.scale)
+            y.index_add_(0, group.index[: group.count], functional.linear(low, b)[: group.count])
+    return y
+
+
+def linear_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    pair: AB | None,
+    grads: AB | None,
+    scale: float,
+    tiles: tuple[tuple[int, int], ...],
+    *,
+    need_dx: bool,
+) -> torch.Tensor | None:
+    """Backward of `linear` for rows of one pass.
+
+    Args:
+        dy: [R, out]; x: [R, in]; weight: [out, in], frozen.
+        pair, grads: the adapter's (A, B) and the buffers its gradients are added to; None where the linear has no
+        adapter. tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
+        need_dx: False leaves dx out (nothing below the first layer needs it).
+
+    Returns:
+        dx [R, in], or None.
+    """
+    dx = dy @ weight if need_dx else None
+    if pair is not None and grads is not None:
+        a, b = pair
+        low = functional.linear(x, a).mul_(scale)
+        dlow = (dy @ b).mul_(scale)
+        for start, stop in tiles:
+            grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
+            grads[1].addmm_(dy[start:stop].t(), low[start:stop])
+        if dx is not None:
+            dx += dlow @ a
+    return dx

@@ -1,0 +1,139 @@
+"""A pass on its way through the model: its rows, what is kept for backward, and how far it has come.
+
+Rows of all its sequences lie one after another, each sequence padded to the row multiple with rows of weight zero.
+Tiles are absolute in their sequence; forward takes them first to last, backward last to first, layer by layer from
+the head down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from coserve_engine.config import ModelConfig
+from coserve_engine.lora import LoraLayout, LoraWeights
+from coserve_engine.messages import Pass, PassMode
+from coserve_engine.numerics import Numerics
+
+
+@dataclass(frozen=True, slots=True)
+class TileSpan:
+    """Rows [start, stop) of a pass: tile `index` of sequence `seq`; `base` is the sequence's first row."""
+
+    seq: int
+    index: int
+    base: int
+    start: int
+    stop: int
+
+
+def tile_spans(lengths: tuple[int, ...], numerics: Numerics) -> tuple[TileSpan, ...]:
+    """The tiles of sequences of these lengths (tokens), in forward order."""
+    spans, base = [], 0
+    for seq, length in enumerate(lengths):
+        padded = numerics.pad(length)
+        for index in range(numerics.tiles(padded)):
+            start = index * numerics.tile
+            spans.append(TileSpan(seq, index, base, base + start, base + min(start + numerics.tile, padded)))
+        base += padded
+    return tuple(spans)
+
+
+def pages_of_pass(lengths: tuple[int, ...], numerics: Numerics) -> int:
+    """Pages that a pass must reserve."""
+    return sum(numerics.pages(numerics.pad(length)) for length in lengths)
+
+
+class PassState:
+    """Everything a live pass owns.
+
+    It is dropped whole, and replayed from its Pass, when its pages are needed elsewhere.
+    """
+
+    def __init__(
+        self,
+        work: Pass,
+        weights: LoraWeights,
+        layout: LoraLayout,
+        pages: tuple[int, ...],
+        config: ModelConfig,
+        numerics: Numerics,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.work, self.weights, self.layout = work, weights, layout
+        lengths = tuple(len(seq.tokens) for seq in work.seqs)
+        self.spans = tile_spans(lengths, numerics)
+        self.rows = self.spans[-1].stop
+        self.layers = config.layers
+        tokens: list[int] = []
+        targets: list[int] = []
+        row_weights: list[float] = []
+        positions: list[int] = []
+        write: list[int] = []
+        self.page_tables: list[tuple[int, ...]] = []
+        taken = 0
+        for seq in work.seqs:
+            length = len(seq.tokens)
+            pad = numerics.pad(length) - length
+            tokens += [*seq.tokens, *([0] * pad)]
+            targets += [*seq.tokens[1:], *([0] * (pad + 1))]
+            row_weights += [*seq.weights[1:], *([0.0] * (pad + 1))]
+            positions += range(length + pad)
+            table = pages[taken : taken + numerics.pages(length + pad)]
+            taken += len(table)
+            self.page_tables.append(table)
+            write += [table[p // numerics.page] * numerics.page + p % numerics.page for p in range(length + pad)]
+        self.tokens = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self.targets = torch.tensor(targets, dtype=torch.int64, device=device)
+        self.row_weights = torch.tensor(row_weights, dtype=dtype, device=device)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        self.write_index = torch.tensor(write, dtype=torch.int64, device=device)
+        self.fwd_tile = 0
+        """Tiles whose forward is done."""
+        self.layer = config.layers
+        """Where backward stands: `layers` is the head, then layers - 1 down to 0, then -1 when done."""
+        self.end_tile = len(self.spans)
+        """Backward of tiles [end_tile, all) of `layer` is done."""
+        self.losses = [0.0] * len(self.spans)
+
+        def rows(*shape: int) -> torch.Tensor:
+            return torch.empty(self.rows, *shape, dtype=dtype, device=device)
+
+        self.final = rows(config.hidden)
+        self.training = work.mode is PassMode.TRAIN
+        self.kept: tuple[dict[str, torch.Tensor], ...] = ()
+        if self.training:
+            self.kept = tuple(
+                {
+                    "x": rows(config.hidden),
+                    "x2": rows(config.hidden),
+                    "q": rows(config.heads, config.head_size),
+                    "o": rows(config.heads, config.head_size),
+                    "lse": rows(config.heads),
+                    "gate": rows(config.intermediate),
+                    "up": rows(config.intermediate),
+                }
+                for _ in range(config.layers)
+            )
+            self.dx = rows(config.hidden)
+            self.dkv = torch.zeros(2, config.kv_heads, self.rows, config.head_size, dtype=dtype, device=device)
+            self.grads = torch.zeros(layout.size, dtype=dtype, device=device)
+            self.grad_views = layout.views(self.grads)
+
+    @property
+    def forward_done(self) -> bool:
+        return self.fwd_tile == len(self.spans)
+
+    @property
+    def done(self) -> bool:
+        """Backward (for evaluation: the head) has reached its end."""
+        return self.layer < (0 if self.training else self.layers)
+
+    def loss_sum(self) -> float:
+        """Sum of weight * -log p, tile by tile in order."""
+        return sum(self.losses)
+
+    def weight_sum(self) -> float:
+        return sum(weight for seq in self.work.seqs for weight in seq.weights[1:])
