@@ -82,8 +82,11 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
         next_forward = _next_forward_s(view, cost, segments) + (
             FORWARD_SHARE * quantum if _forward_waits(view) else 0.0
         )
-        until = view.now + forward_bound + max(0.0, quantum - next_forward)
-        units = _units(view, cost, segments, until - view.now - cost.forward_s(work))
+        budget = max(0.0, quantum - next_forward)
+        units = _units(view, cost, segments, forward_bound - cost.forward_s(work) + budget)
+        if not view.sequences:
+            units, budget = _at_least_one(view, cost, units, budget)
+        until = view.now + forward_bound + budget
     return Plan(plan_id, tuple(segments), units, until, cost.forward_s(work))
 
 
@@ -131,7 +134,8 @@ def _windows(view: View, cost: CostModel, work: ForwardWork, time_left: float) -
         while tile < len(owner.tiles):
             more = work.plus(tile_work(owner, tile))
             rows = more.decode + more.prefill + more.finetune
-            if rows > view.max_batch_tokens or cost.forward_bound_s(more) > time_left:
+            fits = rows <= view.max_batch_tokens and cost.forward_bound_s(more) <= time_left
+            if not fits and (view.sequences or not work.empty):
                 break
             work, tile = more, tile + 1
         if tile > owner.fwd_tile:
@@ -177,3 +181,16 @@ def _units(view: View, cost: CostModel, segments: list[Segment], budget_s: float
             budget_s -= seconds
             layer, end = (layer, first) if first > 0 else (layer - 1, len(owner.tiles))
     return tuple(units)
+
+
+def _at_least_one(
+    view: View, cost: CostModel, units: tuple[Unit, ...], budget_s: float
+) -> tuple[tuple[Unit, ...], float]:
+    """Nobody waits for a token: a unit that is longer than the budget runs all the same, or the job would never end."""
+    ready = [p for p in view.passes if p.fwd_tile == len(p.tiles)]
+    if units or not ready:
+        return units, budget_s
+    owner = ready[0]
+    first = owner.end_tile - 1
+    seconds = cost.unit_bound_s(unit_work(owner, owner.layer, first, owner.end_tile))
+    return (Unit(owner.id, owner.layer, first, owner.end_tile),), max(budget_s, 2 * seconds)

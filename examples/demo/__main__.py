@@ -1,0 +1,248 @@
+"""Apply an endpoint and a job, replay traffic while the job trains, and judge what came of it. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+from gsm8k import load_split
+from rich.console import Console
+
+from demo.answers import Score, ask
+from demo.cluster import ENDPOINTS, JOBS, Cluster, DemoError, condition, connected, kubectl, manifest
+from demo.display import Display
+from demo.picture import by_second, draw
+from demo.replay import Prompts, Replayer, Slo
+from demo.trace import Replay, Scaling, fit, read_trace
+from demo.watch import AgentLog, Watcher, finetune_rate
+
+EXAMPLES = Path(__file__).parent.parent
+TRACE = EXAMPLES / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
+ENDPOINT, JOB = "tiny", "gsm8k-json"
+QUESTIONS = 24
+ALONE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the last line says; each limit that is missed is a reason for exit status 1."""
+
+    state: str
+    attainment_percent: float
+    failed: int
+    finetune_percent: float
+    loss_before: float
+    loss_after: float
+
+    def misses(self) -> list[str]:
+        checks = {
+            f"the job is {self.state}, not Complete": self.state != "Complete",
+            f"{self.failed} requests failed": self.failed > 0,
+            f"attainment {self.attainment_percent:.1f} % is below 99 %": self.attainment_percent < 99.0,
+            f"held-out loss {self.loss_before} -> {self.loss_after} did not fall": self.loss_after >= self.loss_before,
+            f"finetuning kept {self.finetune_percent:.0f} % of its rate alone, below 30 %": self.finetune_percent
+            < 30.0,
+        }
+        return [text for text, missed in checks.items() if missed]
+
+
+def main() -> int:
+    """Run the demo; the exit status is 0 only if every promise was kept."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--mounted-environment", action="store_true", help="the cluster has the thin agent image only")
+    parser.add_argument("--rate", type=float, default=2.0, help="mean requests a second outside the burst")
+    parser.add_argument("--seconds", type=float, default=120.0, help="length of the replay")
+    parser.add_argument("--raw", type=Path, default=Path(".cache/demo.json"), help="where the raw times are written")
+    options = parser.parse_args()
+    try:
+        with connected() as cluster:
+            return asyncio.run(run(cluster, options))
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; the endpoint and the job stay, delete them with: kubectl delete iep,ftj --all")
+        return 130
+
+
+async def run(cluster: Cluster, options: argparse.Namespace) -> int:
+    console = Console()
+    endpoint_body = apply("endpoint.yaml", options.mounted_environment)
+    cluster.wait(ENDPOINTS, ENDPOINT, "endpoint is starting", _all_ready, 300)
+    job_body = apply("job.yaml", options.mounted_environment)
+    started = cluster.wait(JOBS, JOB, "job is starting", _training, 120)
+    print(f"  trains on {started['status']['binding']['agent']} since epoch {started['status']['binding']['epoch']}")
+    agents = cluster.agents(ENDPOINT)
+    watcher = Watcher(cluster, [AgentLog(agent) for agent in agents], ENDPOINT, JOB)
+    print(f"finetuning alone, measured for {ALONE_S:.0f} s", flush=True)
+    alone = await finetune_rate(watcher, ALONE_S)
+    slo = Slo(*(seconds(endpoint_body["spec"]["slo"][name]) for name in ("timeToFirstToken", "timePerOutputToken")))
+    context = endpoint_body["spec"]["model"]["maxModelLength"]
+    replay = fit(read_trace(TRACE), scaling := Scaling(seconds=options.seconds, rate=options.rate, context=context))
+    urls = cluster.base_urls(ENDPOINT, agents)
+    corpus = " ".join(problem.question for problem in load_split().held_out)
+    replayer = Replayer(urls, ENDPOINT, Prompts(corpus, str(EXAMPLES / "base-model")))
+    print(describe(replay, scaling), flush=True)
+    began = time.monotonic()
+    during = await traffic(console, watcher, replayer, replay, slo)
+    await replayer.close()
+    status = await complete(console, watcher, slo)
+    scores = await compare(urls[0], job_body["spec"]["adapter"]["name"])
+    verdict = judge(status, replayer, slo, 100.0 * during / alone if alone else 0.0)
+    report(verdict, scores, replayer, alone, during, status)
+    save(options.raw, replayer, watcher)
+    shown = by_second(watcher.logs, replayer.samples, began, round(options.seconds) + 5)
+    picture = options.raw.with_suffix(".svg")
+    picture.write_text(draw(shown, slo, "make demo: a job trains while a conversation trace is served"))
+    print(f"picture: {picture}")
+    for miss in verdict.misses():
+        print(f"MISSED: {miss}")
+    return 1 if verdict.misses() else 0
+
+
+def apply(name: str, mounted: bool) -> dict[str, Any]:
+    """Apply an example, showing the command as a user would type it."""
+    body = manifest(EXAMPLES / name, mounted_environment=mounted)
+    print(f"$ kubectl apply -f examples/{name}", flush=True)
+    print(kubectl("apply", "-f", "-", stdin=json.dumps(body)).strip(), flush=True)
+    return body
+
+
+def seconds(duration: str) -> float:
+    """'200ms' or '1s' in seconds."""
+    return float(duration[:-2]) / 1e3 if duration.endswith("ms") else float(duration[:-1])
+
+
+def describe(replay: Replay, scaling: Scaling) -> str:
+    return (
+        f"replaying {len(replay.arrivals)} requests of the Azure conversation trace (2023, CC-BY 4.0) "
+        f"in {scaling.seconds:.0f} s: mean {scaling.rate:g} a second, {scaling.burst_factor:g} times that "
+        f"from {scaling.burst_at_s:.0f} s for {scaling.burst_s:.0f} s; prompts / {scaling.prompt_divisor}, "
+        f"answers / {scaling.output_divisor}; {replay.left_out_percent:.1f} % left out as longer than the "
+        f"context of {scaling.context}"
+    )
+
+
+async def traffic(console: Console, watcher: Watcher, replayer: Replayer, replay: Replay, slo: Slo) -> float:
+    """Replay; returns finetuning tokens a second while the job trained and requests came."""
+    stop = asyncio.Event()
+    await watcher.poll()
+    marks, started = watcher.mark(), time.monotonic()
+    polling = asyncio.create_task(watcher.run(stop))
+    sending = asyncio.create_task(replayer.run(replay.arrivals, started))
+    trained_until = started
+    with Display(console, watcher, slo, f"kubectl get ftj {JOB}") as display:
+        while not sending.done():
+            await asyncio.sleep(1.0)
+            if watcher.mix(2.0)["backward"] > 0:
+                trained_until = time.monotonic()
+            display.update(f"traffic, {time.monotonic() - started:.0f} s", replayer)
+    stop.set()
+    await polling
+    await sending
+    return watcher.finetune_tokens(marks) / max(1.0, trained_until - started)
+
+
+async def complete(console: Console, watcher: Watcher, slo: Slo) -> dict[str, Any]:
+    """Wait for the job's end with the display on; returns its status."""
+    stop = asyncio.Event()
+    polling = asyncio.create_task(watcher.run(stop))
+    deadline = time.monotonic() + 300
+    with Display(console, watcher, slo, f"kubectl wait --for=condition=Complete ftj/{JOB}") as display:
+        while not _ended(watcher.job) and time.monotonic() < deadline:
+            await asyncio.sleep(1.0)
+            display.update("the rest of the job, without traffic", None)
+    stop.set()
+    await polling
+    return watcher.job.get("status", {})
+
+
+async def compare(base_url: str, adapter: str) -> dict[str, Score]:
+    """Ask base and adapter the same held-out questions, by name."""
+    problems = load_split().held_out[:QUESTIONS]
+    async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=2) as client:
+        names = sorted(model.id for model in (await client.models.list()).data)
+        print(f"GET /v1/models: {', '.join(names)}")
+        return {name: await ask(client, name, problems) for name in (ENDPOINT, adapter) if name in names}
+
+
+def judge(status: dict[str, Any], replayer: Replayer, slo: Slo, finetune_percent: float) -> Verdict:
+    samples = replayer.samples
+    progress = status.get("progress", {})
+    return Verdict(
+        state=status.get("state", "unknown"),
+        attainment_percent=100.0 * sum(map(slo.attained, samples)) / max(1, len(samples)),
+        failed=sum(s.error is not None for s in samples),
+        finetune_percent=finetune_percent,
+        loss_before=float(progress.get("evalLossInitial", "nan")),
+        loss_after=float(progress.get("evalLoss", "nan")),
+    )
+
+
+def report(
+    verdict: Verdict,
+    scores: dict[str, Score],
+    replayer: Replayer,
+    alone: float,
+    during: float,
+    status: dict[str, Any],
+) -> None:
+    question = load_split().held_out[0].question
+    print(f"\nQuestion: {question}")
+    for name, score in scores.items():
+        print(f"  {name}: {score.first}")
+        print(f"    valid JSON {score.valid}/{score.total}, correct {score.correct}/{score.total}")
+    print("(the adapter has learnt the form; a model of 4 million parameters does not learn to calculate)")
+    for error in sorted({s.error for s in replayer.samples if s.error})[:5]:
+        print(f"  failed request: {error}")
+    print(f"finetuning: {alone:.0f} tokens/s alone, {during:.0f} tokens/s under traffic")
+    restarts = f", {status['restarts']} restarts" if status.get("restarts") else ""
+    print(
+        f"job {verdict.state}{restarts} | "
+        f"held-out loss {verdict.loss_before:.2f} -> {verdict.loss_after:.2f} | "
+        f"strict SLO attainment {verdict.attainment_percent:.1f} % of {len(replayer.samples)} | "
+        f"failed {verdict.failed} | finetuning {verdict.finetune_percent:.0f} % of its rate alone"
+    )
+
+
+def save(path: Path, replayer: Replayer, watcher: Watcher) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = {
+        "requests": [
+            {"due": s.due_s, "tokens": s.token_times_s, "wanted": s.wanted_tokens, "error": s.error}
+            for s in replayer.samples
+        ],
+        "iterations": {log.agent.pod: log.iterations for log in watcher.logs},
+        "losses": list(watcher.losses),
+    }
+    path.write_text(json.dumps(raw))
+    print(f"raw times: {path}")
+
+
+def _all_ready(body: dict[str, Any]) -> bool:
+    status = body.get("status", {})
+    broken = condition(body, "Ready")
+    if broken.get("reason") in ("ModelNotFound", "InvalidModel"):
+        raise DemoError(f"the endpoint cannot start: {broken.get('message')}")
+    return condition(body, "Ready").get("status") == "True" and status.get("readyReplicas") == body["spec"]["replicas"]
+
+
+def _training(body: dict[str, Any]) -> bool:
+    if _ended(body):
+        raise DemoError(f"the job ended early: {condition(body, 'Failed').get('message', 'it was complete already')}")
+    return body.get("status", {}).get("progress", {}).get("step", 0) >= 1
+
+
+def _ended(body: dict[str, Any]) -> bool:
+    return "True" in (condition(body, "Complete").get("status"), condition(body, "Failed").get("status"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
