@@ -122,8 +122,9 @@ def seconds(duration: str) -> float:
 
 def describe(replay: Replay, scaling: Scaling) -> str:
     return (
-        f"replaying {len(replay.arrivals)} requests of the Azure conversation trace (2023, CC-BY 4.0) "
-        f"in {scaling.seconds:.0f} s: mean {scaling.rate:g} a second, {scaling.burst_factor:g} times that "
+        f"replaying {len(replay.arrivals)} requests of the Azure conversation trace (2023, CC-BY 4.0), from its "
+        f"{scaling.skip_s:.0f}th second, in {scaling.seconds:.0f} s: "
+        f"mean {scaling.rate:g} a second, {scaling.burst_factor:g} times that "
         f"from {scaling.burst_at_s:.0f} s for {scaling.burst_s:.0f} s; prompts / {scaling.prompt_divisor}, "
         f"answers / {scaling.output_divisor}; {replay.left_out_percent:.1f} % left out as longer than the "
         f"context of {scaling.context}"

@@ -1,4 +1,4 @@
-"""A run as one picture (SVG): what the agents computed each second and the gaps that clients saw, beside the promise."""
+"""A run as one picture (SVG): what the agents computed each second, and the gaps that clients saw, beside the SLO."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ class Scaling:
     """How the recording is fitted to a small model on a small machine; every number is printed with the result.
 
     Args:
+        skip_s: where in the recording the replay begins; its first minute is sparser than the rest.
         seconds: length of the replay.
         rate: mean requests per second outside the burst.
         burst_at_s, burst_s, burst_factor: from burst_at_s on, for burst_s, arrivals come burst_factor times as fast.
@@ -29,6 +30,7 @@ class Scaling:
         context: requests whose scaled prompt and output together are longer are left out.
     """
 
+    skip_s: float = 60.0
     seconds: float = 120.0
     rate: float = 2.0
     burst_at_s: float = 60.0
@@ -67,6 +69,7 @@ def fit(recorded: tuple[Recorded, ...], scaling: Scaling) -> Replay:
     """Stretch the gaps between consecutive recorded requests so that the mean rate outside the burst is
     `scaling.rate`.
     """
+    recorded = tuple(request for request in recorded if request.at_s >= scaling.skip_s)
     span = recorded[-1].at_s - recorded[0].at_s
     stretch = (len(recorded) - 1) / span / scaling.rate
     arrivals: list[Recorded] = []

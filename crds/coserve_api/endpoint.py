@@ -1,0 +1,275 @@
+"""InferenceEndpoint: one base model, served by N agents under a latency promise."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.alias_generators import to_camel
+
+from coserve_api.common import Duration, Memory, ModelName, ObjectMeta, SpecModel, StatusModel, Window
+from coserve_api.conditions import Condition
+from coserve_api.pods import PodTemplate
+from coserve_api.uris import ArtifactsUri, ModelUri
+
+MAX_AGENTS = 512
+
+
+class EndpointCondition(StrEnum):
+    READY = "Ready"
+    MODEL_LOADED = "ModelLoaded"
+    SLO_MET = "SLOMet"
+    SCALING_READY = "ScalingReady"
+
+
+class FinetuningPolicy(StrEnum):
+    ALLOWED = "Allowed"
+    DISABLED = "Disabled"
+
+
+class Model(SpecModel):
+    """The base model. Immutable: create another endpoint for another model."""
+
+    uri: ModelUri
+    """A Hugging Face folder: pvc://CLAIM/PATH, or file:///models/PATH in the pod."""
+    name: ModelName | None = None
+    """What clients give as `model`. Default: the object's name."""
+    max_model_length: Annotated[int, Field(ge=16, le=1_048_576)] = 1024
+    """The most tokens of prompt and answer together."""
+
+
+class Slo(SpecModel):
+    """The latency promise."""
+
+    time_to_first_token: Duration = "1s"
+    """From the arrival of a request to its first token."""
+    time_per_output_token: Duration = "200ms"
+    """Between tokens of an answer."""
+    percentile: Annotated[int, Field(ge=50, le=100)] = 99
+    """The share of requests, in percent, that must attain both."""
+
+
+class ScalingRule(SpecModel):
+    """How long a wish to scale must have lasted."""
+
+    stabilization_window: Window
+    """Scale only by what was wished all through this window."""
+
+
+class ScaleUp(ScalingRule):
+    stabilization_window: Window = "0s"
+    """Scale up only by what was wished all through this window."""
+
+
+class ScaleDown(ScalingRule):
+    stabilization_window: Window = "5m"
+    """Scale down only by what was wished all through this window; choose it no shorter than the loading of the model.
+    """
+
+
+class ScalingBehavior(SpecModel):
+    """How fast the autoscaler acts, each way."""
+
+    scale_up: ScaleUp = Field(default_factory=ScaleUp)
+    """Upwards."""
+    scale_down: ScaleDown = Field(default_factory=ScaleDown)
+    """Downwards."""
+
+
+class Autoscaling(SpecModel):
+    """Scale on saturation: how much of the promise inference alone would use up."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {
+                    "rule": "self.minReplicas <= self.maxReplicas",
+                    "message": "minReplicas must be at most maxReplicas: lower the one or raise the other",
+                    "fieldPath": ".minReplicas",
+                }
+            ]
+        }
+    )
+
+    min_replicas: Annotated[int, Field(ge=1, le=MAX_AGENTS)] = 1
+    """The fewest agents."""
+    max_replicas: Annotated[int, Field(ge=1, le=MAX_AGENTS)]
+    """The most agents."""
+    target_saturation_percent: Annotated[int, Field(ge=1, le=100)] = 70
+    """The saturation that the autoscaler aims at."""
+    behavior: ScalingBehavior = Field(default_factory=ScalingBehavior)
+    """How fast the autoscaler acts."""
+
+
+class Finetuning(SpecModel):
+    """Whether FinetuneJobs may run on this endpoint."""
+
+    policy: FinetuningPolicy = FinetuningPolicy.ALLOWED
+    """Allowed or Disabled."""
+    max_rank: Annotated[int, Field(ge=1, le=256)] = 64
+    """The largest adapter rank, served or trained."""
+
+
+class Engine(SpecModel):
+    """The engine's size in each agent."""
+
+    max_batch_tokens: Annotated[int, Field(ge=16, le=65_536)] = 512
+    """The most tokens of one iteration."""
+    kv_cache_memory: Memory = "256Mi"
+    """Memory of the paged KV cache, of inference and finetuning together."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """CPU threads of the engine."""
+
+
+class ArtifactStore(SpecModel):
+    """Where checkpoints and adapter versions lie; every agent reads and writes it. Immutable."""
+
+    uri: ArtifactsUri
+    """pvc://CLAIM/PATH (a read-write-many claim), or file:///artifacts/PATH in the pod."""
+
+
+def _frozen(field: str, remedy: str) -> JsonValue:
+    return {
+        "rule": f"self.{field} == oldSelf.{field}",
+        "message": f"{field} is immutable: {remedy}",
+        "fieldPath": f".{field}",
+    }
+
+
+class EndpointSpec(SpecModel):
+    """What the endpoint should be."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                _frozen("model", "create another endpoint for another model"),
+                _frozen("artifactStore", "create another endpoint to use another artifact store"),
+            ]
+        }
+    )
+
+    model: Model
+    """The base model."""
+    slo: Slo = Field(default_factory=Slo)
+    """The latency promise."""
+    replicas: Annotated[int, Field(ge=0, le=MAX_AGENTS)] = 1
+    """Number of agents; with `autoscaling` only the start."""
+    autoscaling: Autoscaling | None = None
+    """Scale on saturation."""
+    finetuning: Finetuning = Field(default_factory=Finetuning)
+    """Whether FinetuneJobs may run here."""
+    engine: Engine = Field(default_factory=Engine)
+    """The engine's size."""
+    artifact_store: ArtifactStore
+    """Where checkpoints and adapter versions lie."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """The agent's image. Default: that of the operator's --agent-image."""
+    template: PodTemplate = Field(default_factory=PodTemplate)
+    """What the agents' pods need besides."""
+
+
+class SloStatus(StatusModel):
+    """Latency of the last minute, over all agents."""
+
+    ttft_millis: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """P99 of the time to the first token."""
+    tpot_millis: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """P99 of the time per output token."""
+    attainment_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Share of requests that attained the promise."""
+
+
+class AdapterStatus(StatusModel):
+    """A published adapter: enough, without Redis and after its job is gone, to go on serving it."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """What clients give as `model`."""
+    version: Annotated[int, Field(ge=1)]
+    """The published version."""
+    ready_agents: Annotated[int, Field(ge=0)] = 0
+    """Agents that have it loaded."""
+    uri: Annotated[str, Field(max_length=1600)] = ""
+    """Its PEFT folder."""
+    sha256: Annotated[str, Field(max_length=64)] = ""
+    """Checksum of its manifest.json."""
+    rank: Annotated[int, Field(ge=0, le=256)] = 0
+    """Its rank."""
+    job_uid: Annotated[str, Field(max_length=64)] = ""
+    """UID of the FinetuneJob that made it."""
+
+
+class AgentStatus(StatusModel):
+    """An agent."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Its pod."""
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Its node."""
+    jobs: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
+    """Names of the FinetuneJobs it runs."""
+
+
+class EndpointStatus(StatusModel):
+    """What the endpoint is."""
+
+    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """The metadata.generation this status is based on."""
+    replicas: Annotated[int, Field(ge=0)] = 0
+    """Agents that exist."""
+    ready_replicas: Annotated[int, Field(ge=0)] = 0
+    """Agents that serve."""
+    selector: Annotated[str, Field(max_length=512)] = ""
+    """Label selector of the agents' pods, for the autoscaler."""
+    url: Annotated[str, Field(max_length=512)] | None = None
+    """Base URL of the OpenAI API inside the cluster, without /v1."""
+    saturation_percent: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """How much of the promise inference alone would use up, averaged over the ready agents."""
+    slo: SloStatus | None = None
+    """Measured latency."""
+    adapters: Annotated[
+        tuple[AdapterStatus, ...],
+        Field(
+            max_length=512, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = ()
+    """Published adapters."""
+    agents: Annotated[
+        tuple[AgentStatus, ...],
+        Field(
+            max_length=MAX_AGENTS,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ] = ()
+    """Live agents."""
+    jobs: Annotated[int, Field(ge=0)] = 0
+    """FinetuneJobs bound to an agent of this endpoint."""
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = ()
+    """Ready, ModelLoaded, SLOMet, ScalingReady."""
+
+
+class InferenceEndpoint(BaseModel):
+    """One base model, served by N agents under a latency promise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+    api_version: Literal["coserve.dev/v1alpha1"] = "coserve.dev/v1alpha1"
+    kind: Literal["InferenceEndpoint"] = "InferenceEndpoint"
+    metadata: ObjectMeta
+    spec: EndpointSpec
+    status: EndpointStatus = Field(default_factory=EndpointStatus)
+
+    @property
+    def model_name(self) -> str:
+        """What clients give as `model` for the base model."""
+        return self.spec.model.name or self.metadata.name
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> InferenceEndpoint:
+        """The object as the API server sent it; pydantic.ValidationError names each bad field."""
+        return cls.model_validate(body)

@@ -1,0 +1,332 @@
+"""FinetuneJob: train one LoRA adapter on an endpoint, beside its inference, and publish it there."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.alias_generators import to_camel
+
+from coserve_api.common import (
+    Elapsed,
+    Label,
+    Measured,
+    NonNegativeDecimal,
+    ObjectMeta,
+    PositiveDecimal,
+    SpecModel,
+    StatusModel,
+    Timestamp,
+    UnitDecimal,
+)
+from coserve_api.conditions import Condition
+from coserve_api.errors import InvalidValueError
+from coserve_api.uris import DatasetUri
+
+
+class JobState(StrEnum):
+    """For display; the conditions are what to build on."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class JobCondition(StrEnum):
+    DATA_READY = "DataReady"
+    BOUND = "Bound"
+    RUNNING = "Running"
+    SUSPENDED = "Suspended"
+    PUBLISHED = "Published"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class FailedReason(StrEnum):
+    """Why a job ended without an adapter; each is final."""
+
+    DATASET_NOT_FOUND = "DatasetNotFound"
+    INVALID_DATASET = "InvalidDataset"
+    ENDPOINT_REJECTED = "EndpointRejected"
+    RANK_TOO_LARGE = "RankTooLarge"
+    NAME_TAKEN = "NameTaken"
+    TRAINING_DIVERGED = "TrainingDiverged"
+    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    ARTIFACT_STORE_ERROR = "ArtifactStoreError"
+    INTERNAL_ERROR = "InternalError"
+
+
+class PendingReason(StrEnum):
+    """What a job waits for."""
+
+    ENDPOINT_NOT_FOUND = "EndpointNotFound"
+    NO_CAPACITY = "NoCapacity"
+    WAITING_FOR_DATA = "WaitingForData"
+    FINETUNING_DISABLED = "FinetuningDisabled"
+
+
+class DatasetFormat(StrEnum):
+    AUTO = "auto"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt-completion"
+    TEXT = "text"
+
+
+class OnInvalid(StrEnum):
+    FAIL = "Fail"
+    SKIP = "Skip"
+
+
+class Schedule(StrEnum):
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class PublishPolicy(StrEnum):
+    ALWAYS = "Always"
+    NEVER = "Never"
+
+
+class TargetModule(StrEnum):
+    """The linears that can carry an adapter, by their names in Hugging Face's models."""
+
+    Q = "q_proj"
+    K = "k_proj"
+    V = "v_proj"
+    O = "o_proj"  # noqa: E741
+    GATE = "gate_proj"
+    UP = "up_proj"
+    DOWN = "down_proj"
+
+
+class EndpointRef(SpecModel):
+    """The endpoint, in the job's namespace."""
+
+    name: Label
+    """Its name."""
+
+
+class Dataset(SpecModel):
+    """What to learn from: a JSON Lines file."""
+
+    uri: DatasetUri
+    """pvc://CLAIM/PATH, or file:///data/PATH in the pod."""
+    format: DatasetFormat = DatasetFormat.AUTO
+    """Kind of line: messages, prompt-completion or text; auto looks at the first."""
+    eval_percent: Annotated[int, Field(ge=0, le=50)] = 5
+    """Share of the samples that is held out for the evaluation loss."""
+    max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Samples with more tokens are cut. Default: the endpoint's maxModelLength."""
+    on_invalid: OnInvalid = OnInvalid.FAIL
+    """Whether a line that cannot be used fails the job or is skipped and counted."""
+
+
+class Adapter(SpecModel):
+    """The LoRA adapter to train, in PEFT's terms."""
+
+    name: Label
+    """What clients give as `model` once it is published."""
+    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    """Rows of A; at most the endpoint's finetuning.maxRank."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 16
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Annotated[
+        tuple[TargetModule, ...], Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"})
+    ] = tuple(TargetModule)
+    """The linears that carry it. Default: all seven."""
+
+
+class Training(SpecModel):
+    """The optimizer's settings, in the terms of Hugging Face's Trainer."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {"rule": "has(self.epochs) != has(self.maxSteps)", "message": "set exactly one of epochs and maxSteps"},
+                {
+                    "rule": "!has(self.maxSteps) || self.warmupSteps <= self.maxSteps",
+                    "message": "warmupSteps must be at most maxSteps",
+                    "fieldPath": ".warmupSteps",
+                },
+            ]
+        }
+    )
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Times through the data."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Optimizer steps."""
+    learning_rate: PositiveDecimal = "2e-4"
+    """Peak learning rate, a decimal string."""
+    schedule: Schedule = Schedule.LINEAR
+    """How the learning rate falls after the warm-up: linear, cosine or constant."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Steps over which the learning rate rises from 0."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Samples of an optimizer step."""
+    weight_decay: UnitDecimal = "0"
+    """AdamW's weight decay, a decimal string."""
+    max_grad_norm: NonNegativeDecimal = "1.0"
+    """The gradient is clipped to this norm; "0" clips never."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Of the initial weights and the order of the samples."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise InvalidValueError("set exactly one of epochs and maxSteps")
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise InvalidValueError("warmupSteps must be at most maxSteps")
+        return self
+
+
+class CheckpointPolicy(SpecModel):
+    """How often the training state is saved."""
+
+    every_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Optimizer steps between checkpoints."""
+    keep: Annotated[int, Field(ge=1, le=100)] = 2
+    """Checkpoints that are kept."""
+
+
+class Publish(SpecModel):
+    """What happens with the trained adapter."""
+
+    policy: PublishPolicy = PublishPolicy.ALWAYS
+    """Always: every agent of the endpoint serves it under adapter.name. Never: it stays a checkpoint."""
+
+
+class JobSpec(SpecModel):
+    """What to train. All but `suspend` is immutable once the job has started."""
+
+    endpoint_ref: EndpointRef
+    """The endpoint to train on."""
+    dataset: Dataset
+    """What to learn from."""
+    adapter: Adapter
+    """The adapter to train."""
+    training: Training
+    """The optimizer's settings."""
+    checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
+    """How often the training state is saved."""
+    publish: Publish = Field(default_factory=Publish)
+    """What happens with the trained adapter."""
+    suspend: bool = False
+    """Give the agent back after a checkpoint, and go on when false again."""
+    backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 6
+    """Rebindings after a lost agent before the job fails."""
+
+
+class Progress(StatusModel):
+    """How far the training is."""
+
+    step: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps done."""
+    total_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in all."""
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Steps done, in percent."""
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens trained on."""
+    loss: Measured | None = None
+    """Training loss of the last step."""
+    eval_loss_initial: Measured | None = None
+    """Evaluation loss before the first step."""
+    eval_loss: Measured | None = None
+    """Evaluation loss, last measured."""
+    tokens_per_second: Annotated[int, Field(ge=0)] | None = None
+    """Training speed."""
+    eta: Elapsed | None = None
+    """Time left, estimated from the training speed, such as 2m12s."""
+
+
+class BindingStatus(StatusModel):
+    """The agent that has the right to run the job."""
+
+    agent: Annotated[str, Field(max_length=253)]
+    """Its pod; empty while the job is bound to none."""
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Its node."""
+    epoch: Annotated[int, Field(ge=0)]
+    """Grows with each binding; writes of an older epoch are refused."""
+
+
+class CheckpointStatus(StatusModel):
+    """The last accepted checkpoint: enough, without Redis, to go on."""
+
+    step: Annotated[int, Field(ge=0)]
+    """Optimizer steps it covers."""
+    cursor: Annotated[int, Field(ge=0)]
+    """The last shard of the data that it covers."""
+    epoch: Annotated[int, Field(ge=0)]
+    """The binding under which it was written."""
+    uri: Annotated[str, Field(max_length=1600)]
+    """Its folder."""
+    sha256: Annotated[str, Field(max_length=64)]
+    """Checksum of its manifest.json."""
+
+
+class PublishedAdapter(StatusModel):
+    """The published version."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """What clients give as `model`."""
+    version: Annotated[int, Field(ge=1)]
+    """Its number."""
+    uri: Annotated[str, Field(max_length=1600)]
+    """Its PEFT folder."""
+    sha256: Annotated[str, Field(max_length=64)]
+    """Checksum of its manifest.json."""
+
+
+class JobStatus(StatusModel):
+    """How the job is."""
+
+    state: JobState | None = None
+    """For display; the conditions are what to build on."""
+    reason: Annotated[str, Field(max_length=64)] | None = None
+    """Why it is in this state."""
+    progress: Progress | None = None
+    """How far the training is."""
+    binding: BindingStatus | None = None
+    """The agent that runs it."""
+    checkpoint: CheckpointStatus | None = None
+    """The last accepted checkpoint."""
+    adapter: PublishedAdapter | None = None
+    """The published version."""
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """Rebindings after a lost agent."""
+    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """The metadata.generation this status is based on."""
+    start_time: Timestamp | None = None
+    """When the job was first bound; the spec is immutable from then on."""
+    completion_time: Timestamp | None = None
+    """When it was complete or failed."""
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = ()
+    """DataReady, Bound, Running, Suspended, Published, Complete, Failed."""
+
+
+class FinetuneJob(BaseModel):
+    """Train one LoRA adapter on an endpoint, beside its inference, and publish it there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+    api_version: Literal["coserve.dev/v1alpha1"] = "coserve.dev/v1alpha1"
+    kind: Literal["FinetuneJob"] = "FinetuneJob"
+    metadata: ObjectMeta
+    spec: JobSpec
+    status: JobStatus = Field(default_factory=JobStatus)
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> FinetuneJob:
+        """The object as the API server sent it; pydantic.ValidationError names each bad field."""
+        return cls.model_validate(body)

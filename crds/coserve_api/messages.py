@@ -1,0 +1,279 @@
+"""What operator, agents and feeders tell each other through Redis: JSON with a version.
+
+Within a version fields are only added, with defaults, and unknown ones are ignored, since old and new agents live side
+by side during a rolling update. A change of meaning is a new version, which an old reader refuses by name.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from coserve_api.common import Sha256, Uid
+from coserve_api.errors import MessageError
+from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
+from coserve_api.uris import RelativePath
+
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+AgentId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
+Prose = Annotated[str, Field(max_length=2048)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Epoch = Annotated[int, Field(ge=1, le=2**53)]
+Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Message(Part):
+    """A whole message: what one key or hash field holds."""
+
+    version: Literal[1] = 1
+
+    def dumps(self) -> str:
+        """The message as it is stored."""
+        return self.model_dump_json(exclude_none=True)
+
+    @classmethod
+    def loads(cls, key: str, raw: bytes | str) -> Self:
+        """Parse what was found under `key`; MessageError names key, field, value and remedy."""
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            raise message_error(key, error) from None
+
+
+def message_error(key: str, error: ValidationError) -> MessageError:
+    """The first fault of a message as the typed error."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    value = repr(first["input"])
+    if field == "version" or field.endswith(".version"):
+        remedy = "this program reads version 1; update it, or wait until the rolling update is through"
+    else:
+        remedy = f"{first['msg']}; the writer is broken or foreign: delete the key, and its writer writes it anew"
+    return MessageError(key, field, value if len(value) <= 120 else value[:117] + "...", remedy)
+
+
+# ---- heartbeat ----
+
+
+class Load(Part):
+    """Demand of inference alone; `saturation_percent` is averaged over 15 s, `kv_percent` is the share of KV pages that
+    inference holds.
+    """
+
+    saturation_percent: Ratio = 0.0
+    waiting: Count = 0
+    running: Count = 0
+    kv_percent: Ratio = 0.0
+
+
+class SloReport(Part):
+    """The last minute of one agent. Without a request in it the figures are None."""
+
+    ttft_p99_ms: Ratio | None = None
+    tpot_p99_ms: Ratio | None = None
+    attainment_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    requests: Count = 0
+
+
+class JobBeat(Part):
+    """A job that the agent runs, under which binding, and how far it is."""
+
+    epoch: Epoch
+    step: Count
+
+
+class Heartbeat(Message):
+    """An agent, every second. `max_jobs`: how many jobs it can run at once; `error`: why the model is not loaded."""
+
+    agent_id: AgentId
+    pod_name: Name
+    pod_uid: Uid
+    boot_id: Uid
+    node: Annotated[str, Field(max_length=253)] = ""
+    ready: bool
+    draining: bool = False
+    model_loaded: bool = True
+    error: Prose = ""
+    max_jobs: Annotated[int, Field(ge=0, le=64)] = 1
+    load: Load = Field(default_factory=Load)
+    slo: SloReport = Field(default_factory=SloReport)
+    adapters: Annotated[dict[Name, Number], Field(max_length=1024)] = Field(default_factory=dict)
+    jobs: Annotated[dict[Uid, JobBeat], Field(max_length=64)] = Field(default_factory=dict)
+
+
+# ---- checkpoints and bindings ----
+
+
+class Checkpoint(Message):
+    """An accepted checkpoint: `path` below the artifact store, `cursor` the last shard it covers, `sha256` that of
+    manifest.json.
+    """
+
+    step: Count
+    cursor: Count
+    epoch: Epoch
+    path: RelativePath
+    sha256: Sha256
+
+
+class Desired(StrEnum):
+    RUN = "Run"
+    STOP = "Stop"
+
+
+class BindingSpec(Part):
+    """All that an agent needs of a FinetuneJob's spec. `adapter_number` is N of the version vN it will publish."""
+
+    job_uid: Uid
+    job_name: Name
+    namespace: Name
+    adapter_name: Annotated[str, Field(min_length=1, max_length=63)]
+    adapter_number: Number
+    rank: Annotated[int, Field(ge=1, le=256)]
+    alpha: Annotated[int, Field(ge=1, le=4096)]
+    target_modules: Annotated[tuple[TargetModule, ...], Field(min_length=1, max_length=7)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    schedule: Schedule
+    warmup_steps: Count
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    max_grad_norm: Ratio
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000)]
+    checkpoint_keep: Annotated[int, Field(ge=1, le=100)]
+    publish: PublishPolicy
+
+
+class Binding(Message):
+    """What an agent should do with a job. `resume` is the checkpoint that the operator knew; the one to resume from is
+    what taking the lease returns.
+    """
+
+    epoch: Epoch
+    desired: Desired = Desired.RUN
+    spec: BindingSpec
+    restarts: Count = 0
+    resume: Checkpoint | None = None
+
+
+class AdapterRecord(Message):
+    """A published version that every agent loads: `number` is N of vN, `path` its folder below the artifact store."""
+
+    name: Annotated[str, Field(min_length=1, max_length=63)]
+    number: Number
+    path: RelativePath
+    sha256: Sha256
+    job_uid: Uid
+    rank: Annotated[int, Field(ge=1, le=256)]
+
+
+# ---- progress and end of a job ----
+
+
+class Progress(Message):
+    """How far a job is: `step` optimizer steps done, `cursor` the last shard read (what the feeder's bound counts
+    from).
+    """
+
+    epoch: Epoch
+    step: Count
+    cursor: Count
+    total_steps: Count
+    tokens: Count = 0
+    loss: Loss | None = None
+    learning_rate: Ratio | None = None
+    eval_loss_initial: Loss | None = None
+    eval_loss: Loss | None = None
+    tokens_per_second: Ratio | None = None
+    eta_seconds: Ratio | None = None
+
+
+class AdapterFiles(Part):
+    """The version that a job wrote: `number` is N of vN, `path` its folder below the artifact store, `sha256` that of
+    manifest.json.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=63)]
+    number: Number
+    path: RelativePath
+    sha256: Sha256
+
+
+class Completed(Message):
+    """All steps are done; `adapter` is None when the job's publish policy is Never."""
+
+    outcome: Literal["Completed"] = "Completed"
+    epoch: Epoch
+    step: Count
+    tokens: Count = 0
+    adapter: AdapterFiles | None = None
+    loss: Loss | None = None
+    eval_loss_initial: Loss | None = None
+    eval_loss: Loss | None = None
+
+
+class Failed(Message):
+    """The job cannot go on anywhere; `message` says what to change."""
+
+    outcome: Literal["Failed"] = "Failed"
+    epoch: Epoch
+    reason: FailedReason
+    message: Prose
+
+
+class Released(Message):
+    """The agent gave the job back (it drains, or the binding says Stop); the accepted checkpoint is where to go on."""
+
+    outcome: Literal["Released"] = "Released"
+    epoch: Epoch
+    step: Count
+    message: Prose = ""
+
+
+JobResult = Annotated[Completed | Failed | Released, Field(discriminator="outcome")]
+_JOB_RESULT: TypeAdapter[Any] = TypeAdapter(JobResult)
+
+
+def load_result(key: str, raw: bytes | str) -> Completed | Failed | Released:
+    """Parse a JobResult; MessageError as in `Message.loads`."""
+    try:
+        result: Completed | Failed | Released = _JOB_RESULT.validate_json(raw)
+    except ValidationError as error:
+        raise message_error(key, error) from None
+    return result
+
+
+# ---- feeder ----
+
+
+class FeedError(Part):
+    """Why the data cannot be used; `line` counts from 1."""
+
+    reason: FailedReason
+    message: Prose
+    line: Annotated[int, Field(ge=1)] | None = None
+
+
+class FeedStatus(Message):
+    """What the feeder knows of the data. `digest` is that of tokenizer and chat template; `finished`: the last shard is
+    in the stream.
+    """
+
+    total_steps: Count = 0
+    samples: Count = 0
+    eval_samples: Count = 0
+    eval_shards: Count = 0
+    skipped_lines: Count = 0
+    digest: Sha256 | None = None
+    finished: bool = False
+    error: FeedError | None = None

@@ -1,0 +1,114 @@
+"""One endpoint with two agents and a job, for the tests that talk to Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from coserve_api.job import PublishPolicy, Schedule, TargetModule
+from coserve_api.keys import Keys, agent_id
+from coserve_api.messages import Binding, BindingSpec, Checkpoint, Heartbeat, Progress
+from coserve_api.scripts import Binder, Fencing
+from coserve_api.shards import Sample, Shard
+from coserve_api.store import Store
+
+JOB = "job-1"
+SHA = "0123456789abcdef" * 4
+
+
+class Messages:
+    """Messages with the least in them."""
+
+    @staticmethod
+    def binding(epoch: int, **more: Any) -> Binding:
+        spec = BindingSpec(
+            job_uid=JOB,
+            job_name="gsm8k-json",
+            namespace="default",
+            adapter_name="gsm8k-json",
+            adapter_number=1,
+            rank=8,
+            alpha=16,
+            target_modules=tuple(TargetModule),
+            learning_rate=4e-3,
+            schedule=Schedule.LINEAR,
+            warmup_steps=10,
+            batch_size=8,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=0,
+            checkpoint_every_steps=20,
+            checkpoint_keep=2,
+            publish=PublishPolicy.ALWAYS,
+        )
+        return Binding(epoch=epoch, spec=spec, **more)
+
+    @staticmethod
+    def checkpoint(step: int, epoch: int = 1) -> Checkpoint:
+        return Checkpoint(step=step, cursor=step, epoch=epoch, path=f"jobs/{JOB}/e{epoch}/s{step}", sha256=SHA)
+
+    @staticmethod
+    def progress(epoch: int, step: int) -> Progress:
+        return Progress(epoch=epoch, step=step, cursor=step, total_steps=100)
+
+    @staticmethod
+    def heartbeat(agent: str) -> Heartbeat:
+        pod, boot = agent.split(".")
+        return Heartbeat(agent_id=agent, pod_name="tiny-0", pod_uid=pod, boot_id=boot, ready=True)
+
+    @staticmethod
+    def shard(seq: int) -> Shard:
+        return Shard(seq, 0, SHA, (Sample(1, (seq, 2, 3), (0.0, 1.0, 1.0)), Sample(2, (4, 5), (0.0, 1.0))))
+
+
+@dataclass
+class World:
+    """What the operator and two agents hold in their hands."""
+
+    keys: Keys
+    redis: Redis
+    binder: Binder
+    store: Store
+    a: Fencing
+    b: Fencing
+
+    async def start(self, incarnation: str = "first") -> None:
+        """The operator has written the incarnation, and both agents have registered."""
+        await self.store.set_incarnation(incarnation)
+        for agent in (self.a, self.b):
+            agent.register(await agent.heartbeat(Messages.heartbeat(agent.agent)))
+
+
+def new_world(redis: Redis) -> World:
+    keys = Keys("endpoint-1")
+    a, b = (Fencing(redis, keys, agent_id(pod, "boot-1")) for pod in ("pod-a", "pod-b"))
+    return World(keys, redis, Binder(redis, keys), Store(redis, keys), a, b)
+
+
+@pytest.fixture
+def messages() -> type[Messages]:
+    return Messages
+
+
+@pytest.fixture
+def make_world() -> Callable[[Redis], World]:
+    return new_world
+
+
+@pytest.fixture
+async def world(redis: Redis) -> World:
+    """An endpoint whose agents have registered; nothing is bound."""
+    world = new_world(redis)
+    await world.start()
+    return world
+
+
+@pytest.fixture
+def now() -> datetime:
+    """A time."""
+    return datetime(2026, 11, 21, 4, 0, 0, tzinfo=UTC)

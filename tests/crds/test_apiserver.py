@@ -1,0 +1,361 @@
+"""What a real API server makes of the CRDs: which objects it refuses and how it says so, defaults, /scale, columns."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coserve_api.common import timestamp
+from coserve_api.conditions import condition
+from coserve_api.endpoint import EndpointSpec, EndpointStatus, SloStatus
+from coserve_api.job import (
+    BindingStatus,
+    CheckpointStatus,
+    JobSpec,
+    JobState,
+    JobStatus,
+    Progress,
+    PublishedAdapter,
+)
+
+pytestmark = pytest.mark.apiserver
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {name: yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text()) for name in ("endpoint", "job")}
+
+
+@pytest.fixture(scope="module")
+def api(api_server):
+    """The API server with the CRDs of the repository."""
+    for name in ("inferenceendpoints", "finetunejobs"):
+        applied = api_server.kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / f"{name}.yaml"))
+        assert applied.returncode == 0, applied.stderr
+        crd = f"crd/{name}.coserve.dev"
+        established = api_server.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
+        assert established.returncode == 0, established.stderr
+    deadline = time.monotonic() + 30
+    while api_server.kubectl("get", "coserve").returncode:  # discovery follows a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return api_server
+
+
+@pytest.fixture
+def objects(api):
+    """The two examples, created anew."""
+    kinds = "inferenceendpoints,finetunejobs"
+    api.kubectl("delete", kinds, "--all", "--wait=true")
+    for body in EXAMPLES.values():
+        done = api.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+        assert done.returncode == 0, done.stderr
+    return api
+
+
+def get(api, what: str, *more: str) -> dict[str, Any]:
+    done = api.kubectl("get", what, "-o", "json", *more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def patch(api, what: str, body: dict[str, Any], *more: str) -> str:
+    """Merge-patch an object; what kubectl said if it was refused."""
+    return api.kubectl("patch", what, "--type=merge", "-p", json.dumps(body), *more).stderr
+
+
+def with_value(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `body` with one field set, or removed where the value is None."""
+    body = copy.deepcopy(body)
+    *parents, last = path.split(".")
+    place = body
+    for name in parents:
+        place = place.setdefault(name, {})
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return body
+
+
+ENV = "spec.template.env"
+VOLUMES = "spec.template.volumes"
+FAULTS = [
+    # which, field to set, value, field in the answer, remedy in the answer
+    ("endpoint", "metadata.name", "1tiny", "metadata.name", "begin with a letter"),
+    ("endpoint", "metadata.name", "t" * 53, "metadata.name", "52"),
+    ("endpoint", "spec.model.uri", None, "spec.model.uri", "Required value"),
+    ("endpoint", "spec.model.uri", "pvc://claim/../etc", "spec.model.uri", "no '..'"),
+    ("endpoint", "spec.model.uri", "file:///etc/passwd", "spec.model.uri", "file:///models/PATH"),
+    ("endpoint", "spec.model.uri", "https://host/model", "spec.model.uri", "must be pvc://CLAIM/PATH"),
+    (
+        "endpoint",
+        "spec.model.uri",
+        "pvc://claim/" + "a" * 1024,
+        "spec.model.uri",
+        "Too long: may not be more than 1024",
+    ),
+    ("endpoint", "spec.artifactStore.uri", "pvc://Claim/", "spec.artifactStore.uri", "must be pvc://CLAIM/PATH"),
+    ("endpoint", "spec.slo.timeToFirstToken", "1 s", "spec.slo.timeToFirstToken", "such as 200ms, 1s or 1m30s"),
+    ("endpoint", "spec.slo.timePerOutputToken", "0s", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
+    ("endpoint", "spec.slo.timePerOutputToken", "61m", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
+    ("endpoint", "spec.slo.percentile", 49, "spec.slo.percentile", "greater than or equal to 50"),
+    ("endpoint", "spec.engine.kvCacheMemory", "1Ki", "spec.engine.kvCacheMemory", "such as 256Mi or 40Gi"),
+    ("endpoint", "spec.replicas", 513, "spec.replicas", "less than or equal to 512"),
+    (
+        "endpoint",
+        "spec.autoscaling",
+        {"minReplicas": 3, "maxReplicas": 2},
+        "spec.autoscaling.minReplicas",
+        "minReplicas must be at most maxReplicas",
+    ),
+    ("endpoint", "spec.finetuning.policy", "Maybe", "spec.finetuning.policy", '"Allowed", "Disabled"'),
+    (
+        "endpoint",
+        "spec.template.resources.limits",
+        {"cpu": "two"},
+        "spec.template.resources.limits.cpu",
+        "should match",
+    ),
+    ("endpoint", ENV, [{"name": "COSERVE_THREADS"}], "spec.template.env[0].name", "which the operator sets"),
+    ("endpoint", VOLUMES, [{"name": "root"}], "spec.template.volumes[0]", "set exactly one of emptyDir, configMap"),
+    (
+        "endpoint",
+        VOLUMES,
+        [{"name": "root", "hostPath": {"path": "/"}}],
+        "spec.template.volumes[0].hostPath",
+        "unknown",
+    ),
+    ("job", "metadata.name", "a.b", "metadata.name", "use only a-z, 0-9 and -"),
+    ("job", "spec.endpointRef.name", "Tiny", "spec.endpointRef.name", "DNS-1123 label"),
+    ("job", "spec.dataset.uri", "file:///models/x", "spec.dataset.uri", "file:///data/PATH"),
+    ("job", "spec.dataset.evalPercent", 51, "spec.dataset.evalPercent", "less than or equal to 50"),
+    ("job", "spec.adapter.name", "GSM8K", "spec.adapter.name", "DNS-1123 label"),
+    ("job", "spec.adapter.rank", 0, "spec.adapter.rank", "greater than or equal to 1"),
+    ("job", "spec.adapter.targetModules", ["lm_head"], "spec.adapter.targetModules[0]", '"q_proj", "k_proj"'),
+    ("job", "spec.adapter.targetModules", ["q_proj"] * 2, "spec.adapter.targetModules[1]", "Duplicate value"),
+    ("job", "spec.training.epochs", 1, "spec.training", "set exactly one of epochs and maxSteps"),
+    ("job", "spec.training.maxSteps", None, "spec.training", "set exactly one of epochs and maxSteps"),
+    ("job", "spec.training.learningRate", "0", "spec.training.learningRate", "decimal string above 0 and at most 1"),
+    ("job", "spec.training.learningRate", "fast", "spec.training.learningRate", 'such as "2e-4"'),
+    ("job", "spec.training.learningRate", 4e-3, "spec.training.learningRate", "must be of type string"),
+    ("job", "spec.training.warmupSteps", 101, "spec.training.warmupSteps", "warmupSteps must be at most maxSteps"),
+    ("job", "spec.checkpoint.everySteps", 0, "spec.checkpoint.everySteps", "greater than or equal to 1"),
+    ("job", "spec.publsh", {"policy": "Never"}, "spec.publsh", "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("which", "path", "value", "field", "remedy"), FAULTS)
+def test_a_fault_is_refused_with_its_field_and_what_to_write(api, which, path, value, field, remedy) -> None:
+    body = with_value(EXAMPLES[which], path, value)
+    done = api.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(body))
+    assert done.returncode != 0, done.stdout
+    assert field in done.stderr
+    assert remedy in done.stderr
+
+
+def test_an_unquoted_learning_rate_is_a_number_and_refused(api) -> None:
+    text = (ROOT / "examples" / "job.yaml").read_text()
+    assert 'learningRate: "4e-3"' in text
+    done = api.kubectl("apply", "--dry-run=server", "-f", "-", stdin=text.replace('"4e-3"', "4e-3"))
+    assert done.returncode != 0
+    assert "spec.training.learningRate" in done.stderr
+
+
+@pytest.mark.parametrize("which", EXAMPLES)
+def test_the_examples_are_accepted_as_written(api, which) -> None:
+    done = api.kubectl("apply", "--dry-run=server", "-f", str(ROOT / "examples" / f"{which}.yaml"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("which", "what", "model"), [("endpoint", "iep/tiny", EndpointSpec), ("job", "ftj/gsm8k-json", JobSpec)]
+)
+def test_an_example_comes_back_with_its_values_and_the_models_defaults(objects, which, what, model) -> None:
+    stored, written = get(objects, what)["spec"], EXAMPLES[which]["spec"]
+    assert model.model_validate(stored) == model.model_validate(written)
+    assert contains(stored, written)
+    defaults = model.model_validate(written).model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert without_empty(stored) == without_empty(defaults)
+
+
+def contains(whole: Any, part: Any) -> bool:
+    if isinstance(part, dict):
+        return all(name in whole and contains(whole[name], value) for name, value in part.items())
+    return bool(whole == part)
+
+
+def without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {name: without_empty(child) for name, child in value.items()}
+        return {name: child for name, child in kept.items() if child not in ({}, [])}
+    return value
+
+
+def test_what_applies_again_changes_nothing(objects) -> None:
+    for which, what in (("endpoint", "iep/tiny"), ("job", "ftj/gsm8k-json")):
+        before = get(objects, what)["metadata"]["resourceVersion"]
+        done = objects.kubectl("apply", "-f", str(ROOT / "examples" / f"{which}.yaml"))
+        assert "unchanged" in done.stdout, done.stderr
+        assert get(objects, what)["metadata"]["resourceVersion"] == before
+
+
+def test_scale_reads_and_writes_replicas(objects) -> None:
+    status = EndpointStatus(replicas=2, selector="coserve.dev/endpoint=tiny").to_dict()
+    assert patch(objects, "iep/tiny", {"status": status}, "--subresource=status") == ""
+    done = objects.kubectl("scale", "iep/tiny", "--replicas=5")
+    assert done.returncode == 0, done.stderr
+    scale = get(objects, "iep/tiny", "--subresource=scale")
+    assert (scale["spec"]["replicas"], scale["status"]["replicas"]) == (5, 2)
+    assert scale["status"]["selector"] == "coserve.dev/endpoint=tiny"
+    assert get(objects, "iep/tiny")["spec"]["replicas"] == 5
+
+
+def test_scale_works_where_replicas_was_never_written(objects) -> None:
+    body = with_value(EXAMPLES["endpoint"], "spec.replicas", None)
+    objects.kubectl("delete", "iep/tiny")
+    objects.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+    assert get(objects, "iep/tiny")["spec"]["replicas"] == 1
+    assert objects.kubectl("scale", "iep/tiny", "--replicas=3").returncode == 0
+    assert "configured" not in objects.kubectl("apply", "-f", "-", stdin=json.dumps(body)).stdout
+    assert get(objects, "iep/tiny")["spec"]["replicas"] == 3
+
+
+def test_an_autoscaled_endpoint_gets_the_defaults_below(objects) -> None:
+    assert patch(objects, "iep/tiny", {"spec": {"autoscaling": {"maxReplicas": 4}}}) == ""
+    assert get(objects, "iep/tiny")["spec"]["autoscaling"] == {
+        "minReplicas": 1,
+        "maxReplicas": 4,
+        "targetSaturationPercent": 70,
+        "behavior": {"scaleUp": {"stabilizationWindow": "0s"}, "scaleDown": {"stabilizationWindow": "5m"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "remedy"),
+    [
+        ({"model": {"uri": "pvc://other/model"}}, "spec.model", "create another endpoint for another model"),
+        ({"model": {"maxModelLength": 2048}}, "spec.model", "model is immutable"),
+        ({"model": {"name": "other"}}, "spec.model", "model is immutable"),
+        ({"model": None}, "spec.model", "Required value"),
+        ({"artifactStore": {"uri": "pvc://other/"}}, "spec.artifactStore", "artifactStore is immutable"),
+        ({"artifactStore": None}, "spec.artifactStore", "Required value"),
+    ],
+)
+def test_an_endpoints_model_and_store_stay(objects, change, field, remedy) -> None:
+    answer = patch(objects, "iep/tiny", {"spec": change})
+    assert field in answer
+    assert remedy in answer
+
+
+def test_a_pod_template_comes_back_as_the_model_reads_it(objects) -> None:
+    template = {
+        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "8Gi"}, "requests": {"cpu": "500m"}},
+        "nodeSelector": {"pool": "gpu"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}],
+        "volumes": [{"name": "cache", "emptyDir": {"sizeLimit": "1Gi"}}],
+        "volumeMounts": [{"name": "cache", "mountPath": "/cache"}],
+    }
+    assert patch(objects, "iep/tiny", {"spec": {"template": template}}) == ""
+    stored = EndpointSpec.model_validate(get(objects, "iep/tiny")["spec"]).template
+    assert stored.resources.limits == {"nvidia.com/gpu": "1", "memory": "8Gi"}
+    assert stored.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True) == {
+        **template,
+        "resources": {**template["resources"], "limits": {"nvidia.com/gpu": "1", "memory": "8Gi"}},
+    }
+
+
+def test_a_models_name_cannot_be_taken_away(objects) -> None:
+    objects.kubectl("delete", "iep/tiny")
+    named = with_value(EXAMPLES["endpoint"], "spec.model.name", "org/tiny")
+    objects.kubectl("apply", "-f", "-", stdin=json.dumps(named))
+    assert "model is immutable" in patch(objects, "iep/tiny", {"spec": {"model": {"name": None}}})
+
+
+CHANGES: dict[str, tuple[Any, Any]] = {  # field -> before the start, after it
+    "endpointRef": ({"name": "other"}, {"name": "third"}),
+    "dataset": ({"evalPercent": 6}, {"evalPercent": 7}),
+    "adapter": ({"rank": 16}, {"targetModules": ["q_proj"]}),
+    "training": ({"seed": 7}, {"seed": None}),
+    "checkpoint": ({"keep": 3}, {"keep": 4}),
+    "publish": ({"policy": "Never"}, None),
+    "backoffLimit": (7, None),
+}
+
+
+def test_a_started_job_is_frozen_except_for_suspend(objects) -> None:
+    for field, (before, _) in CHANGES.items():
+        assert patch(objects, "ftj/gsm8k-json", {"spec": {field: before}}) == ""
+    started = {"status": {"startTime": "2026-11-21T04:00:00Z"}}
+    assert patch(objects, "ftj/gsm8k-json", started, "--subresource=status") == ""
+    for field, (_, after) in CHANGES.items():
+        answer = patch(objects, "ftj/gsm8k-json", {"spec": {field: after}})
+        assert f"spec.{field}: Invalid value" in answer
+        assert f"{field} is immutable once the job has started" in answer
+    longer = {"spec": {"training": {"maxSteps": None, "epochs": 1}}}
+    assert "training is immutable" in patch(objects, "ftj/gsm8k-json", longer)
+    assert patch(objects, "ftj/gsm8k-json", {"spec": {"suspend": True}}) == ""
+    assert patch(objects, "ftj/gsm8k-json", {"status": {"state": "Suspended"}}, "--subresource=status") == ""
+
+
+def test_every_field_of_the_frozen_spec_is_tried() -> None:
+    assert {*CHANGES, "suspend"} == {field.alias for field in JobSpec.model_fields.values()}
+
+
+def test_the_status_of_a_job_shows_in_its_columns(objects, now) -> None:
+    assert header(objects, "ftj") == ["NAME", "STATE", "ENDPOINT", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
+    status = JobStatus(
+        state=JobState.RUNNING,
+        reason="Training",
+        progress=Progress(
+            step=42, total_steps=100, percent=42, tokens=9999, loss="1.25", eval_loss="2e-05", eta="2m12s"
+        ),
+        binding=BindingStatus(agent="tiny-0", node="dev-1", epoch=3),
+        checkpoint=CheckpointStatus(step=40, cursor=40, epoch=3, uri="pvc://a/jobs/j/e3/s40", sha256="0" * 64),
+        adapter=PublishedAdapter(name="gsm8k-json", version=1, uri="pvc://a/adapters/x/v1", sha256="0" * 64),
+        restarts=1,
+        observed_generation=1,
+        start_time=timestamp(now),
+        conditions=(condition("Running", True, "Training", "", generation=1, now=now),),
+    )
+    assert patch(objects, "ftj/gsm8k-json", {"status": status.to_dict()}, "--subresource=status") == ""
+    assert JobStatus.model_validate(get(objects, "ftj/gsm8k-json")["status"]) == status
+    assert row(objects, "ftj")[:-1] == ["gsm8k-json", "Running", "tiny", "42", "1.25", "2m12s", "gsm8k-json"]
+
+
+def test_the_status_of_an_endpoint_shows_in_its_columns(objects, now) -> None:
+    assert header(objects, "iep") == ["NAME", "READY", "REASON", "REPLICAS", "SLO%", "JOBS", "AGE"]
+    status = EndpointStatus(
+        replicas=2,
+        ready_replicas=2,
+        slo=SloStatus(ttft_millis=310, tpot_millis=45, attainment_percent=99),
+        jobs=1,
+        conditions=(condition("Ready", True, "AgentsReady", "2 of 2", generation=1, now=now),),
+    )
+    assert patch(objects, "iep/tiny", {"status": status.to_dict()}, "--subresource=status") == ""
+    assert EndpointStatus.model_validate(get(objects, "iep/tiny")["status"]) == status
+    assert row(objects, "iep")[:-1] == ["tiny", "True", "AgentsReady", "2", "99", "1"]
+
+
+def test_a_wait_for_a_condition_ends(objects, now) -> None:
+    status = JobStatus(conditions=(condition("Complete", True, "Published", "", generation=1, now=now),)).to_dict()
+    patch(objects, "ftj/gsm8k-json", {"status": status}, "--subresource=status")
+    done = objects.kubectl("wait", "--for=condition=Complete", "ftj/gsm8k-json", "--timeout=5s")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_category_lists_both_kinds(objects) -> None:
+    names = objects.kubectl("get", "coserve", "-o", "name").stdout.split()
+    assert sorted(names) == ["finetunejob.coserve.dev/gsm8k-json", "inferenceendpoint.coserve.dev/tiny"]
+
+
+def header(api, kind: str) -> list[str]:
+    return api.kubectl("get", kind).stdout.splitlines()[0].split()
+
+
+def row(api, kind: str) -> list[str]:
+    return api.kubectl("get", kind).stdout.splitlines()[1].split()

@@ -1,0 +1,152 @@
+"""The custom resources' models: their scalars, URIs, conditions and examples."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from coserve_api.common import duration_ms, format_decimal, format_duration, quantity_bytes, timestamp
+from coserve_api.conditions import Condition, ConditionStatus, condition, find_condition, merge_conditions
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.errors import InvalidValueError
+from coserve_api.job import FinetuneJob, JobSpec, JobStatus, Progress
+from coserve_api.uris import (
+    Location,
+    artifact_uri,
+    artifacts_path,
+    dataset_path,
+    model_path,
+    parse_uri,
+    relative_path,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOW = datetime(2026, 11, 21, 4, 0, 0, tzinfo=UTC)
+
+
+def example(name: str) -> dict[str, Any]:
+    body: dict[str, Any] = yaml.safe_load((EXAMPLES / name).read_text())
+    return body
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("200ms", 200), ("1s", 1000), ("1m30s", 90_000), ("1h", 3_600_000), ("1h1ms", 3_600_001), ("0s", 0)],
+)
+def test_durations_are_read(text: str, ms: int) -> None:
+    assert duration_ms(text) == ms
+
+
+@pytest.mark.parametrize("text", ["", "1", "1 s", "1.5s", "s", "-1s", "1s1m", "1s\n", "\uff11s", "1d"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(InvalidValueError, match="duration such as 200ms"):
+        duration_ms(text)
+
+
+@given(st.integers(0, 35_999_999_999))
+def test_a_formatted_duration_reads_back(ms: int) -> None:
+    assert duration_ms(format_duration(ms)) == ms
+
+
+def test_quantities_are_read() -> None:
+    assert [quantity_bytes(text) for text in ("256Mi", "1k", "40Gi", "7")] == [2**28, 1000, 40 * 2**30, 7]
+    with pytest.raises(InvalidValueError, match="256Mi or 40Gi"):
+        quantity_bytes("1.5Gi")
+
+
+@given(st.floats(-1e12, 1e12))
+def test_a_measured_number_fits_its_field(value: float) -> None:
+    assert Progress(loss=format_decimal(value)).loss is not None
+
+
+def test_uris_become_paths_in_the_pod() -> None:
+    assert parse_uri("pvc://claim/a/b.c") == Location("claim", "a/b.c")
+    assert parse_uri("pvc://claim/") == parse_uri("pvc://claim") == Location("claim", "")
+    assert model_path("pvc://coserve-demo/base-model") == "/models/coserve-demo/base-model"
+    assert model_path("pvc://coserve-demo/") == "/models/coserve-demo"
+    assert model_path("file:///models/tiny") == "/models/tiny"
+    assert dataset_path("pvc://coserve-demo/job.jsonl") == "/data/coserve-demo/job.jsonl"
+    assert artifacts_path("pvc://coserve-artifacts/") == "/artifacts"
+    assert artifacts_path("pvc://coserve-artifacts/team") == "/artifacts/team"
+    assert artifacts_path("file:///artifacts/team/") == "/artifacts/team"
+
+
+def test_an_artifacts_uri_and_its_path_belong_together() -> None:
+    for store in ("pvc://claim", "pvc://claim/", "pvc://claim/team", "file:///artifacts"):
+        assert relative_path(store, artifact_uri(store, "jobs/j/e1/s20")) == "jobs/j/e1/s20"
+    with pytest.raises(InvalidValueError, match="not below"):
+        relative_path("pvc://claim/team", "pvc://claim/teammate/x")
+
+
+@given(
+    st.sampled_from(["pvc://claim/", "file:///models/", "file:///", "pvc://"]),
+    st.text(alphabet=st.sampled_from("./\\~ a%\n\0:"), max_size=12),
+)
+def test_no_uri_leaves_its_folder(start: str, rest: str) -> None:
+    try:
+        path = model_path(start + rest)
+    except InvalidValueError:
+        return
+    assert not {"..", ".", ""} & set(path.split("/")[1:]), path
+    assert re.fullmatch("[A-Za-z0-9._=+@/-]+", path)
+
+
+def test_a_transition_time_changes_only_with_the_status() -> None:
+    first = condition("Ready", True, "AllReady", "", generation=1, now=NOW)
+    later = condition("Ready", True, "SomeReady", "one is slow", generation=2, now=NOW + timedelta(minutes=1))
+    merged = merge_conditions([first], [later])
+    assert merged == (later.model_copy(update={"last_transition_time": first.last_transition_time}),)
+    lost = condition("Ready", False, "NoneReady", "", generation=2, now=NOW + timedelta(minutes=2))
+    (after,) = merge_conditions(merged, [lost])
+    assert after.last_transition_time == "2026-11-21T04:02:00Z"
+
+
+def test_conditions_of_other_types_stay_in_place() -> None:
+    old = [condition(name, None, "Starting", "", generation=1, now=NOW) for name in ("Ready", "SLOMet")]
+    merged = merge_conditions(old, [condition("SLOMet", True, "Met", "x" * 4000, generation=1, now=NOW)])
+    assert [each.type for each in merged] == ["Ready", "SLOMet"]
+    assert merged[0].status is ConditionStatus.UNKNOWN
+    assert len(merged[1].message) == 2048
+    assert find_condition(merged, "SLOMet") == merged[1]
+    assert find_condition(merged, "Bound") is None
+    assert Condition.model_validate(merged[1].to_dict()) == merged[1]
+
+
+def test_times_are_written_in_utc() -> None:
+    assert timestamp(datetime.fromisoformat("2026-11-21T06:00:00.9+02:00")) == "2026-11-21T04:00:00Z"
+
+
+def test_the_examples_are_valid_and_name_each_other() -> None:
+    endpoint = InferenceEndpoint.from_dict(example("endpoint.yaml"))
+    job = FinetuneJob.from_dict(example("job.yaml"))
+    assert job.spec.endpoint_ref.name == endpoint.metadata.name == endpoint.model_name
+    assert job.spec.adapter.rank <= endpoint.spec.finetuning.max_rank
+
+
+def test_an_unknown_field_of_a_spec_is_an_error_and_of_a_status_is_not() -> None:
+    body = example("job.yaml")
+    with pytest.raises(ValidationError, match=r"spec\.publsh"):
+        FinetuneJob.from_dict({**body, "spec": {**body["spec"], "publsh": {}}})
+    job = FinetuneJob.from_dict({**body, "status": {"state": "Running", "fromTheFuture": 1}})
+    assert job.status == JobStatus.model_validate({"state": "Running"})
+
+
+@pytest.mark.parametrize("training", [{}, {"epochs": 1, "maxSteps": 2}])
+def test_a_job_has_exactly_one_length(training: dict[str, int]) -> None:
+    spec = example("job.yaml")["spec"]
+    with pytest.raises(ValidationError, match="exactly one of epochs and maxSteps"):
+        JobSpec.model_validate({**spec, "training": training})
+
+
+def test_a_bad_value_is_answered_with_what_to_write() -> None:
+    spec = example("job.yaml")["spec"]
+    with pytest.raises(ValidationError, match=r"training\.learningRate\n.*'fast' must be a decimal string above 0"):
+        JobSpec.model_validate({**spec, "training": {"maxSteps": 1, "learningRate": "fast"}})

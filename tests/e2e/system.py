@@ -1,0 +1,121 @@
+"""A development cluster of the tests' own: kubectl, clients in its network, and the examples adapted to its images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+STATE = ROOT / ".cache" / "test-cluster"
+TEMPLATE = {
+    "image": "localhost/coserve-agent-dev:dev",
+    "template": {
+        "env": [{"name": "PYTHONPATH", "value": "/env/coserve:/env/site-packages"}],
+        "volumes": [{"name": "env", "persistentVolumeClaim": {"claimName": "coserve-env", "readOnly": True}}],
+        "volumeMounts": [{"name": "env", "mountPath": "/env", "readOnly": True}],
+    },
+}
+
+
+class Cluster:
+    """kubectl, and programs in the cluster's network."""
+
+    volumes = STATE / "volumes"
+
+    def __init__(self) -> None:
+        self.environment = os.environ | {"COSERVE_CLUSTER_STATE": str(STATE)}
+
+    def script(self, name: str, *arguments: str, seconds: float = 1500) -> None:
+        """Run one of hack/'s scripts; its output goes to this process's."""
+        subprocess.run([str(ROOT / "hack" / name), *arguments], env=self.environment, check=True, timeout=seconds)
+
+    def run(self, *command: str, stdin: str | None = None, check: bool = True) -> str:
+        """Run a command in the cluster's network."""
+        done = subprocess.run(
+            [str(ROOT / "hack/cluster"), "run", *command],
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{' '.join(command)}: {done.stderr or done.stdout}")
+        return done.stdout
+
+    def python(self, script: str, *arguments: str, check: bool = True) -> str:
+        """Run a script of this folder as a client in the cluster's network."""
+        return self.run(sys.executable, str(Path(__file__).parent / script), *arguments, check=check)
+
+    def background(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start a script of this folder; the caller waits for it or ends it."""
+        command = [str(ROOT / "hack/cluster"), "run", sys.executable, str(Path(__file__).parent / script), *arguments]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
+
+    def apply(self, body: dict[str, Any]) -> None:
+        self.run("kubectl", "apply", "-f", "-", stdin=json.dumps(body))
+
+    def get(self, kind: str, name: str, namespace: str = "default") -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.run("kubectl", "-n", namespace, "get", kind, name, "-o", "json"))
+        return body
+
+    def items(self, kind: str, *arguments: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = json.loads(self.run("kubectl", "get", kind, "-o", "json", *arguments))["items"]
+        return items
+
+    def wait(
+        self, kind: str, name: str, done: Callable[[dict[str, Any]], bool], what: str, seconds: float = 180
+    ) -> dict[str, Any]:
+        """Poll an object until `done`; fails with its status when that takes too long."""
+        deadline = time.monotonic() + seconds
+        while True:
+            body = self.get(kind, name)
+            if done(body):
+                return body
+            if time.monotonic() > deadline:
+                described = self.run("kubectl", "describe", kind, name, check=False)
+                pytest.fail(f"{kind}/{name}: {what} did not come within {seconds:.0f} s\n{described}")
+            time.sleep(0.5)
+
+    def kill_agent(self, pod_uid: str) -> None:
+        """SIGKILL to the agent's first process, found by the pod in its cgroup."""
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes()
+                group = (entry / "cgroup").read_text()
+            except OSError:
+                continue
+            if b"coserve_agent.main" in command and pod_uid in group.replace("_", "-"):
+                os.kill(int(entry.name), signal.SIGKILL)
+                return
+        raise AssertionError(f"no agent process in pod {pod_uid}")
+
+
+def example(name: str, **spec: Any) -> dict[str, Any]:
+    """An example's object with parts of its spec replaced; an endpoint runs on the cluster's thin image."""
+    body: dict[str, Any] = yaml.safe_load((ROOT / "examples" / name).read_text())
+    if body["kind"] == "InferenceEndpoint":
+        body["spec"].update(TEMPLATE)
+    for key, value in spec.items():
+        part = body["spec"].get(key)
+        body["spec"][key] = part | value if isinstance(part, dict) and isinstance(value, dict) else value
+    return body
+
+
+def condition(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """A condition of an object's status, or an empty one."""
+    found = (c for c in body.get("status", {}).get("conditions", []) if c["type"] == name)
+    return next(found, {})
