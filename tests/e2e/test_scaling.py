@@ -1,19 +1,45 @@
-"""The real HPA controller on the endpoint's own /scale, fed by the metrics API: 1 -> 2 -> 1, the job
-moving on the way down.
-"""
+"""The real HPA controller on the endpoint's own /scale, fed by the metrics API; jobs that move when a replica goes."""
 
 from __future__ import annotations
 
+import json
+import statistics
+import time
 from typing import Any
 
 import pytest
 from system import Cluster, condition, example
 
 pytestmark = pytest.mark.e2e
+METRIC = (
+    "/apis/custom.metrics.k8s.io/v1beta2/namespaces/default/inferenceendpoints.coserve.dev/{}/slo_saturation_percent"
+)
 
 
 def replicas(count: int) -> Any:
     return lambda body: body["status"].get("readyReplicas") == count and body["spec"]["replicas"] == count
+
+
+def is_ready(body: dict[str, Any]) -> bool:
+    return condition(body, "Ready").get("status") == "True"
+
+
+def url(cluster: Cluster, name: str) -> str:
+    return f"http://{cluster.get('service', name)['spec']['clusterIP']}"
+
+
+def saturation(cluster: Cluster, name: str) -> float:
+    """The metric as the HPA controller reads it, in percent."""
+    value = json.loads(cluster.run("kubectl", "get", "--raw", METRIC.format(name)))["items"][0]["value"]
+    return float(value[:-1]) / 1000 if value.endswith("m") else float(value)
+
+
+def job(name: str, endpoint: str, steps: int) -> dict[str, Any]:
+    training = {"maxSteps": steps, "batchSize": 4, "learningRate": "1e-3", "warmupSteps": 0}
+    body = example("job.yaml", training=training, checkpoint={"everySteps": 10}, adapter={"name": name})
+    body["metadata"]["name"] = name
+    body["spec"]["endpointRef"]["name"] = endpoint
+    return body
 
 
 def test_saturation_adds_a_replica_and_its_end_takes_it_away(cluster: Cluster) -> None:
@@ -27,9 +53,10 @@ def test_saturation_adds_a_replica_and_its_end_takes_it_away(cluster: Cluster) -
     )
     body["metadata"]["name"] = "elastic"
     cluster.apply(body)
-    cluster.wait("iep", "elastic", lambda b: condition(b, "Ready").get("status") == "True", "Ready", 180)
-    url = f"http://{cluster.get('service', 'elastic')['spec']['clusterIP']}"
-    load = cluster.background("load.py", url, "elastic", "24", "100")
+    refused = cluster.run("kubectl", "get", "--raw", METRIC.format("elastic"), check=False)
+    assert refused == ""  # no agent has reported yet: no data is not zero
+    cluster.wait("iep", "elastic", is_ready, "Ready", 180)
+    load = cluster.background("load.py", url(cluster, "elastic"), "elastic", "24", "100")
     try:
         cluster.wait("iep", "elastic", replicas(2), "a second replica", 120)
     finally:
@@ -37,3 +64,44 @@ def test_saturation_adds_a_replica_and_its_end_takes_it_away(cluster: Cluster) -
     assert "0 failed" in output
     cluster.wait("iep", "elastic", replicas(1), "one replica again", 180)
     cluster.run("kubectl", "delete", "iep", "elastic", "--wait")
+
+
+def test_saturation_is_the_same_with_finetuning_on_and_off_and_jobs_move_when_a_replica_goes(cluster: Cluster) -> None:
+    body = example("endpoint.yaml", replicas=1)
+    body["metadata"]["name"] = "even"
+    cluster.apply(body)
+    cluster.wait("iep", "even", is_ready, "Ready", 180)
+
+    def under_load() -> float:
+        load = cluster.background("load.py", url(cluster, "even"), "even", "4", "40")
+        time.sleep(18)  # the metric is an average over 15 s
+        values = []
+        for _ in range(10):
+            values.append(saturation(cluster, "even"))
+            time.sleep(1.5)
+        output, _ = load.communicate(timeout=120)
+        assert "0 failed" in output
+        return statistics.mean(values)
+
+    off = under_load()
+    cluster.apply(job("first", "even", 400))
+    cluster.wait("ftj", "first", lambda b: b.get("status", {}).get("progress", {}).get("step", 0) > 0, "a step", 90)
+    on = under_load()
+    assert cluster.get("ftj", "first")["status"]["state"] == "Running"
+    assert abs(on - off) <= 5, f"saturation {off:.1f} % without finetuning, {on:.1f} % with it"
+
+    cluster.apply(job("second", "even", 60))
+    waiting = cluster.wait(
+        "ftj", "second", lambda b: condition(b, "Bound").get("reason") == "NoCapacity", "NoCapacity", 60
+    )
+    assert waiting["status"]["state"] == "Pending"
+    cluster.run("kubectl", "scale", "iep", "even", "--replicas=2")
+    cluster.wait("ftj", "second", lambda b: b["status"]["state"] == "Running", "Running on the second agent", 120)
+    cluster.run("kubectl", "scale", "iep", "even", "--replicas=1")
+    cluster.wait("iep", "even", replicas(1), "one replica again", 120)
+    moved = [cluster.get("ftj", name)["status"] for name in ("first", "second")]
+    assert [status["restarts"] for status in moved] == [0, 0]  # giving a job back is no failure
+    for name in ("first", "second"):
+        cluster.wait("ftj", name, lambda b: condition(b, "Complete").get("status") == "True", "Complete", 300)
+    cluster.run("kubectl", "delete", "ftj", "first", "second", "--wait")
+    cluster.run("kubectl", "delete", "iep", "even", "--wait")

@@ -1,0 +1,1 @@
+"""The node agent: OpenAI-compatible HTTP, the finetuning worker and the feeder around one engine."""

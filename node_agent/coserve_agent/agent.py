@@ -1,0 +1,175 @@
+"""The agent's parts put together, from settings to exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from importlib.metadata import version
+
+from coserve_agent.concurrency import alongside
+from coserve_agent.engine_client import EngineClient
+from coserve_agent.errors import EngineGoneError, StartError
+from coserve_agent.finetuning import Finetuning
+from coserve_agent.http import admin, openai
+from coserve_agent.http.generate import Generator, Served
+from coserve_agent.lifecycle import Lifecycle
+from coserve_agent.metrics import Metrics
+from coserve_agent.registry import AdapterRegistry
+from coserve_agent.servers import Server, listen
+from coserve_agent.settings import PREFIX, AgentSettings
+from coserve_agent.slo import Slo, SloMeter
+from coserve_agent.tokenizer import Tokenizer
+from coserve_api.endpoint import FinetuningPolicy
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
+
+log = logging.getLogger(__name__)
+
+# After the engine ended: time for the last 500s to reach their clients.
+FLUSH_S = 0.5
+
+
+class Agent:
+    """One agent process. Build it in a running loop, then `run` it once.
+
+    Raises:
+        StartError: a setting, a port or the tokenizer is wrong.
+    """
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.boot_id = uuid.uuid4().hex
+        self.lifecycle = Lifecycle()
+        http_socket = listen(settings.host, settings.http_port, PREFIX + "HTTP_PORT")
+        admin_socket = listen(settings.host, settings.admin_port, PREFIX + "ADMIN_PORT")
+        self.tokenizer = Tokenizer(settings.model_path)
+        self.metrics = Metrics(settings.model_name, time.monotonic)
+        self.meter = SloMeter(
+            Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000),
+            time.monotonic,
+            self.metrics.ttft.observe,
+            self.metrics.gap.observe,
+        )
+        self.engine_host = EngineHost.start(engine_config(settings))
+        self.engine = EngineClient(self.engine_host, self.metrics.on_iteration, self.metrics.on_load)
+        base = Served(settings.model_name, None, str(settings.model_path), int(time.time()))
+        self.registry = AdapterRegistry(self.engine, base, settings.artifacts)
+        self.generator = Generator(
+            self.engine,
+            self.tokenizer,
+            self.registry,
+            self.lifecycle,
+            self.meter,
+            self.metrics,
+            max_model_length=settings.max_model_length,
+            max_waiting=settings.max_waiting,
+            now_s=time.monotonic,
+        )
+        api = openai.build(self.generator, version("coserve"), settings.max_body_bytes)
+        inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
+        self.http = Server(api, http_socket)
+        self.admin = Server(inside, admin_socket)
+        self.finetuning = None if settings.redis_url is None else self._finetuning(settings.redis_url)
+
+    def _finetuning(self, redis_url: str) -> Finetuning:
+        return Finetuning(
+            self.settings,
+            redis_url,
+            self.boot_id,
+            engine=self.engine,
+            registry=self.registry,
+            tokenizer=self.tokenizer,
+            lifecycle=self.lifecycle,
+            metrics=self.metrics,
+            meter=self.meter,
+        )
+
+    def stop(self) -> None:
+        """Begin to drain; `run` returns when it is done."""
+        if not self.lifecycle.draining:
+            log.info("agent: draining")
+            self.lifecycle.start_draining()
+
+    async def run(self) -> int:
+        """Serve until `stop`; returns the exit status: 0, or 1 if the engine ended.
+
+        Raises:
+            StartError: the model cannot be loaded.
+        """
+        self.engine.start()
+        servers = [asyncio.create_task(server.run_until_stopped()) for server in (self.http, self.admin)]
+        log.info("agent: boot %s, http port %d, admin port %d", self.boot_id, self.http.port, self.admin.port)
+        background = [self.engine.watch()]
+        if self.finetuning is not None:
+            background.append(self.finetuning.run())
+        try:
+            status = await alongside(self._serve(), *background)
+            if self.finetuning is not None:
+                await self.finetuning.leave()
+            return status
+        finally:
+            self.http.stop()
+            self.admin.stop()
+            await asyncio.gather(*servers, return_exceptions=True)
+            await self.engine.close()
+
+    async def _serve(self) -> int:
+        loading = asyncio.create_task(self._load())
+        drained = asyncio.create_task(self.lifecycle.drained())
+        gone = asyncio.create_task(self.engine.gone())
+        try:
+            await asyncio.wait((loading, drained), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+            await asyncio.wait((gone, drained), return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                log.error("agent: ends, because the engine ended: %s", gone.result())
+                await asyncio.sleep(FLUSH_S)
+                return 1
+            await self._drain()
+            return 0
+        finally:
+            for task in (loading, drained, gone):
+                task.cancel()
+
+    async def _load(self) -> None:
+        begun_s = time.monotonic()
+        try:
+            ready = await self.engine.ready()
+        except EngineGoneError as error:
+            raise StartError(str(error)) from None
+        self.tokenizer.check_fits(ready.vocab_size, self.settings.model_path)
+        for note in ready.notes:
+            log.info("engine: %s", note)
+        log.info("engine: model loaded in %.1f s, %d KV pages", time.monotonic() - begun_s, ready.kv_total_pages)
+        self.lifecycle.model_loaded = True
+        if self.finetuning is None:
+            self.lifecycle.set_adapters(())
+
+    async def _drain(self) -> None:
+        """Finish what runs and give the jobs back, but no longer than the grace period allows."""
+        work = [self.engine.quiet()]
+        if self.finetuning is not None:
+            work.append(self.finetuning.worker.drain())
+        try:
+            async with asyncio.timeout(self.settings.drain_s):
+                await asyncio.gather(*work)
+            log.info("agent: drained")
+        except TimeoutError:
+            log.warning("agent: ends with %d requests unfinished", self.engine.in_flight())
+
+
+def engine_config(settings: AgentSettings) -> EngineConfig:
+    return EngineConfig(
+        model_path=str(settings.model_path),
+        max_model_length=settings.max_model_length,
+        max_batch_tokens=settings.max_batch_tokens,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        ttft_s=settings.ttft_ms / 1000,
+        tpot_s=settings.tpot_ms / 1000,
+        threads=settings.threads,
+        finetuning=settings.finetuning is FinetuningPolicy.ALLOWED,
+        max_rank=settings.max_rank,
+    )

@@ -1,0 +1,401 @@
+"""A finetuning job as a stream of engine commands: what a remote client would send, driven by a dataset's shards.
+
+It keeps about two optimizer steps in flight, so the engine always has work, and holds no state that a checkpoint does not carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from coserve_agent.engine_client import JobChannel, JobEvent
+from coserve_agent.errors import JobFailedError
+from coserve_agent.passes import split_passes, to_seqs, weight_sum
+from coserve_agent.schedule import learning_rate
+from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog, finite
+from coserve_api.job import FailedReason
+from coserve_api.messages import BindingSpec
+from coserve_api.shards import Sample, Shard
+from coserve_engine.messages import (
+    AdapterExported,
+    CheckpointDone,
+    ExportAdapter,
+    ForwardBackward,
+    JobFailed,
+    JobStarted,
+    JobStopped,
+    LoraSpec,
+    OptimStep,
+    Pass,
+    PassDone,
+    PassMode,
+    SaveCheckpoint,
+    StartJob,
+    StepDone,
+    StopJob,
+)
+
+log = logging.getLogger(__name__)
+
+STEPS_IN_FLIGHT = 2
+EVAL_PASSES_IN_FLIGHT = 4
+MAX_SKIPPED_IN_ROW = 5
+# How long a stop waits for steps that are nearly done before it gives them up.
+STOP_WAIT_S = 5.0
+
+
+class ShardSource(Protocol):
+    """Where a job's data comes from."""
+
+    def get(self, number: int) -> Shard | None:
+        """Training shard `number` if it is here; earlier ones are forgotten. Wakes the driver when it arrives."""
+
+    async def eval_samples(self) -> list[Sample]:
+        """All held-out samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the driver must know of a job. `engine_job` names it in the engine; paths are absolute."""
+
+    engine_job: str
+    spec: BindingSpec
+    total_steps: int
+    max_length: int
+    base_model_name: str
+    checkpoint_path: Callable[[int], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is durable and waits to be accepted."""
+
+    step: int
+    sha256: str
+
+
+@dataclass(slots=True)
+class _OpenStep:
+    """A step whose commands are submitted; `optim_seq` is that of its OptimStep."""
+
+    step: int
+    lr: float
+    samples: tuple[int, ...]
+    passes: set[int]
+    optim_seq: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Eval:
+    """A running evaluation."""
+
+    pending: set[int] = field(default_factory=set)
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+
+
+class StopRequested(Exception):  # noqa: N818 (no error: it unwinds the driver to where it stops)
+    """The driver was asked to stop."""
+
+
+class Driver:
+    """Runs one job on the engine from a checkpoint to its end, or until it is asked to stop.
+
+    Args:
+        accept: called with each durable checkpoint; returns once it is accepted. Never called twice at once.
+        on_step: hears every finished step and the totals after it.
+        pass_ids: numbers that are unique over the engine's life.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        channel: JobChannel,
+        shards: ShardSource,
+        *,
+        accept: Callable[[Saved], Awaitable[None]],
+        on_step: Callable[[StepRecord, DriverState], None],
+        pass_ids: Iterator[int],
+    ) -> None:
+        self._plan = plan
+        self._channel = channel
+        self._shards = shards
+        self._accept = accept
+        self._on_step = on_step
+        self._pass_ids = pass_ids
+        self._seq = itertools.count(1)
+        self._log = TrainingLog()
+        self._open: deque[_OpenStep] = deque()
+        self._eval = _Eval()
+        self._changed = asyncio.Event()
+        self._stop = False
+        self._failure: Exception | None = None
+        self._started: JobStarted | None = None
+        self._stopped: JobStopped | None = None
+        self._exported: AdapterExported | None = None
+        self._saving: int | None = None
+        self._acceptance: asyncio.Task[None] | None = None
+        self.accepted_step = 0
+
+    @property
+    def state(self) -> DriverState:
+        return self._log.state
+
+    def wake(self) -> None:
+        """Something the driver may wait for has changed."""
+        self._changed.set()
+
+    def request_stop(self) -> None:
+        self._stop = True
+        self.wake()
+
+    async def start(self, resume: Path | None) -> None:
+        """Create the training state in the engine.
+
+        Raises:
+            JobFailedError: the engine refuses it.
+        """
+        spec = self._plan.spec
+        lora = LoraSpec(spec.rank, float(spec.alpha), tuple(str(target) for target in spec.target_modules))
+        self._pump = asyncio.create_task(self._read_events())
+        self._channel.submit(StartJob(self._plan.engine_job, lora, spec.seed, None if resume is None else str(resume)))
+        await self._until(lambda: self._started is not None, stoppable=False)
+        assert self._started is not None
+        if resume is not None:
+            self._log = TrainingLog.from_files(self._started.files, self._started.step)
+            self.accepted_step = self._started.step
+        self._seq = itertools.count(self._started.seq_no + 1)
+
+    async def train(self) -> None:
+        """Evaluate, run all steps that are left, evaluate again; the last checkpoint is accepted at the end.
+
+        Raises:
+            StopRequested, JobFailedError, EngineGoneError.
+        """
+        total = self._plan.total_steps
+        if self.state.step == 0:
+            await self._evaluate(initial=True)
+        for step in range(self.state.step + 1, total + 1):
+            shard = await self._next_shard(step)
+            await self._until(lambda: len(self._open) < STEPS_IN_FLIGHT)
+            self._submit_step(step, shard)
+            if step % self._plan.spec.checkpoint_every_steps == 0 and step < total:
+                await self._until(lambda: not self._open)
+                await self._save()
+        await self._until(lambda: not self._open)
+        if self.state.eval_loss is None:
+            await self._evaluate(initial=False)
+        if self.accepted_step < self.state.step:
+            await self._save()
+        await self._settle_acceptance(stoppable=True)
+
+    async def export(self, path: Path) -> str:
+        """Write the adapter as PEFT folder `path`; returns the sha256 of its manifest."""
+        files = {"training_log.jsonl": self._log.text()}
+        self._channel.submit(
+            ExportAdapter(self._plan.engine_job, next(self._seq), str(path), self._plan.base_model_name, files)
+        )
+        await self._until(lambda: self._exported is not None)
+        assert self._exported is not None
+        return self._exported.sha256
+
+    async def stop(self) -> None:
+        """Save what is done, have it accepted, and drop the job from the engine."""
+        try:
+            async with asyncio.timeout(STOP_WAIT_S):
+                await self._until(lambda: not self._open, stoppable=False)
+        except TimeoutError:
+            log.info("job %s: gives up the steps that are under way", self._plan.spec.job_name)
+        await self._settle_acceptance(stoppable=False)
+        step = self.state.step
+        if step <= self.accepted_step:
+            await self.drop()
+            return
+        path = self._plan.checkpoint_path(step)
+        self._channel.submit(StopJob(self._plan.engine_job, str(path), self._log.files()))
+        await self._until(lambda: self._stopped is not None, stoppable=False)
+        stopped = self._stopped
+        if stopped is None or stopped.checkpoint is None or stopped.step != step:
+            # A step ended between the last event and the stop: its log line is missing, so this is no checkpoint.
+            log.info(
+                "job %s: the last step is not saved; it is done again from step %d",
+                self._plan.spec.job_name,
+                self.accepted_step,
+            )
+            return
+        await self._accept(Saved(step, stopped.checkpoint))
+        self.accepted_step = step
+
+    async def drop(self) -> None:
+        """Forget the job in the engine; nothing is written."""
+        self._channel.submit(StopJob(self._plan.engine_job))
+        await self._until(lambda: self._stopped is not None, stoppable=False)
+
+    async def close(self) -> None:
+        """End the driver's own tasks."""
+        tasks = [task for task in (self._pump, self._acceptance) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---- steps ----
+
+    async def _next_shard(self, step: int) -> Shard:
+        await self._until(lambda: self._shards.get(step) is not None)
+        shard = self._shards.get(step)
+        assert shard is not None
+        for sample in shard.samples:
+            self._check_length(sample)
+        return shard
+
+    def _check_length(self, sample: Sample) -> None:
+        if len(sample.tokens) > self._plan.max_length:
+            raise JobFailedError(
+                FailedReason.INVALID_DATASET,
+                f"line {sample.id}: has {len(sample.tokens)} tokens, more than the endpoint's model.maxModelLength "
+                f"{self._plan.max_length}; set dataset.maxSequenceLength to at most that, with onInvalid: Skip if need be",
+            )
+
+    def _submit_step(self, step: int, shard: Shard) -> None:
+        spec, job = self._plan.spec, self._plan.engine_job
+        lr = learning_rate(spec.schedule, step - 1, spec.learning_rate, spec.warmup_steps, self._plan.total_steps)
+        divisor = weight_sum(shard.samples)
+        current = _OpenStep(step, lr, tuple(sample.id for sample in shard.samples), set())
+        self._open.append(current)
+        for micro, part in enumerate(split_passes(shard.samples)):
+            seq_no = next(self._seq)
+            current.passes.add(seq_no)
+            work = Pass(next(self._pass_ids), job, step, micro, to_seqs(part, divisor))
+            self._channel.submit(ForwardBackward(job, seq_no, work))
+        current.optim_seq = next(self._seq)
+        self._channel.submit(
+            OptimStep(job, current.optim_seq, lr, weight_decay=spec.weight_decay, max_grad_norm=spec.max_grad_norm)
+        )
+
+    async def _evaluate(self, *, initial: bool) -> None:
+        """The mean loss over the held-out samples; nothing where there are none."""
+        samples = await self._shards.eval_samples()
+        if not samples:
+            return
+        job, self._eval = self._plan.engine_job, _Eval()
+        for micro, part in enumerate(split_passes(samples)):
+            for sample in part:
+                self._check_length(sample)
+            await self._until(lambda: len(self._eval.pending) < EVAL_PASSES_IN_FLIGHT)
+            seq_no = next(self._seq)
+            self._eval.pending.add(seq_no)
+            work = Pass(next(self._pass_ids), job, self.state.step, micro, to_seqs(part, 1.0), PassMode.EVAL)
+            self._channel.submit(ForwardBackward(job, seq_no, work))
+        await self._until(lambda: not self._eval.pending)
+        loss = self._eval.loss_sum / self._eval.weight_sum
+        self._log.note_eval(loss, initial=initial)
+        log.info("job %s: eval loss %.4f at step %d", self._plan.spec.job_name, loss, self.state.step)
+
+    # ---- checkpoints ----
+
+    async def _save(self) -> None:
+        """Begin a checkpoint of the current step, once the one before is accepted; training goes on meanwhile."""
+        await self._settle_acceptance(stoppable=True)
+        self._saving = self.state.step
+        path = self._plan.checkpoint_path(self._saving)
+        self._channel.submit(SaveCheckpoint(self._plan.engine_job, next(self._seq), str(path), self._log.files()))
+
+    async def _settle_acceptance(self, *, stoppable: bool) -> None:
+        await self._until(lambda: self._saving is None, stoppable=stoppable)
+
+    async def _accept_saved(self, event: CheckpointDone) -> None:
+        try:
+            await self._accept(Saved(event.step, event.sha256))
+            self.accepted_step = event.step
+        except Exception as error:
+            self._failure = self._failure or error
+        self._saving = None
+        self.wake()
+
+    # ---- events ----
+
+    async def _until(self, condition: Callable[[], bool], *, stoppable: bool = True) -> None:
+        while True:
+            self._changed.clear()
+            if self._failure is not None:
+                raise self._failure
+            if stoppable and self._stop:
+                raise StopRequested
+            if condition():
+                return
+            await self._changed.wait()
+
+    async def _read_events(self) -> None:
+        try:
+            while True:
+                self._handle(await self._channel.next_event())
+                self.wake()
+        except Exception as error:
+            self._failure = self._failure or error
+            self.wake()
+
+    def _handle(self, event: JobEvent) -> None:
+        match event:
+            case JobStarted():
+                self._started = event
+            case PassDone():
+                self._on_pass(event)
+            case StepDone():
+                self._on_optim(event)
+            case CheckpointDone():
+                self._acceptance = asyncio.create_task(self._accept_saved(event))
+            case AdapterExported():
+                self._exported = event
+            case JobStopped():
+                self._stopped = event
+            case JobFailed():
+                reason = (
+                    FailedReason.ARTIFACT_STORE_ERROR if event.code in _STORE_CODES else FailedReason.INTERNAL_ERROR
+                )
+                raise JobFailedError(reason, event.message)
+
+    def _on_pass(self, event: PassDone) -> None:
+        if event.mode is PassMode.EVAL:
+            self._eval.pending.discard(event.seq_no)
+            self._eval.loss_sum += event.loss_sum
+            self._eval.weight_sum += event.weight_sum
+            return
+        for current in self._open:
+            if event.seq_no in current.passes:
+                current.loss += event.loss_sum
+                current.tokens += event.tokens
+
+    def _on_optim(self, event: StepDone) -> None:
+        current = self._open.popleft()
+        if current.optim_seq != event.seq_no or current.step != event.step:
+            raise JobFailedError(
+                FailedReason.INTERNAL_ERROR, f"the engine did step {event.step}, and step {current.step} was next"
+            )
+        record = StepRecord(
+            step=current.step,
+            loss=None if event.skipped else finite(current.loss),
+            lr=current.lr,
+            grad_norm=finite(event.grad_norm),
+            tokens=current.tokens,
+            samples=current.samples,
+            skipped=event.skipped,
+        )
+        self._log.add(record)
+        self._on_step(record, self.state)
+        if self.state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            raise JobFailedError(
+                FailedReason.TRAINING_DIVERGED,
+                f"the gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step {current.step}; "
+                "lower training.learningRate, raise warmupSteps, or look at the data",
+            )
+
+
+_STORE_CODES = ("artifact_store", "invalid_checkpoint")

@@ -1,0 +1,71 @@
+"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    400: "invalid_request_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that refuses a request; `param` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": str(self),
+                "type": _TYPES.get(self.status, "server_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_unknown_path(request: Request, error: Exception) -> JSONResponse:
+    message = f"{request.method} {request.url.path}: no such route; POST /v1/chat/completions, GET /v1/models and others exist"
+    return ApiError(404, message, code="not_found").response()
+
+
+async def on_wrong_method(request: Request, error: Exception) -> JSONResponse:
+    headers = getattr(error, "headers", None) or {}
+    allowed = headers.get("Allow", headers.get("allow", "another method"))
+    message = f"{request.url.path} does not take {request.method}; use {allowed}"
+    return ApiError(405, message, code="method_not_allowed").response()

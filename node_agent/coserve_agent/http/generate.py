@@ -1,0 +1,250 @@
+"""From a parsed request to text: admission, the engine's token stream, characters, stop strings and usage."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from coserve_agent.detokenize import Detokenizer, StopStrings
+from coserve_agent.engine_client import EngineClient, RefusedError, TokenStream
+from coserve_agent.errors import EngineGoneError
+from coserve_agent.http.errors import ApiError, bad_request
+from coserve_agent.http.params import ChatRequest, Common
+from coserve_agent.lifecycle import Lifecycle
+from coserve_agent.metrics import Metrics
+from coserve_agent.slo import RequestMeter, SloMeter
+from coserve_agent.tokenizer import Tokenizer
+from coserve_engine.messages import AdapterVersion, AddRequest, FinishReason, SamplingParams, Token
+
+RETRY_AFTER_S = 1
+SMALL_TEXT_CHARS = 8192
+
+
+@dataclass(frozen=True)
+class Served:
+    """A name that clients may send as `model`. `root` says where the weights are from; `version` None is the base model."""
+
+    name: str
+    version: AdapterVersion | None
+    root: str
+    created_s: int
+    parent: str | None = None
+
+
+class Models(Protocol):
+    """The names that are served now."""
+
+    def resolve(self, name: str) -> Served | None: ...
+
+    def listing(self) -> list[Served]: ...
+
+
+class Generation:
+    """One running request. Close it in the end, whatever happened."""
+
+    def __init__(
+        self, stream: TokenStream, meter: RequestMeter, detokenizer: Detokenizer, stops: StopStrings, prompt_tokens: int
+    ) -> None:
+        self._stream = stream
+        self.meter = meter
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = 0
+        self.finish_reason: str | None = None
+        self.failed = False
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    async def next_text(self) -> str:
+        """The next characters; may be empty once `finish_reason` is set.
+
+        Raises:
+            ApiError: the engine refuses the request, or ended.
+        """
+        text = ""
+        while not text and not self.done:
+            try:
+                text = self._consume(await self._stream.next_tokens())
+            except RefusedError as error:
+                self.failed = True
+                raise _refusal(error) from None
+            except EngineGoneError as error:
+                self.failed = True
+                message = f"the engine stopped: {error}; send the request again"
+                raise ApiError(500, message, code="engine_stopped") from None
+        return text
+
+    async def whole_text(self) -> str:
+        parts = []
+        while not self.done:
+            parts.append(await self.next_text())
+        return "".join(parts)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _consume(self, tokens: list[Token]) -> str:
+        text = ""
+        for token in tokens:
+            text += self._push(token.token, token.finish)
+            if self.done:
+                break
+        return text
+
+    def _push(self, token: int, finish: FinishReason | None) -> str:
+        self.completion_tokens += 1
+        # The token that ended the answer is no part of it.
+        text = "" if finish is FinishReason.STOP else self._stops.push(self._detokenizer.push(token))
+        if finish is not None:
+            text += self._stops.push(self._detokenizer.flush())
+            self.finish_reason = finish.value
+        if self._stops.found is not None:
+            self.finish_reason = FinishReason.STOP.value
+        elif finish is not None:
+            text += self._stops.flush()
+        return text
+
+
+class Generator:
+    """Admits requests and begins them."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        models: Models,
+        lifecycle: Lifecycle,
+        meter: SloMeter,
+        metrics: Metrics,
+        max_model_length: int,
+        max_waiting: int,
+        now_s: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self.tokenizer = tokenizer
+        self.models = models
+        self._lifecycle = lifecycle
+        self._meter = meter
+        self._metrics = metrics
+        self.max_model_length = max_model_length
+        self._max_waiting = max_waiting
+        self.now_s = now_s
+
+    def check_open(self) -> None:
+        """Raises ApiError 503 while loading or draining."""
+        if self._lifecycle.draining:
+            raise self._refused(503, "the agent is shutting down; send the request again", "draining")
+        if not self._engine.alive:
+            raise self._refused(500, "the engine stopped; the agent is restarting", "engine_stopped")
+        if not self._lifecycle.model_loaded:
+            raise self._refused(503, "the model is being loaded; send the request again", "loading")
+
+    def served(self, name: str) -> Served:
+        """Raises ApiError 404 naming what is served."""
+        served = self.models.resolve(name)
+        if served is None and (not self._lifecycle.adapters_known or name in self._lifecycle.missing_adapters):
+            raise self._refused(
+                503, f"model {name!r} may be published but is not loaded yet; try again later", "loading"
+            )
+        if served is None:
+            known = ", ".join(one.name for one in self.models.listing())
+            raise ApiError(
+                404, f"model {name!r} is not served here; served are: {known}", param="model", code="model_not_found"
+            )
+        return served
+
+    async def encode(self, encode: Callable[[], list[int]], chars: int) -> list[int]:
+        """Tokenise; long texts in a thread, so that nobody waits for them."""
+        return encode() if chars < SMALL_TEXT_CHARS else await asyncio.to_thread(encode)
+
+    def begin(
+        self, request_id: str, prompt: Sequence[int], request: Common, max_tokens: int | None, arrival_s: float
+    ) -> Generation:
+        """Hand the request to the engine. From resolving the name on nothing waits, so it keeps the version it got.
+
+        Raises:
+            ApiError: 400 if it does not fit the context, 404, 429 if too many wait, 503.
+        """
+        self.check_open()
+        served = self.served(request.model)
+        max_tokens = self._check_length(
+            len(prompt), max_tokens, "messages" if isinstance(request, ChatRequest) else "prompt"
+        )
+        if self._engine.waiting() >= self._max_waiting:
+            raise self._refused(429, f"{self._max_waiting} requests are waiting already; try again later", "overloaded")
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=secrets.randbits(62) if request.seed is None else request.seed,
+            ignore_eos=bool(request.ignore_eos),
+            stop_token_ids=self._stop_token_ids(request),
+        )
+        meter = self._meter.request(arrival_s)
+        try:
+            stream = self._engine.generate(
+                AddRequest(request_id, tuple(prompt), params, arrival_s, served.version), meter.token
+            )
+        except EngineGoneError as error:
+            raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
+        detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
+        return Generation(stream, meter, detokenizer, StopStrings(request.stop or ()), len(prompt))
+
+    def end(self, generation: Generation) -> None:
+        """Free the request in the engine if it runs still, and judge it."""
+        generation.close()
+        meter = generation.meter
+        if generation.failed:
+            meter.fail()
+            self._metrics.on_request("failed")
+        elif not generation.done:
+            meter.cancel()
+            self._metrics.on_request("cancelled")
+        else:
+            meter.finish()
+            self._metrics.on_request("ok")
+
+    def _check_length(self, prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+        limit = self.max_model_length
+        if prompt_tokens == 0:
+            raise bad_request("the prompt has no tokens; send at least one", param, "invalid_value")
+        if prompt_tokens >= limit:
+            raise bad_request(
+                f"the prompt has {prompt_tokens} tokens, but this model's context is {limit} tokens of prompt and answer together; "
+                f"shorten the prompt to {limit - 1} tokens or less",
+                param,
+                "context_length_exceeded",
+            )
+        if max_tokens is not None and prompt_tokens + max_tokens > limit:
+            raise bad_request(
+                f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, but this model's context is {limit} tokens; "
+                f"ask for {limit - prompt_tokens} or less",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return limit - prompt_tokens if max_tokens is None else max_tokens
+
+    def _stop_token_ids(self, request: Common) -> tuple[int, ...]:
+        own = tuple(request.stop_token_ids or ())
+        return own if request.ignore_eos else tuple(dict.fromkeys((*own, *self.tokenizer.stop_token_ids)))
+
+    def _refused(self, status: int, message: str, code: str) -> ApiError:
+        self._meter.refused()
+        self._metrics.on_request("refused")
+        return ApiError(status, message, code=code, retry_after_s=None if status == 500 else RETRY_AFTER_S)
+
+
+def _refusal(error: RefusedError) -> ApiError:
+    if error.code == "unknown_adapter":
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if error.code == "context_length_exceeded":
+        return bad_request(str(error), "messages", error.code)
+    if error.code == "invalid_token":
+        return bad_request(str(error), "prompt", error.code)
+    return ApiError(500, f"the engine could not run the request: {error}", code=error.code)

@@ -1,0 +1,231 @@
+"""Which parameters a request may have, and a clear refusal for those that would change the answer but are not supported.
+
+A parameter that asks for nothing special (null, or the neutral value) is accepted, so that tools that send every field
+of OpenAI's API work unchanged. Nothing is ignored silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+
+from coserve_agent.http.errors import ApiError, bad_request
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_SEED = (1 << 63) - 1
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StreamOptions(_Base):
+    include_usage: StrictBool = False
+    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: StrictBool | None = None
+
+
+class Common(_Base):
+    """What both kinds of completion share. Token counts; temperature 0 is greedy."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(max_length=64)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: StrictBool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class ChatMessage(BaseModel):
+    """One message. Content parts are joined if they are text; other kinds are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: Annotated[str, Field(min_length=1, max_length=32)]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """role and content as the chat template gets them."""
+        return {"role": self.role, "content": _text(self.content)}
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class CompletionRequest(Common):
+    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+
+
+def _neutral(*values: object) -> Callable[[object], bool]:
+    # `is` for booleans: 1 == True would let logprobs=1 pass for True.
+    return lambda value: any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
+
+
+def _anything(value: object) -> bool:
+    return True
+
+
+_EMPTY = _neutral([], {}, "")
+_OFF = _neutral(False)
+
+# What changes nothing at the given values. null is neutral everywhere.
+NEUTRAL: Mapping[str, Callable[[object], bool]] = {
+    # harmless: they concern OpenAI's own platform
+    **dict.fromkeys(
+        ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        _anything,
+    ),
+    "store": _anything,
+    "parallel_tool_calls": _anything,
+    "priority": _anything,
+    "request_id": _anything,
+    # they would change the answer
+    "n": _neutral(1),
+    "best_of": _neutral(1),
+    "logprobs": _OFF,
+    "top_logprobs": _neutral(0),
+    "prompt_logprobs": _OFF,
+    "echo": _OFF,
+    "suffix": _EMPTY,
+    "logit_bias": _EMPTY,
+    "presence_penalty": _neutral(0),
+    "frequency_penalty": _neutral(0),
+    "repetition_penalty": _neutral(1),
+    "length_penalty": _neutral(1),
+    "top_k": _neutral(0, -1),
+    "min_p": _neutral(0),
+    "min_tokens": _neutral(0),
+    "use_beam_search": _OFF,
+    "tools": _EMPTY,
+    "tool_choice": _neutral("none", "auto"),
+    "functions": _EMPTY,
+    "function_call": _neutral("none", "auto"),
+    "response_format": _neutral({"type": "text"}),
+    "modalities": _neutral(["text"]),
+    "audio": _EMPTY,
+    "prediction": _EMPTY,
+    "reasoning_effort": _neutral("none"),
+    "verbosity": _neutral("medium"),
+    "web_search_options": _EMPTY,
+    "skip_special_tokens": _neutral(True),
+    "spaces_between_special_tokens": _neutral(True, False),
+    "include_stop_str_in_output": _OFF,
+    "add_special_tokens": _neutral(True),
+    "add_generation_prompt": _neutral(True),
+    "continue_final_message": _OFF,
+    "chat_template": _EMPTY,
+    "chat_template_kwargs": _EMPTY,
+    "truncate_prompt_tokens": _EMPTY,
+    "guided_json": _EMPTY,
+    "structured_outputs": _EMPTY,
+    "return_token_ids": _OFF,
+    "return_tokens_as_token_ids": _OFF,
+}
+
+
+def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """`body` without the neutral parameters.
+
+    Raises:
+        ApiError: 400 naming the first parameter that is unknown or asks for something that is not supported.
+    """
+    kept = {}
+    for name, value in body.items():
+        if name in known:
+            kept[name] = value
+        elif name not in NEUTRAL:
+            raise bad_request(
+                f"{name} is no parameter of this API; remove it (supported: {', '.join(sorted(known))})",
+                name,
+                "unknown_parameter",
+            )
+        elif value is not None and not NEUTRAL[name](value):
+            raise bad_request(
+                f"{name} is not supported here, and ignoring it would change the answer; remove it",
+                name,
+                "unsupported_parameter",
+            )
+    return kept
+
+
+def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
+    try:
+        return ChatRequest.model_validate(check_supported(body, frozenset(ChatRequest.model_fields)))
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
+    request = dict(body)
+    # An empty or single-element list of prompts is the same as the prompt itself.
+    prompt = request.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        request["prompt"] = prompt[0]
+    try:
+        parsed = CompletionRequest.model_validate(check_supported(request, frozenset(CompletionRequest.model_fields)))
+    except ValidationError as error:
+        raise explain(error) from None
+    if isinstance(parsed.prompt, list) and parsed.prompt and not isinstance(parsed.prompt[0], int):
+        raise bad_request(
+            f"prompt holds {len(parsed.prompt)} prompts; one a request is supported: send a request for each",
+            "prompt",
+            "unsupported_parameter",
+        )
+    return parsed
+
+
+def explain(error: ValidationError) -> ApiError:
+    """One wrong field as a 400."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or "body"
+    if first["type"] == "missing":
+        message = f"{path} is missing; it is required"
+    else:
+        shown = repr(first["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        message = f"{path} is {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return bad_request(message, path.partition(".")[0], "invalid_value")
+
+
+def _is_branch(part: object) -> bool:
+    """pydantic puts the tried type of a union into the path."""
+    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
+
+
+def _text(content: str | list[dict[str, Any]] | None) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise bad_request(
+                f"messages has a content part of type {part.get('type')!r}; only parts of type 'text' are supported",
+                "messages",
+                "unsupported_parameter",
+            )
+        texts.append(part["text"])
+    return "".join(texts)

@@ -1,0 +1,250 @@
+"""One binding of one job on this agent: lease, checkpoint, data, driver, result, and every way this can end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from redis.exceptions import RedisError
+
+from coserve_agent.checkpoints import CheckpointStore
+from coserve_agent.concurrency import alongside
+from coserve_agent.driver import Driver, Plan, Saved, StopRequested
+from coserve_agent.engine_client import EngineClient
+from coserve_agent.errors import EngineGoneError, FencedError, JobFailedError
+from coserve_agent.lease import LeaseKeeper
+from coserve_agent.metrics import Metrics
+from coserve_agent.progress import ProgressMeter
+from coserve_agent.shard_reader import ShardReader
+from coserve_agent.trainlog import DriverState, StepRecord
+from coserve_api.errors import MessageError
+from coserve_api.job import FailedReason, PublishPolicy
+from coserve_api.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
+from coserve_api.scripts import Fencing
+from coserve_api.store import Store
+from coserve_engine.messages import StopJob
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 1.0
+FEED_POLL_S = 0.5
+# The artifact store or the engine may recover; a job's mistake does not.
+RETRIED = (FailedReason.ARTIFACT_STORE_ERROR, FailedReason.INTERNAL_ERROR)
+RETRY_WAITS_S = (2.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every job of this agent uses. `pass_ids` are unique over the engine's life, `digest` is the tokenizer's."""
+
+    engine: EngineClient
+    fencing: Fencing
+    store: Store
+    metrics: Metrics
+    artifacts: Path
+    model_name: str
+    digest: str
+    max_model_length: int
+    max_rank: int
+    pass_ids: Iterator[int]
+    now_s: Callable[[], float]
+
+
+class JobRun:
+    """Runs `binding` to its end. Cancelling `run` drops the job without writing anything."""
+
+    def __init__(self, around: Surroundings, binding: Binding) -> None:
+        self._around = around
+        self._spec = binding.spec
+        self.name = binding.spec.job_name
+        self.job = binding.spec.job_uid
+        self.epoch = binding.epoch
+        self._lease = LeaseKeeper(around.fencing, self.job, self.epoch, now_s=around.now_s)
+        self._checkpoints = CheckpointStore(around.artifacts, self.job, self.epoch, self._spec.checkpoint_keep)
+        self._accepted: Checkpoint | None = None
+        self._driver: Driver | None = None
+        self._stop_message: str | None = None
+        self.step = 0 if binding.resume is None else binding.resume.step
+
+    def request_stop(self, message: str) -> None:
+        """Save, have it accepted, give the job back."""
+        if self._stop_message is None:
+            log.info("job %s: stops at step %d: %s", self.name, self.step, message)
+            self._stop_message = message
+            if self._driver is not None:
+                self._driver.request_stop()
+
+    async def run(self) -> None:
+        """Until the job is done, given back, failed, or another's."""
+        try:
+            self._accepted = await self._lease.take()
+            await alongside(self._attempts(), self._lease.run())
+        except FencedError as error:
+            log.warning("job %s: dropped, nothing more is written: %s", self.name, error)
+        except EngineGoneError as error:
+            log.error("job %s: the engine stopped: %s", self.name, error)
+        finally:
+            self._around.metrics.forget_job(self.name)
+
+    async def _attempts(self) -> None:
+        for attempt, wait_s in enumerate((*RETRY_WAITS_S, None), start=1):
+            try:
+                await self._attempt(f"{self.job}/e{self.epoch}/{attempt}")
+                return
+            except StopRequested:
+                await self._give_back()
+                return
+            except JobFailedError as error:
+                if self._stop_message is not None and error.reason in RETRIED:
+                    log.error("job %s: could not be saved, goes on from the last checkpoint: %s", self.name, error)
+                    await self._give_back()
+                    return
+                if wait_s is None or error.reason not in RETRIED:
+                    await self._fail(error)
+                    return
+                log.warning("job %s: tries again in %g s: %s: %s", self.name, wait_s, error.reason, error)
+            await asyncio.sleep(wait_s)
+
+    async def _attempt(self, engine_job: str) -> None:
+        around, spec = self._around, self._spec
+        if spec.rank > around.max_rank:
+            raise JobFailedError(
+                FailedReason.RANK_TOO_LARGE,
+                f"adapter.rank is {spec.rank}; the endpoint allows up to {around.max_rank} (finetuning.maxRank)",
+            )
+        feed = await self._feed()
+        checkpoint = await self._resume_from()
+        plan = Plan(
+            engine_job=engine_job,
+            spec=spec,
+            total_steps=feed.total_steps,
+            max_length=around.max_model_length,
+            base_model_name=around.model_name,
+            checkpoint_path=lambda step: around.artifacts / self._checkpoints.relative(step),
+        )
+        meter = ProgressMeter(self.epoch, feed.total_steps, around.now_s)
+
+        def on_step(record: StepRecord, state: DriverState) -> None:
+            self.step = state.step
+            meter.add(state, record.lr)
+            around.metrics.on_step(self.name, state.step, record.loss, record.tokens)
+
+        channel = around.engine.open_job(engine_job)
+        reader = ShardReader(
+            around.store,
+            self.job,
+            after=0 if checkpoint is None else checkpoint.cursor,
+            total=feed.total_steps,
+            eval_shards=feed.eval_shards,
+            digest=around.digest,
+        )
+        driver = Driver(plan, channel, reader, accept=self._accept, on_step=on_step, pass_ids=around.pass_ids)
+        reader.on_arrival = driver.wake
+        self._driver = driver
+        try:
+            await driver.start(None if checkpoint is None else around.artifacts / checkpoint.path)
+            self.step = driver.state.step
+            meter.begin(driver.state)
+            log.info("job %s: epoch %d, from step %d of %d", self.name, self.epoch, self.step, feed.total_steps)
+            if self._stop_message is not None:
+                driver.request_stop()
+            await alongside(self._drive(driver), reader.run(), self._report(driver, reader, meter))
+        finally:
+            self._driver = None
+            await driver.close()
+            channel.close()
+            if around.engine.alive:
+                around.engine.submit(StopJob(engine_job))
+
+    async def _drive(self, driver: Driver) -> None:
+        try:
+            await driver.train()
+            adapter = await self._publish(driver)
+        except StopRequested:
+            await driver.stop()
+            raise
+        state = driver.state
+        result = Completed(
+            epoch=self.epoch,
+            step=state.step,
+            tokens=state.tokens,
+            adapter=adapter,
+            loss=state.loss,
+            eval_loss_initial=state.eval_loss_initial,
+            eval_loss=state.eval_loss,
+        )
+        await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
+        log.info("job %s: completed after %d steps and %d tokens", self.name, state.step, state.tokens)
+
+    async def _publish(self, driver: Driver) -> AdapterFiles | None:
+        spec = self._spec
+        if spec.publish is PublishPolicy.NEVER:
+            return None
+        path = f"adapters/{spec.adapter_name}/v{spec.adapter_number}"
+        sha256 = await driver.export(self._around.artifacts / path)
+        return AdapterFiles(name=spec.adapter_name, number=spec.adapter_number, path=path, sha256=sha256)
+
+    # ---- checkpoints ----
+
+    async def _resume_from(self) -> Checkpoint | None:
+        """The accepted checkpoint, or an older one if that is corrupt, in which case Redis is told."""
+        checkpoint = await self._checkpoints.choose(self._accepted)
+        if checkpoint != self._accepted:
+            await self._lease.write(lambda: self._around.fencing.rewind(self.job, self.epoch, checkpoint))
+            self._accepted = checkpoint
+        return checkpoint
+
+    async def _accept(self, saved: Saved) -> None:
+        checkpoint = Checkpoint(
+            step=saved.step,
+            cursor=saved.step,
+            epoch=self.epoch,
+            path=self._checkpoints.relative(saved.step),
+            sha256=saved.sha256,
+        )
+        refused = await self._lease.write(
+            lambda: self._around.fencing.accept_checkpoint(self.job, self.epoch, checkpoint)
+        )
+        if refused is not None:
+            log.warning("job %s: checkpoint of step %d: %s", self.name, saved.step, refused)
+            return
+        self._accepted = checkpoint
+        await self._checkpoints.accepted(saved.step)
+        log.info("job %s: checkpoint of step %d accepted", self.name, saved.step)
+
+    # ---- what is said in Redis ----
+
+    async def _feed(self) -> FeedStatus:
+        """What the feeder says of the data, once it says it. An error of the feeder is the operator's to act on."""
+        while True:
+            if self._stop_message is not None:
+                raise StopRequested
+            try:
+                feed = await self._around.store.feed(self.job)
+            except (RedisError, OSError, TimeoutError, MessageError) as error:
+                log.warning("job %s: waits for the feeder: %s", self.name, error)
+                feed = None
+            if feed is not None and feed.total_steps > 0 and feed.error is None:
+                return feed
+            await asyncio.sleep(FEED_POLL_S)
+
+    async def _report(self, driver: Driver, reader: ShardReader, meter: ProgressMeter) -> None:
+        while True:
+            progress = meter.report(driver.state, reader.last_read)
+            await self._lease.write_now(partial(self._around.fencing.report_progress, self.job, progress))
+            await asyncio.sleep(PROGRESS_S)
+
+    async def _give_back(self) -> None:
+        step = 0 if self._accepted is None else self._accepted.step
+        result = Released(epoch=self.epoch, step=step, message=self._stop_message or "")
+        await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
+        log.info("job %s: given back at step %d", self.name, step)
+
+    async def _fail(self, error: JobFailedError) -> None:
+        log.error("job %s: failed: %s: %s", self.name, error.reason, error)
+        result = Failed(epoch=self.epoch, reason=error.reason, message=str(error)[:2048])
+        await self._lease.write(lambda: self._around.fencing.finish(self.job, result))

@@ -1,0 +1,159 @@
+"""Text to tokens and back, from the model's own folder: local files only, never code from it, and without torch.
+
+`PreTrainedTokenizerFast` reads tokenizer.json as it is. (`AutoTokenizer` would import torch, which the feeder must not need.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from coserve_agent.errors import AgentError, StartError
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplateError(AgentError):
+    """The model's chat template refuses these messages; the message is the template's own."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens; `supervised[i]` says whether the assistant wrote `tokens[i]` (its end token included)."""
+
+    tokens: list[int]
+    supervised: list[bool]
+
+
+class Tokenizer:
+    """The model's tokenizer and chat template.
+
+    Raises:
+        StartError: a file of the folder is missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._inner = _load(folder)
+        self._backend = self._inner.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._template: str | None = self._inner.chat_template
+        self._marks_generation = "endgeneration" in (self._template or "")
+        self.size = max((*self._backend.get_vocab(with_added_tokens=True).values(), -1)) + 1
+        self.eos_token_id: int | None = self._inner.eos_token_id
+        self.stop_token_ids = _generation_eos(folder)
+        self.special_ids = frozenset(int(token) for token in self._inner.all_special_ids)
+        content = f"{self._backend.to_str()}\0{self._template or ''}"
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._template)
+
+    def check_fits(self, vocab_size: int, folder: Path) -> None:
+        """Refuse a tokenizer that could produce ids the model has no row for."""
+        if self.size > vocab_size:
+            raise StartError(
+                f"{folder / 'tokenizer.json'}: has {self.size} tokens but the model's vocab_size is {vocab_size}; "
+                "tokenizer and weights are of different models: copy both from the same one"
+            )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of plain text, with what the tokenizer puts around a prompt (often a begin token)."""
+        # A batch of one, because only encode_batch lets other threads run meanwhile.
+        return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant begins to answer.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the messages.
+        """
+        text = self._render(messages, add_generation_prompt=True)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_training(self, messages: Sequence[Message]) -> Rendered:
+        """Tokens of a whole conversation and which of them are the assistant's.
+
+        A template with {% generation %} blocks says so itself; otherwise a turn's text is what the template writes
+        after the prompt for it, up to the end of the turn.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the messages, or writes earlier turns differently later.
+        """
+        if self._marks_generation:
+            encoded = self._call_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+            )
+            return Rendered(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
+        text = self._render(messages, add_generation_prompt=False)
+        spans = [
+            self._turn_span(messages, n, text) for n, message in enumerate(messages) if message["role"] == "assistant"
+        ]
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        flags = [any(start <= first and last <= end for start, end in spans) for first, last in encoding.offsets]
+        return Rendered(list(encoding.ids), flags)
+
+    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
+        before = self._render(messages[:index], add_generation_prompt=True) if index else ""
+        through = self._render(messages[: index + 1], add_generation_prompt=False)
+        if not (through.startswith(before) and text.startswith(through.rstrip())):
+            raise ChatTemplateError(
+                f"the chat template writes message {index} differently inside a longer conversation, so its tokens "
+                "cannot be told apart: add {% generation %} blocks to the template, or end the conversation there"
+            )
+        return len(before), len(through)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return str(self._call_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    def _call_template(self, messages: Sequence[Message], **options: Any) -> Any:
+        if not self._template:
+            raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
+        try:
+            return self._inner.apply_chat_template([dict(message) for message in messages], **options)
+        except TemplateError as error:
+            raise ChatTemplateError(str(error) or type(error).__name__) from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            # A template is a program over the client's data: any of these is the data's fault, not the server's.
+            raise ChatTemplateError(f"the chat template does not accept these messages: {error}") from None
+
+
+def _load(folder: Path) -> PreTrainedTokenizerFast:
+    if not folder.is_dir():
+        raise StartError(f"{folder}: no such folder; set COSERVE_MODEL_PATH to a Hugging Face model folder")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise StartError(f"{path}: no such file; the model folder must have a fast tokenizer (tokenizer.json)")
+    try:
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise StartError(f"{path}: cannot be read as a tokenizer ({error}); copy the model folder again") from None
+    return loaded
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    """End tokens that generation_config.json names; chat models often have more than config.json says."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise StartError(f"{path}: not readable as JSON ({error}); copy the model folder again") from None
+    values = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(int(value) for value in values)

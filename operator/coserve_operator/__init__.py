@@ -1,0 +1,1 @@
+"""The operator: binds endpoints and finetuning jobs to node agents."""

@@ -1,0 +1,200 @@
+"""The API server as the operator needs it: plain dicts in and out, server-side apply, and errors by what they mean."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+
+Manifest = dict[str, Any]
+
+FIELD_MANAGER = "coserve-operator"
+
+
+class KubeError(Exception):
+    """The API server refused or could not be asked; `status` is the HTTP status, 0 when there was none."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+        self.message = message
+
+
+class NotFoundError(KubeError):
+    """404: the object, or its namespace, is gone."""
+
+
+class ConflictError(KubeError):
+    """409: it exists already, or a newer version of it does."""
+
+
+class InvalidError(KubeError):
+    """400, 403 or 422: asking again will not help until somebody changes something."""
+
+
+class UnavailableError(KubeError):
+    """The API server could not be reached or is overloaded: worth trying again."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind is addressed."""
+
+    group: str
+    version: str
+    plural: str
+    name: str
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+        """Return the URL path of the collection, an object or a subresource."""
+        parts = ["/apis", self.group, self.version] if self.group else ["/api", self.version]
+        if namespace is not None:
+            parts += ["namespaces", namespace]
+        parts += [part for part in (self.plural, name, subresource) if part is not None]
+        return "/".join(parts)
+
+
+ENDPOINT = Kind("coserve.dev", "v1alpha1", "inferenceendpoints", "InferenceEndpoint")
+FINETUNE_JOB = Kind("coserve.dev", "v1alpha1", "finetunejobs", "FinetuneJob")
+DEPLOYMENT = Kind("apps", "v1", "deployments", "Deployment")
+SERVICE = Kind("", "v1", "services", "Service")
+SERVICE_ACCOUNT = Kind("", "v1", "serviceaccounts", "ServiceAccount")
+SECRET = Kind("", "v1", "secrets", "Secret")
+POD = Kind("", "v1", "pods", "Pod")
+EVENT = Kind("", "v1", "events", "Event")
+CONFIG_MAP = Kind("", "v1", "configmaps", "ConfigMap")
+BATCH_JOB = Kind("batch", "v1", "jobs", "Job")
+DISRUPTION_BUDGET = Kind("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
+AUTOSCALER = Kind("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
+NETWORK_POLICY = Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
+LEASE = Kind("coordination.k8s.io", "v1", "leases", "Lease")
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        ENDPOINT, FINETUNE_JOB, DEPLOYMENT, SERVICE, SERVICE_ACCOUNT, SECRET, POD, EVENT, CONFIG_MAP, BATCH_JOB,
+        DISRUPTION_BUDGET, AUTOSCALER, NETWORK_POLICY, LEASE,
+    )
+}  # fmt: skip
+
+
+async def connect() -> "Kube":
+    """Return a client: of the pod's service account where there is one, else of KUBECONFIG."""
+    configuration = Configuration()
+    if _in_pod():
+        config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    else:
+        await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    return Kube(ApiClient(configuration))
+
+
+def _in_pod() -> bool:
+    return Path("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
+
+
+class Kube:
+    """A thin asynchronous client. Every call has a timeout; errors are of KubeError's tree."""
+
+    def __init__(self, client: ApiClient, timeout_s: float = 15.0) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()  # type: ignore[no-untyped-call]
+
+    async def get(self, kind: Kind, namespace: str | None, name: str) -> Manifest:
+        """Read one object."""
+        return await self._call("GET", kind.path(namespace, name))
+
+    async def list_all(self, kind: Kind, labels: str = "") -> tuple[list[Manifest], int]:
+        """Read all objects of the cluster as they are now; return them and the resourceVersion of the list."""
+        query = [("labelSelector", labels)] if labels else []
+        answer = await self._call("GET", kind.path(None), query=query)
+        return answer.get("items") or [], int(answer.get("metadata", {}).get("resourceVersion") or 0)
+
+    async def create(self, manifest: Manifest) -> Manifest:
+        """Create; ConflictError when it exists."""
+        kind, namespace, _ = _address(manifest)
+        return await self._call("POST", kind.path(namespace), manifest, query=[("fieldManager", FIELD_MANAGER)])
+
+    async def apply(self, manifest: Manifest, subresource: str | None = None) -> Manifest:
+        """Server-side apply: our fields become exactly the manifest's; everybody else's stay."""
+        kind, namespace, name = _address(manifest)
+        query = [("fieldManager", FIELD_MANAGER), ("force", "true")]
+        path = kind.path(namespace, name, subresource)
+        return await self._call("PATCH", path, manifest, "application/apply-patch+yaml", query)
+
+    async def merge(self, kind: Kind, namespace: str, name: str, patch: Manifest) -> Manifest:
+        """Merge-patch single fields."""
+        path = kind.path(namespace, name)
+        return await self._call("PATCH", path, patch, "application/merge-patch+json", [("fieldManager", FIELD_MANAGER)])
+
+    async def replace(self, manifest: Manifest) -> Manifest:
+        """Replace; ConflictError when the resourceVersion in it is not the newest."""
+        kind, namespace, name = _address(manifest)
+        return await self._call("PUT", kind.path(namespace, name), manifest)
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
+        """Delete with what it owns; only the object with this uid, if given. Gone already is fine."""
+        body: Manifest = {"propagationPolicy": "Background"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
+        try:
+            await self._call("DELETE", kind.path(namespace, name), body)
+        except (NotFoundError, ConflictError):
+            return
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Manifest | None = None,
+        content_type: str = "application/json",
+        query: list[tuple[str, str]] | None = None,
+    ) -> Manifest:
+        headers = {"Content-Type": content_type, "Accept": "application/json"}
+        try:
+            request = await self._client.param_serialize(
+                method, path, query_params=query or [], header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            _, url, sent, payload, _ = request
+            timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+            response = await self._client.rest_client.request(  # type: ignore[no-untyped-call]
+                method, url, headers=sent, body=payload, _request_timeout=timeout
+            )
+            data = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UnavailableError(0, f"{method} {path}: {error or type(error).__name__}") from error
+        parsed: Manifest = _parsed(data)
+        if response.status < 300:
+            return parsed
+        message = parsed.get("message") or response.reason or ""
+        raise _error_type(response.status)(response.status, f"{method} {path}: {message}")
+
+
+def _address(manifest: Manifest) -> tuple[Kind, str | None, str]:
+    metadata = manifest["metadata"]
+    return KINDS[manifest["kind"]], metadata.get("namespace"), metadata["name"]
+
+
+def _parsed(data: bytes) -> Manifest:
+    try:
+        parsed = json.loads(data)
+    except ValueError:
+        return {"message": data[:200].decode(errors="replace")}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _error_type(status: int) -> type[KubeError]:
+    known: dict[int, type[KubeError]] = {
+        404: NotFoundError, 409: ConflictError, 400: InvalidError, 403: InvalidError, 422: InvalidError,
+    }  # fmt: skip
+    return known.get(status, UnavailableError)

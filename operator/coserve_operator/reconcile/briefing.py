@@ -1,0 +1,57 @@
+"""What an agent is told of a job, and from where it goes on."""
+
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_api.messages import Binding, BindingSpec, Checkpoint, Desired
+from coserve_api.store import JobRecord
+from coserve_api.uris import relative_path
+
+
+def binding_of(
+    job: FinetuneJob,
+    endpoint: InferenceEndpoint,
+    epoch: int,
+    desired: Desired,
+    adapter_number: int,
+    restarts: int,
+    record: JobRecord,
+) -> Binding:
+    """Return the binding of `job` under `epoch`; it resumes from the newer of status' and Redis' checkpoints."""
+    spec = job.spec
+    return Binding(
+        epoch=epoch,
+        desired=desired,
+        restarts=restarts,
+        resume=newer_checkpoint(job, endpoint, record.checkpoint),
+        spec=BindingSpec(
+            job_uid=job.metadata.uid,
+            job_name=job.metadata.name,
+            namespace=job.metadata.namespace,
+            adapter_name=spec.adapter.name,
+            adapter_number=adapter_number,
+            rank=spec.adapter.rank,
+            alpha=spec.adapter.alpha,
+            target_modules=spec.adapter.target_modules,
+            learning_rate=float(spec.training.learning_rate),
+            schedule=spec.training.schedule,
+            warmup_steps=spec.training.warmup_steps,
+            batch_size=spec.training.batch_size,
+            weight_decay=float(spec.training.weight_decay),
+            max_grad_norm=float(spec.training.max_grad_norm),
+            seed=spec.training.seed,
+            checkpoint_every_steps=spec.checkpoint.every_steps,
+            checkpoint_keep=spec.checkpoint.keep,
+            publish=spec.publish.policy,
+        ),
+    )
+
+
+def newer_checkpoint(job: FinetuneJob, endpoint: InferenceEndpoint, accepted: Checkpoint | None) -> Checkpoint | None:
+    """Return the one of more steps: the status's, or the one that Redis accepted."""
+    recorded = job.status.checkpoint
+    if recorded is None or (accepted is not None and accepted.step >= recorded.step):
+        return accepted
+    path = relative_path(endpoint.spec.artifact_store.uri, recorded.uri)
+    return Checkpoint(
+        step=recorded.step, cursor=recorded.cursor, epoch=recorded.epoch, path=path, sha256=recorded.sha256
+    )

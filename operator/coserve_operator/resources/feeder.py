@@ -1,0 +1,90 @@
+"""The feeder: a Kubernetes Job that tokenises a FinetuneJob's data set into Redis."""
+
+from typing import Any
+
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_api.uris import dataset_path, model_path
+from coserve_operator.kube import BATCH_JOB, Manifest
+from coserve_operator.resources import pods
+from coserve_operator.resources.metadata import (
+    APP,
+    ENDPOINT_LABEL,
+    FEEDER_APP,
+    JOB_LABEL,
+    JOB_UID_LABEL,
+    digest_of,
+    manifest,
+    short_name,
+)
+
+INPUTS = "coserve.dev/inputs"
+"""Annotation: digest of what the feeder reads. Another one needs another feeder; another image does not."""
+RETRIES = 3
+RESOURCES = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
+
+
+def feeder_name(job: str) -> str:
+    """Return the name of a FinetuneJob's feeder."""
+    return short_name(job, "feeder")
+
+
+def sequence_length(job: FinetuneJob, endpoint: InferenceEndpoint) -> int:
+    """Return at how many tokens samples are cut."""
+    return job.spec.dataset.max_sequence_length or endpoint.spec.model.max_model_length
+
+
+def inputs_digest(job: FinetuneJob, endpoint: InferenceEndpoint) -> str:
+    """Return the digest of everything that decides which shards the feeder makes."""
+    return digest_of(_settings(job, endpoint))
+
+
+def feeder(job: FinetuneJob, endpoint: InferenceEndpoint, default_image: str, redis_url: str) -> Manifest:
+    """Return the Job. It takes the template's placement, but no GPU: it only reads and tokenises."""
+    labels = {APP: FEEDER_APP, ENDPOINT_LABEL: endpoint.metadata.name, JOB_LABEL: job.metadata.name}
+    labels[JOB_UID_LABEL] = job.metadata.uid
+    container: dict[str, Any] = {
+        "name": "feeder",
+        "image": endpoint.spec.image or default_image,
+        "command": ["python3", "-m", "coserve_agent.feeder"],
+        "env": [
+            *pods.environment(_settings(job, endpoint)),
+            *pods.redis_environment(endpoint.metadata.name, redis_url),
+        ],
+    }
+    mounts = (pods.model_mount(endpoint.spec.model.uri), pods.dataset_mount(job.spec.dataset.uri))
+    pod = pods.pod_spec(endpoint, container, mounts, RESOURCES) | {"restartPolicy": "Never"}
+    return manifest(
+        BATCH_JOB,
+        feeder_name(job.metadata.name),
+        job,
+        labels,
+        annotations={INPUTS: inputs_digest(job, endpoint)},
+        spec={
+            "backoffLimit": RETRIES,
+            "suspend": job.spec.suspend,
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    )
+
+
+def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | int]:
+    dataset, training = job.spec.dataset, job.spec.training
+    settings: dict[str, str | int] = {
+        "ENDPOINT_UID": endpoint.metadata.uid,
+        "JOB_UID": job.metadata.uid,
+        "JOB_NAME": job.metadata.name,
+        "DATASET_PATH": dataset_path(dataset.uri),
+        "MODEL_PATH": model_path(endpoint.spec.model.uri),
+        "FORMAT": dataset.format.value,
+        "EVAL_PERCENT": dataset.eval_percent,
+        "MAX_SEQUENCE_LENGTH": sequence_length(job, endpoint),
+        "ON_INVALID": dataset.on_invalid.value,
+        "BATCH_SIZE": training.batch_size,
+        "SEED": training.seed,
+    }
+    if training.epochs is not None:
+        settings["EPOCHS"] = training.epochs
+    elif training.max_steps is not None:
+        settings["MAX_STEPS"] = training.max_steps
+    return settings

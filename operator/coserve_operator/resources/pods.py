@@ -1,0 +1,134 @@
+"""What agents' and feeders' pods have in common: who they run as, what they may touch, and which volumes they see."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.pods import PodTemplate
+from coserve_api.uris import ARTIFACTS_ROOT, DATA_ROOT, MODELS_ROOT, parse_uri
+from coserve_operator.resources.metadata import secret_name, service_account_name
+
+USER = 65532
+TMP = "coserve-tmp"
+
+POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "fsGroup": USER,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimMount:
+    """A claim at a path of the container."""
+
+    claim: str
+    path: str
+    read_only: bool
+
+
+def model_mount(uri: str) -> ClaimMount | None:
+    """Return where the model's claim goes; None for a file URI, which the template's volumes serve."""
+    claim = parse_uri(uri).claim
+    return None if claim is None else ClaimMount(claim, f"{MODELS_ROOT}/{claim}", read_only=True)
+
+
+def dataset_mount(uri: str) -> ClaimMount | None:
+    """Return where the data set's claim goes."""
+    claim = parse_uri(uri).claim
+    return None if claim is None else ClaimMount(claim, f"{DATA_ROOT}/{claim}", read_only=True)
+
+
+def artifacts_mount(uri: str) -> ClaimMount | None:
+    """Return where the artifact store's claim goes."""
+    claim = parse_uri(uri).claim
+    return None if claim is None else ClaimMount(claim, ARTIFACTS_ROOT, read_only=False)
+
+
+def environment(values: dict[str, str | int]) -> list[dict[str, Any]]:
+    """Return the settings as the container's variables, with our prefix."""
+    return [{"name": f"COSERVE_{name}", "value": str(value)} for name, value in values.items()]
+
+
+def redis_environment(endpoint: str, redis_url: str) -> list[dict[str, Any]]:
+    """Return how the pod reaches Redis: as the endpoint's own user."""
+
+    def from_secret(name: str, key: str) -> dict[str, Any]:
+        return {
+            "name": f"COSERVE_REDIS_{name}",
+            "valueFrom": {"secretKeyRef": {"name": secret_name(endpoint), "key": key}},
+        }
+
+    url = {"name": "COSERVE_REDIS_URL", "value": redis_url}
+    return [url, from_secret("USERNAME", "username"), from_secret("PASSWORD", "password")]
+
+
+def pod_spec(
+    endpoint: InferenceEndpoint,
+    container: dict[str, Any],
+    mounts: Iterable[ClaimMount | None],
+    resources: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a restricted pod with `container` merged with the endpoint's template."""
+    template = endpoint.spec.template
+    claims = [mount for mount in mounts if mount is not None]
+    merged = container | {
+        "env": [{"name": "HOME", "value": "/tmp"}, *container["env"], *_dumped(template, "env")],
+        "resources": resources,
+        "securityContext": CONTAINER_SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": TMP, "mountPath": "/tmp"},
+            *({"name": _volume(each.claim), "mountPath": each.path, "readOnly": each.read_only} for each in claims),
+            *_dumped(template, "volume_mounts"),
+        ],
+    }
+    spec: dict[str, Any] = {
+        "serviceAccountName": service_account_name(endpoint.metadata.name),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": POD_SECURITY,
+        "containers": [merged],
+        "volumes": [{"name": TMP, "emptyDir": {}}, *_claim_volumes(claims), *_dumped(template, "volumes")],
+    }
+    if template.node_selector:
+        spec["nodeSelector"] = dict(template.node_selector)
+    if template.tolerations:
+        spec["tolerations"] = _dumped(template, "tolerations")
+    return spec
+
+
+def template_resources(template: PodTemplate) -> dict[str, Any]:
+    """Return the template's compute resources as the API server takes them."""
+    dumped: dict[str, Any] = template.resources.model_dump(mode="json", by_alias=True)
+    return {name: value for name, value in dumped.items() if value}
+
+
+def _dumped(template: PodTemplate, field: str) -> list[dict[str, Any]]:
+    dumped = template.model_dump(mode="json", include={field}, exclude_none=True, by_alias=True)
+    found: list[dict[str, Any]] = next(iter(dumped.values()))
+    return found
+
+
+def _volume(claim: str) -> str:
+    return "coserve-" + hashlib.sha256(claim.encode()).hexdigest()[:12]
+
+
+def _claim_volumes(mounts: list[ClaimMount]) -> list[dict[str, Any]]:
+    """Return one volume a claim, since a pod that names a claim twice may never start."""
+    writable = {mount.claim for mount in mounts if not mount.read_only}
+    claims = dict.fromkeys(mount.claim for mount in mounts)
+    return [
+        {"name": _volume(claim), "persistentVolumeClaim": {"claimName": claim, "readOnly": claim not in writable}}
+        for claim in claims
+    ]

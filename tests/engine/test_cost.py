@@ -1,0 +1,128 @@
+"""The latency model learns linear costs from noisy measurements, bounds them, and follows a machine that slows down."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from coserve_engine.cost import CostModel, ForwardWork, OnlineFit, QuantileBound, UnitWork
+
+
+def forward_work(source: random.Random) -> ForwardWork:
+    decode, prefill, finetune = source.randint(1, 20), source.choice((0, 0, 64, 200)), source.choice((0, 64, 256))
+    calls = decode + (prefill + finetune) // 64
+    kv_rows = 256 * calls
+    return ForwardWork(decode, prefill, finetune, calls, kv_rows, kv_rows * 16)
+
+
+def true_forward_s(work: ForwardWork) -> float:
+    return (
+        4e-3
+        + 1e-4 * work.decode
+        + 5e-5 * work.prefill
+        + 6e-5 * work.finetune
+        + 2e-4 * work.calls
+        + 1e-6 * work.kv_rows
+        + 1e-8 * work.pairs
+    )
+
+
+def unit_work(source: random.Random) -> UnitWork:
+    tiles = source.randint(1, 4)
+    return UnitWork(source.random() < 0.2, 64 * tiles, tiles, 64 * 256 * tiles)
+
+
+def true_unit_s(work: UnitWork) -> float:
+    return 1e-3 + (4e-5 if work.head else 2e-5) * work.rows + 1e-8 * work.pairs
+
+
+def noise(source: random.Random) -> float:
+    """Mostly a few percent; one in twenty is a hiccup of a half."""
+    return source.uniform(0.97, 1.05) * (1.5 if source.random() < 0.05 else 1.0)
+
+
+def teach(model: CostModel, source: random.Random, count: int, factor: float = 1.0) -> None:
+    for _ in range(count):
+        work, unit = forward_work(source), unit_work(source)
+        model.observe(
+            work,
+            factor * true_forward_s(work) * noise(source),
+            [(unit, factor * true_unit_s(unit) * noise(source))],
+        )
+
+
+@pytest.fixture
+def taught() -> CostModel:
+    model = CostModel()
+    teach(model, random.Random(0), 600)
+    return model
+
+
+def test_predictions_converge(taught: CostModel) -> None:
+    source = random.Random(1)
+    for _ in range(200):
+        work = forward_work(source)
+        assert taught.forward_s(work) == pytest.approx(true_forward_s(work), rel=0.1)
+
+
+def test_a_few_measurements_are_enough_to_begin_with() -> None:
+    model, source = CostModel(), random.Random(2)
+    teach(model, source, 12)
+    errors = sorted(abs(model.forward_s(w) / true_forward_s(w) - 1) for w in (forward_work(source) for _ in range(100)))
+    assert errors[50] < 0.15
+
+
+def test_bounds_cover_their_quantile(taught: CostModel) -> None:
+    source, above, units_above, count = random.Random(3), 0, 0, 2000
+    for _ in range(count):
+        work, unit = forward_work(source), unit_work(source)
+        above += true_forward_s(work) * noise(source) > taught.forward_bound_s(work)
+        units_above += true_unit_s(unit) * noise(source) > taught.unit_bound_s(unit)
+    assert 0.001 < above / count < 0.03
+    assert units_above / count < 0.15
+    assert taught.forward_bound_s(ForwardWork(decode=8, calls=8)) < 2 * taught.forward_s(ForwardWork(decode=8, calls=8))
+
+
+@pytest.mark.parametrize("factor", (0.5, 2.0))
+def test_another_speed_is_learned(taught: CostModel, factor: float) -> None:
+    source = random.Random(4)
+    works = [forward_work(source) for _ in range(50)]
+    teach(taught, source, 30, factor)
+    if factor > 1:
+        covered = sum(taught.forward_bound_s(w) >= factor * true_forward_s(w) for w in works)
+        assert covered >= 48, "the bound follows at once"
+    teach(taught, source, 400, factor)
+    for work in works:
+        assert taught.forward_s(work) == pytest.approx(factor * true_forward_s(work), rel=0.15)
+
+
+def test_nothing_costs_nothing(taught: CostModel) -> None:
+    assert taught.forward_s(ForwardWork()) == taught.forward_bound_s(ForwardWork()) == 0.0
+
+
+def test_more_work_is_never_predicted_to_take_less(taught: CostModel) -> None:
+    source = random.Random(5)
+    for _ in range(200):
+        a, b = forward_work(source), forward_work(source)
+        assert taught.forward_s(a.plus(b)) >= max(taught.forward_s(a), taught.forward_s(b))
+
+
+def test_features_that_never_vary_alone_do_no_harm() -> None:
+    fit = OnlineFit(3)
+    for n in range(200):
+        x = float(n % 7)
+        fit.update((1.0, x, 2 * x), 1e-3 + 3e-3 * x)
+    assert fit.predict((1.0, 5.0, 10.0)) == pytest.approx(16e-3, rel=0.05)
+    assert all(c >= 0 for c in fit.coefficients)
+
+
+def test_a_quantile_of_a_sliding_window() -> None:
+    bound = QuantileBound(0.9, window=100)
+    assert bound.ratio == 1.5
+    for n in range(100):
+        bound.update(1 + n / 100)
+    assert bound.ratio == pytest.approx(1.9)
+    for _ in range(100):
+        bound.update(0.5)
+    assert bound.ratio == 1.0

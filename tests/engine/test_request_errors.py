@@ -1,0 +1,112 @@
+"""A request that cannot run is refused with a code and what to do; others do not notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coserve_engine.messages import (
+    AdapterVersion,
+    AddRequest,
+    Cancel,
+    FinishReason,
+    RequestFailed,
+    SamplingParams,
+    TokenBatch,
+)
+
+FINE = SamplingParams(4, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "code", "named"),
+    [
+        ((), FINE, "invalid_token", "no tokens"),
+        ((5, 128), FINE, "invalid_token", "vocabulary of 128"),
+        ((5, -1), FINE, "invalid_token", "vocabulary of 128"),
+        ((5,), SamplingParams(0), "invalid_token", "max_tokens is 0"),
+        ((5,), SamplingParams(-3), "invalid_token", "max_tokens is -3"),
+        ((5,) * 253, FINE, "context_length_exceeded", "253"),
+        ((5,), SamplingParams(256), "context_length_exceeded", "256"),
+        ((5,) * 1000, FINE, "context_length_exceeded", "shorten the prompt"),
+    ],
+)
+def test_a_request_that_cannot_run(
+    driver: Any, prompt: tuple[int, ...], params: SamplingParams, code: str, named: str
+) -> None:
+    d = driver()
+    free = d.engine.executor.ledger.free_pages
+    d.submit(AddRequest("bad", prompt, params, 0.0), AddRequest("good", (5, 6), FINE, 0.0))
+    d.run()
+    failed = d.one(RequestFailed)
+    assert (failed.request_id, failed.code) == ("bad", code)
+    assert named in failed.message
+    assert {name: len(tokens) for name, tokens in d.tokens().items()} == {"good": 4}
+    assert d.engine.executor.ledger.free_pages == free
+
+
+def test_the_longest_request_runs(driver: Any) -> None:
+    d = driver()
+    d.submit(AddRequest("r", (5,) * 252, FINE, 0.0))
+    assert len(d.run().tokens()["r"]) == 4
+
+
+def test_an_unknown_adapter_is_never_the_base_model(driver: Any) -> None:
+    d = driver()
+    d.submit(AddRequest("r", (5, 6), FINE, 0.0, AdapterVersion("a", 2)))
+    failed = d.run().one(RequestFailed)
+    assert failed.code == "unknown_adapter"
+    assert "uid='a', number=2" in failed.message
+    assert d.tokens() == {}
+
+
+@pytest.mark.parametrize("steps", (0, 1, 3))
+def test_a_cancelled_request_is_silent(driver: Any, steps: int) -> None:
+    d = driver(max_requests=1)
+    d.submit(AddRequest("first", (5,) * 200, FINE, 0.0), AddRequest("second", (6,), FINE, 0.0))
+    for _ in range(steps):
+        d.step()
+    seen = len(d.events)
+    d.submit(Cancel("first"), Cancel("first"), Cancel("never"))
+    d.run()
+    later = [token for batch in d.events[seen:] if isinstance(batch, TokenBatch) for token in batch.tokens]
+    assert {token.request_id for token in later} == {"second"}
+    assert len(d.tokens()["second"]) == 4
+    assert d.failures == []
+
+
+def test_a_waiting_request_can_be_cancelled(driver: Any) -> None:
+    d = driver(max_requests=1)
+    d.submit(AddRequest("first", (5,), FINE, 0.0), AddRequest("second", (6,), FINE, 0.0))
+    d.step()
+    d.submit(Cancel("second"))
+    assert set(d.run().tokens()) == {"first"}
+
+
+def finishes(d: Any) -> list[FinishReason | None]:
+    return [token.finish for batch in d.of(TokenBatch) for token in batch.tokens]
+
+
+def test_why_a_request_ended(driver: Any, draw_tokens: Any) -> None:
+    """The same greedy output, cut by its length, by a stop token and by the model's end-of-text."""
+    prompt = draw_tokens(3, 20)
+    d = driver()
+    d.submit(AddRequest("r", prompt, SamplingParams(6, ignore_eos=True), 0.0))
+    whole = d.run().tokens()["r"]
+    assert finishes(d) == [None] * 5 + [FinishReason.LENGTH]
+    place = whole.index(whole[3])
+    stopped = driver()
+    stopped.submit(AddRequest("r", prompt, SamplingParams(6, ignore_eos=True, stop_token_ids=(whole[3],)), 0.0))
+    assert stopped.run().tokens()["r"] == whole[: place + 1]
+    assert finishes(stopped) == [None] * place + [FinishReason.STOP]
+    ended = driver()
+    table = ended.engine.requests
+    table._model = type(table._model)(**{**as_dict(table._model), "eos_token_ids": (whole[3],)})
+    ended.submit(AddRequest("eos", prompt, SamplingParams(6), 0.0))
+    assert ended.run().tokens()["eos"] == whole[: place + 1]
+    assert finishes(ended)[-1] is FinishReason.STOP
+
+
+def as_dict(model: Any) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in type(model).__dataclass_fields__}

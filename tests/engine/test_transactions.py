@@ -1,0 +1,136 @@
+"""A job's parameters are the same bits however its passes were dropped, replayed or interleaved, and by another job."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from coserve_engine.jobs import Job
+from coserve_engine.messages import AddRequest, ForwardBackward, PassDone, SamplingParams, StepDone
+from coserve_engine.passes import PassState
+
+STEPS = 8
+TIGHT = {"kv_cache_bytes": 45 * 8192, "max_model_length": 256}
+"""44 pages of 16 tokens: a pass of 30 pages and a request of 15 do not fit together."""
+
+
+@pytest.fixture
+def undisturbed(driver: Any, training: Any, start_job: Any) -> torch.Tensor:
+    d = driver()
+    d.submit(start_job(), *training(steps=STEPS))
+    d.run()
+    assert len(d.of(StepDone)) == STEPS
+    return d.parameters()
+
+
+@pytest.fixture
+def drops(monkeypatch: pytest.MonkeyPatch) -> list[PassState]:
+    """Passes that were dropped, with how far they had come."""
+    dropped: list[PassState] = []
+    drop = Job.drop_youngest
+
+    def spy(self: Job) -> bool:
+        dropped.extend(state for _, state in list(self.live.values())[-1:])
+        return drop(self)
+
+    monkeypatch.setattr(Job, "drop_youngest", spy)
+    return dropped
+
+
+def under_pressure(d: Any, draw_tokens: Any, seed: int) -> None:
+    """Runs what was submitted while requests come at random moments and interrupt the units."""
+    source, requests = random.Random(seed), 0
+    for _ in range(100_000):
+        if d.engine.idle:
+            break
+        if requests < 40 and source.random() < 0.3:
+            requests += 1
+            prompt = draw_tokens(requests, source.randint(60, 220))
+            params = SamplingParams(source.randint(1, 20), ignore_eos=True)
+            d.submit(AddRequest(f"r{requests}", prompt, params, d.clock.now))
+        d.step(lambda: source.random() < 0.7)
+    assert d.engine.idle
+    assert d.failures == []
+    assert len(d.tokens()) == requests
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dropped_passes_are_replayed_exactly(
+    driver: Any, training: Any, start_job: Any, draw_tokens: Any, undisturbed: torch.Tensor, drops: Any, seed: int
+) -> None:
+    d = driver(jitter_s=0.004, seed=seed, **TIGHT)
+    d.submit(start_job(), *training(steps=STEPS))
+    under_pressure(d, draw_tokens, seed)
+    assert len(drops) > 3
+    assert any(state.layer < state.layers for state in drops), "none was dropped in its backward"
+    assert torch.equal(d.parameters(), undisturbed)
+    assert len(d.of(PassDone)) == sum(isinstance(c, ForwardBackward) for c in training(steps=STEPS))
+
+
+def test_interleaving_with_requests_leaves_no_trace(
+    driver: Any, training: Any, start_job: Any, draw_tokens: Any, undisturbed: torch.Tensor, drops: Any
+) -> None:
+    d = driver(jitter_s=0.004)
+    d.submit(start_job(), *training(steps=STEPS))
+    under_pressure(d, draw_tokens, 9)
+    assert not drops
+    assert torch.equal(d.parameters(), undisturbed)
+
+
+def test_two_jobs_are_each_as_if_alone(
+    driver: Any, training: Any, start_job: Any, draw_tokens: Any, drops: Any
+) -> None:
+    jobs = {
+        "one": (start_job("one", rank=4, seed=1), training("one", seed=1, steps=STEPS)),
+        "two": (start_job("two", rank=6, seed=2), training("two", seed=2, steps=STEPS, micros=3)),
+    }
+    alone = {}
+    for name, (start, commands) in jobs.items():
+        d = driver()
+        d.submit(start, *commands)
+        alone[name] = d.run().parameters(name)
+    both = driver(jitter_s=0.004, **TIGHT)
+    for start, commands in jobs.values():
+        both.submit(start, *commands)
+    under_pressure(both, draw_tokens, 3)
+    assert drops
+    for name, expected in alone.items():
+        assert torch.equal(both.parameters(name), expected)
+
+
+def test_gradients_added_before_the_commit_break_it(
+    driver: Any,
+    training: Any,
+    start_job: Any,
+    draw_tokens: Any,
+    undisturbed: torch.Tensor,
+    drops: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened, committed = Job._open, Job._commit
+
+    def into_the_steps_buffer(self: Job, command: ForwardBackward) -> bool:
+        done = opened(self, command)
+        if done:
+            _, state = self.live[command.work.id]
+            state.grads = self._grad
+            state.grad_views = self.layout.views(self._grad)
+        return done
+
+    def nothing_left_to_add(self: Job, command: ForwardBackward, state: PassState) -> object:
+        state.grads = torch.zeros_like(state.grads)
+        return committed(self, command, state)
+
+    monkeypatch.setattr(Job, "_open", into_the_steps_buffer)
+    monkeypatch.setattr(Job, "_commit", nothing_left_to_add)
+    calm = driver()
+    calm.submit(start_job(), *training(steps=STEPS))
+    assert torch.allclose(calm.run().parameters(), undisturbed, rtol=1e-3, atol=1e-4), "without drops it is a gradient"
+    d = driver(jitter_s=0.004, **TIGHT)
+    d.submit(start_job(), *training(steps=STEPS))
+    under_pressure(d, draw_tokens, 0)
+    assert drops
+    assert not torch.allclose(d.parameters(), undisturbed, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,177 @@
+"""What a line may be, which of its tokens are learned, and what is said about one that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coserve_agent.dataset import Dataset, Reader
+from coserve_agent.errors import DatasetError
+from coserve_agent.tokenizer import ChatTemplateError, Tokenizer
+from coserve_api.job import DatasetFormat, FailedReason, OnInvalid
+
+TURNS = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four é😀"},
+]
+
+
+def write(folder: Path, *rows: object) -> Path:
+    path = folder / "data.jsonl"
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def load(
+    path: Path, tokenizer: Tokenizer, on_invalid: OnInvalid = OnInvalid.FAIL, max_length: int = 64, **changes: Any
+) -> Dataset:
+    return Dataset(path, tokenizer, changes.get("format", DatasetFormat.AUTO), max_length, on_invalid)
+
+
+def learned(tokenizer: Tokenizer, format: DatasetFormat, row: object) -> tuple[str, str]:
+    """All text of a sample, and the part of it that is learned."""
+    sample = Reader(tokenizer, format, 64).sample(1, json.dumps(row).encode())
+    chosen = [token for token, weight in zip(sample.tokens, sample.weights, strict=True) if weight]
+    return tokenizer.decode(sample.tokens, False), tokenizer.decode(chosen, False)
+
+
+# ---- what is learned ----
+
+
+def test_messages_learn_the_assistants_turns(tokenizer: Tokenizer) -> None:
+    text, part = learned(tokenizer, DatasetFormat.MESSAGES, {"messages": TURNS})
+    assert text == "<|user|>one<|end|><|assistant|>two<|end|><|user|>three<|end|><|assistant|>four é😀<|end|>"
+    assert part == "two<|end|>four é😀<|end|>"
+
+
+def test_a_template_without_generation_blocks_gives_the_same(tokenizer: Tokenizer, plain_tokenizer: Tokenizer) -> None:
+    assert tokenizer.render_training(TURNS) == plain_tokenizer.render_training(TURNS)
+    assert tokenizer.digest != plain_tokenizer.digest
+
+
+def test_a_prompt_is_the_beginning_of_its_training_text(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode_chat(TURNS[:3])
+    assert tokenizer.render_training(TURNS).tokens[: len(prompt)] == prompt
+
+
+def test_prompt_and_completion_learn_the_completion(tokenizer: Tokenizer) -> None:
+    row = {"prompt": "one two", "completion": " three", "other": 1}
+    assert learned(tokenizer, DatasetFormat.PROMPT_COMPLETION, row) == ("one two three<|end|>", " three<|end|>")
+
+
+def test_text_learns_all_but_the_first_token(tokenizer: Tokenizer) -> None:
+    text, part = learned(tokenizer, DatasetFormat.TEXT, {"text": "one two"})
+    assert text == "one two<|end|>"
+    assert text.endswith(part)
+    assert len(tokenizer.encode(text)) == len(tokenizer.encode(part)) + 1
+    assert learned(tokenizer, DatasetFormat.TEXT, {"text": "one two<|end|>"})[0] == text
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"messages": TURNS}, DatasetFormat.MESSAGES),
+        ({"prompt": "a", "completion": "b"}, DatasetFormat.PROMPT_COMPLETION),
+        ({"text": "one two"}, DatasetFormat.TEXT),
+    ],
+)
+def test_the_first_line_tells_the_format(
+    tmp_path: Path, tokenizer: Tokenizer, row: object, format: DatasetFormat
+) -> None:
+    dataset = load(write(tmp_path, b"", row, row), tokenizer)
+    assert dataset.format is format
+    assert dataset.ids == (2, 3)
+
+
+def test_samples_are_read_again_in_any_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": f"one {n}"} for n in range(6)]
+    path = write(tmp_path, *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    dataset = load(path, tokenizer)
+    samples = dataset.samples((5, 1))
+    assert [tokenizer.decode(sample.tokens) for sample in samples] == ["one 4", "one 0"]
+    assert [sample.id for sample in samples] == [5, 1]
+    path.write_bytes(path.read_bytes().replace(b"one 4", b"one 9"))
+    assert dataset.samples((1,)) == samples[1:]
+    with pytest.raises(DatasetError, match="line 5: changed"):
+        dataset.samples((1, 5))
+
+
+# ---- what cannot be used ----
+
+GOOD = {"messages": TURNS[:2]}
+BAD = [
+    (b"{", ["is not JSON"]),
+    (b"[1]", ["JSON list", "object"]),
+    (b'{"messages": "\xff"}', ["UTF-8"]),
+    ({"text": "one"}, ["messages is missing"]),
+    ({"messages": []}, ["messages is []"]),
+    ({"messages": ["x"]}, ["messages[0] is 'x'"]),
+    ({"messages": [{"role": "user", "content": 5}]}, ["messages[0].content is 5", "string"]),
+    ({"messages": [{"content": "x"}]}, ["messages[0].role is missing"]),
+    ({"messages": TURNS[:1]}, ["no assistant message"]),
+    ({"messages": [{"role": "system", "content": "x"}, *TURNS[:2]]}, ["no role system", "chat template"]),
+    ({"messages": [TURNS[0], {"role": "assistant", "content": "two " * 99}]}, ["tokens, more than", "Skip"]),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), BAD, ids=[" ".join(words) for _, words in BAD])
+def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, words: list[str]) -> None:
+    path = write(tmp_path, GOOD, row, GOOD)
+    with pytest.raises(DatasetError) as caught:
+        load(path, tokenizer)
+    assert caught.value.line == 2
+    assert caught.value.reason is FailedReason.INVALID_DATASET
+    assert all(word in str(caught.value) for word in ["data.jsonl, line 2", *words]), str(caught.value)
+    skipping = load(path, tokenizer, OnInvalid.SKIP)
+    assert (skipping.ids, skipping.skipped) == ((1, 3), 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "words"),
+    [
+        ({"prompt": "a", "completion": ""}, DatasetFormat.PROMPT_COMPLETION, "completion is empty"),
+        ({"prompt": ["a"], "completion": "b"}, DatasetFormat.PROMPT_COMPLETION, "prompt is"),
+        ({"text": ""}, DatasetFormat.TEXT, "text is empty"),
+        ({"text": None}, DatasetFormat.TEXT, "text is missing"),
+    ],
+)
+def test_other_formats_name_their_fields(
+    tmp_path: Path, tokenizer: Tokenizer, row: object, format: DatasetFormat, words: str
+) -> None:
+    with pytest.raises(DatasetError, match=words):
+        load(write(tmp_path, row), tokenizer, format=format)
+
+
+def test_files_that_cannot_be_used_at_all(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DatasetError, match="no such file") as missing:
+        load(tmp_path / "absent.jsonl", tokenizer)
+    assert missing.value.reason is FailedReason.DATASET_NOT_FOUND
+    assert "absent.jsonl" in str(missing.value)
+    with pytest.raises(DatasetError, match="is a folder"):
+        load(tmp_path, tokenizer)
+    with pytest.raises(DatasetError, match="it is empty"):
+        load(write(tmp_path, b"", b"  "), tokenizer)
+    with pytest.raises(DatasetError, match="has answer, question"):
+        load(write(tmp_path, {"question": "a", "answer": "b"}), tokenizer, OnInvalid.SKIP)
+    with pytest.raises(DatasetError, match="none of its 2 lines can be used; line 1: is not JSON"):
+        load(write(tmp_path, b"{", b"}"), tokenizer, OnInvalid.SKIP)
+
+
+def test_a_bad_first_line_can_be_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dataset = load(write(tmp_path, b"#", GOOD), tokenizer, OnInvalid.SKIP)
+    assert (dataset.ids, dataset.skipped, dataset.format) == ((2,), 1, DatasetFormat.MESSAGES)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
+    config = json.loads((model_folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ChatTemplateError, match="differently inside a longer conversation"):
+        Tokenizer(tmp_path).render_training(TURNS)

@@ -1,0 +1,256 @@
+"""The driver on a real engine, without Redis: what it computes, how it stops, and when it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from coserve_agent.driver import STEPS_IN_FLIGHT, Driver, Plan, Saved, StopRequested
+from coserve_agent.engine_client import EngineClient
+from coserve_agent.errors import JobFailedError
+from coserve_agent.trainlog import DriverState, StepRecord
+from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
+from coserve_api.messages import BindingSpec
+from coserve_api.shards import Sample, Shard
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
+from coserve_engine.messages import ForwardBackward, OptimStep
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+TOTAL = 8
+
+
+def sample(number: int) -> Sample:
+    length = 6 + number % 11
+    tokens = tuple(4 + (number * 31 + n * n) % 300 for n in range(length))
+    return Sample(number, tokens, (0.0,) * 3 + (1.0,) * (length - 3))
+
+
+def shard(number: int) -> Shard:
+    return Shard(number, 0, "0" * 64, tuple(sample(4 * number + n) for n in range(4)))
+
+
+@dataclass
+class Source:
+    """Shards up to `last`, eval samples from far away."""
+
+    last: int = TOTAL
+    asked: list[int] = field(default_factory=list)
+
+    def get(self, number: int) -> Shard | None:
+        self.asked.append(number)
+        return shard(number) if number <= self.last else None
+
+    async def eval_samples(self) -> list[Sample]:
+        return [sample(1000 + n) for n in range(5)]
+
+
+@dataclass
+class Rig:
+    """A driver on an engine, and all it said."""
+
+    driver: Driver
+    source: Source
+    folder: Path
+    steps: list[StepRecord] = field(default_factory=list)
+    accepted: list[Saved] = field(default_factory=list)
+    commands: list[Any] = field(default_factory=list)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"s{step}"
+
+
+def spec(**changes: Any) -> BindingSpec:
+    values: dict[str, Any] = {
+        "job_uid": "j",
+        "job_name": "job",
+        "namespace": "default",
+        "adapter_name": "a",
+        "adapter_number": 1,
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": tuple(TargetModule),
+        "learning_rate": 1e-2,
+        "schedule": Schedule.LINEAR,
+        "warmup_steps": 0,
+        "batch_size": 4,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 1,
+        "checkpoint_every_steps": 3,
+        "checkpoint_keep": 2,
+        "publish": PublishPolicy.ALWAYS,
+    }
+    return BindingSpec(**values | changes)
+
+
+@asynccontextmanager
+async def running(model: Path) -> AsyncIterator[EngineClient]:
+    client = EngineClient(EngineHost.start(EngineConfig(str(model), max_model_length=256, kv_cache_bytes=8 << 20)))
+    client.start()
+    try:
+        await asyncio.wait_for(client.ready(), 90)
+        yield client
+    finally:
+        await client.close()
+
+
+MakeRig = Callable[..., AbstractAsyncContextManager[Rig]]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> MakeRig:
+    names = itertools.count()
+    pass_ids = itertools.count(1)
+
+    @asynccontextmanager
+    async def make(
+        client: EngineClient, resume: Path | None = None, last: int = TOTAL, **changes: Any
+    ) -> AsyncIterator[Rig]:
+        source, name = Source(last), f"job-{next(names)}"
+        channel = client.open_job(name)
+
+        async def accept(saved: Saved) -> None:
+            made.accepted.append(saved)
+
+        def on_step(record: StepRecord, state: DriverState) -> None:
+            assert state.step == record.step
+            made.steps.append(record)
+
+        plan = Plan(name, spec(**changes), TOTAL, 256, "base", lambda step: tmp_path / name / f"s{step}")
+        driver = Driver(plan, channel, source, accept=accept, on_step=on_step, pass_ids=pass_ids)
+        made = Rig(driver, source, tmp_path / name)
+        submit = channel.submit
+        channel.submit = lambda command: (made.commands.append(command), submit(command))[1]  # type: ignore[method-assign]
+        await driver.start(resume)
+        try:
+            yield made
+        finally:
+            await driver.close()
+            channel.close()
+
+    return make
+
+
+def mean_loss(model: LlamaForCausalLM, samples: list[Sample]) -> float:
+    """What transformers says."""
+    total = count = 0.0
+    for one in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([one.tokens])).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(one.tokens[1:]), reduction="none")
+        weights = torch.tensor(one.weights[1:])
+        total += float((nll * weights).sum())
+        count += float(weights.sum())
+    return total / count
+
+
+async def test_a_whole_job_and_what_it_computes(model_folder: Path, rig: MakeRig, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    async with running(model_folder) as client, rig(client) as job:
+        await job.driver.train()
+        sha256 = await job.driver.export(tmp_path / "adapter")
+    assert [record.step for record in job.steps] == list(range(1, TOTAL + 1))
+    assert [record.samples for record in job.steps] == [tuple(4 * n + k for k in range(4)) for n in range(1, TOTAL + 1)]
+    assert [record.lr for record in job.steps] == [1e-2 * (TOTAL - n) / TOTAL for n in range(TOTAL)]
+    # B is zero at first, so the first step's loss and the first evaluation are the base model's.
+    assert job.steps[0].loss == pytest.approx(mean_loss(model, list(shard(1).samples)), rel=1e-5)
+    state = job.driver.state
+    assert state.eval_loss_initial == pytest.approx(mean_loss(model, await job.source.eval_samples()), rel=1e-5)
+    assert state.eval_loss is not None
+    assert [saved.step for saved in job.accepted] == [3, 6, 8]
+    assert len(sha256) == 64
+    log = [json.loads(line) for line in (tmp_path / "adapter/training_log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, TOTAL + 1))
+    assert set(log[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "samples"}
+    numbers = [command.seq_no for command in job.commands if isinstance(command, ForwardBackward | OptimStep)]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_a_stopped_and_resumed_job_ends_the_same(model_folder: Path, rig: MakeRig, tmp_path: Path) -> None:
+    async with running(model_folder) as client:
+        async with rig(client) as whole:
+            await whole.driver.train()
+            await whole.driver.export(tmp_path / "whole")
+        async with rig(client, last=5) as first:
+            training = asyncio.create_task(first.driver.train())
+            while len(first.steps) < 5:
+                await asyncio.sleep(0.01)
+            first.driver.request_stop()
+            with pytest.raises(StopRequested):
+                await training
+            await first.driver.stop()
+            assert [saved.step for saved in first.accepted] == [3, 5]
+        async with rig(client, resume=first.path(5)) as second:
+            assert second.driver.state.step == 5
+            await second.driver.train()
+            await second.driver.export(tmp_path / "parts")
+    assert [record.step for record in (*first.steps, *second.steps)] == list(range(1, TOTAL + 1))
+    assert second.driver.state == whole.driver.state
+    for name in ("adapter_model.safetensors", "training_log.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+async def test_two_steps_are_in_flight_and_no_more(model_folder: Path, rig: MakeRig) -> None:
+    async with running(model_folder) as client, rig(client, checkpoint_every_steps=100) as job:
+        most = 0
+
+        def look(command: object) -> None:
+            nonlocal most
+            if isinstance(command, OptimStep):
+                submitted = sum(isinstance(one, OptimStep) for one in job.commands)
+                most = max(most, submitted - len(job.steps))
+
+        append = job.commands.append
+        job.commands = type("Spy", (list,), {"append": lambda self, one: (list.append(self, one), look(one))})()
+        await job.driver.train()
+        assert append is not None
+        assert most == STEPS_IN_FLIGHT
+
+
+async def test_a_job_that_diverges_fails_after_five_steps(model_folder: Path, rig: MakeRig, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1e38
+    save_file(weights, broken / "model.safetensors")
+    async with running(broken) as client, rig(client) as job:
+        with pytest.raises(JobFailedError, match="not finite in 5 steps in a row, up to step 5") as caught:
+            await job.driver.train()
+    assert caught.value.reason is FailedReason.TRAINING_DIVERGED
+    assert all(record.skipped and record.loss is None for record in job.steps)
+    assert job.driver.state.eval_loss_initial is None
+
+
+async def test_an_artifact_store_that_cannot_be_written_fails_the_job(
+    model_folder: Path, rig: MakeRig, tmp_path: Path
+) -> None:
+    async with running(model_folder) as client, rig(client) as job:
+        job.folder.write_text("a file where a folder should be")
+        with pytest.raises(JobFailedError, match="artifact store") as caught:
+            await job.driver.train()
+        assert caught.value.reason is FailedReason.ARTIFACT_STORE_ERROR
+        assert client.alive
+
+
+async def test_an_evaluation_without_samples_is_none(model_folder: Path, rig: MakeRig) -> None:
+    async with running(model_folder) as client, rig(client) as job:
+
+        async def nothing() -> list[Sample]:
+            return []
+
+        job.source.eval_samples = nothing  # type: ignore[method-assign]
+        await job.driver.train()
+        assert (job.driver.state.eval_loss_initial, job.driver.state.eval_loss) == (None, None)
+        assert math.isfinite(job.driver.state.loss or math.nan)

@@ -1,0 +1,255 @@
+"""Shards in Redis are a function of file, seed and cursor; what cannot be used is said where the operator reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coserve_agent.feeder import Feeder, Material, feed
+from coserve_agent.settings import FeederSettings
+from coserve_agent.tokenizer import Tokenizer
+from coserve_api.connect import command
+from coserve_api.keys import Keys
+from coserve_api.messages import Completed, FeedStatus
+from coserve_api.shards import Shard
+from coserve_api.store import SHARD_BOUND, Store
+from redis.asyncio import Redis
+
+JOB = "job-1"
+KEYS = Keys("endpoint-1")
+
+
+@pytest.fixture
+def store(redis: Redis) -> Store:
+    return Store(redis, KEYS)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"one {n}", "completion": f" two {n}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def variables(redis_server: Any, data: Path, model_folder: Path) -> dict[str, object]:
+    return {
+        "redis_url": redis_server.url,
+        "redis_password": redis_server.password,
+        "endpoint_uid": KEYS.endpoint_uid,
+        "job_uid": JOB,
+        "job_name": "job",
+        "dataset_path": data,
+        "model_path": model_folder,
+        "eval_percent": 10,
+        "max_sequence_length": 64,
+        "batch_size": 3,
+        "epochs": 4,
+        "seed": 1,
+    }
+
+
+@pytest.fixture
+def material(variables: dict[str, object], tokenizer: Tokenizer) -> Material:
+    return Material.prepare(FeederSettings(**variables), tokenizer)  # type: ignore[arg-type]
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.02)
+
+
+async def accept(store: Store, cursor: int) -> None:
+    """What the accept script leaves."""
+    checkpoint = {
+        "version": 1,
+        "step": cursor,
+        "cursor": cursor,
+        "epoch": 1,
+        "path": "jobs/x/e1/s1",
+        "sha256": "0" * 64,
+    }
+    await command(store.redis, "SET", KEYS.checkpoint(JOB), json.dumps(checkpoint))
+    await command(store.redis, "XTRIM", KEYS.shards(JOB), "MINID", f"{cursor + 1}-0")
+
+
+async def read(store: Store, after: int, count: int = 100) -> list[Shard]:
+    return await store.read_shards(JOB, after, count)
+
+
+class Task:
+    """A running feeder."""
+
+    def __init__(self, store: Store, material: Material) -> None:
+        self.task = asyncio.create_task(Feeder(store, JOB, material).run())
+
+    async def __aenter__(self) -> asyncio.Task[None]:
+        return self.task
+
+    async def __aexit__(self, *error: object) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def test_shards_are_pushed_up_to_the_bound_and_follow_the_cursor(store: Store, material: Material) -> None:
+    async with Task(store, material) as task:
+        await until(lambda: has(store, SHARD_BOUND))
+        status = await store.feed(JOB)
+        assert status == FeedStatus(
+            total_steps=48, samples=36, eval_samples=4, eval_shards=2, digest=material.digest, finished=False
+        )
+        assert len(await read(store, 0)) == SHARD_BOUND
+        held_out = {sample.id for shard in await store.read_eval(JOB) for sample in shard.samples}
+        assert len(held_out) == 4
+        first = await read(store, 0)
+        await accept(store, 20)
+        await until(lambda: has(store, 48))
+        await until(lambda: finished(store))
+        rest = await read(store, 20)
+        shards = {shard.seq: shard for shard in [*first, *rest]}
+        assert sorted(shards) == list(range(1, 49))
+        assert all(shards[number] == material.shard(number) for number in shards)
+        for epoch in range(4):
+            ids = [sample.id for shard in shards.values() if shard.epoch == epoch for sample in shard.samples]
+            assert len(ids) == len(set(ids)) == 36
+            assert not held_out & set(ids)
+        assert not task.done()
+        await command(store.redis, "SET", KEYS.result(JOB), Completed(epoch=1, step=48).dumps())
+        await asyncio.wait_for(task, 10)
+
+
+async def has(store: Store, last: int) -> bool:
+    return (await store.job(JOB)).last_shard == last
+
+
+async def finished(store: Store) -> bool:
+    status = await store.feed(JOB)
+    return status is not None and status.finished
+
+
+async def test_a_restarted_feeder_goes_on_where_the_stream_ends(store: Store, material: Material) -> None:
+    async with Task(store, material):
+        await until(lambda: has(store, SHARD_BOUND))
+    before = await read(store, 0)
+    await accept(store, 10)
+    async with Task(store, material):
+        await until(lambda: has(store, 42))
+    assert await read(store, 10) == [*before[10:], *(material.shard(number) for number in range(33, 43))]
+
+
+async def test_an_emptied_redis_is_filled_again_from_the_cursor(store: Store, material: Material) -> None:
+    await store.set_incarnation("first")
+    async with Task(store, material):
+        await until(lambda: has(store, SHARD_BOUND))
+        before = await read(store, 0)
+        held_out = await store.read_eval(JOB)
+        await command(store.redis, "FLUSHALL")
+        await accept(store, 5)
+        await store.set_incarnation("second")
+        await until(lambda: has(store, 5 + SHARD_BOUND), 30)
+        assert (await read(store, 5))[: SHARD_BOUND - 5] == before[5:]
+        await until(lambda: same_eval(store, held_out))
+        assert await store.feed(JOB) is not None
+
+
+async def same_eval(store: Store, expected: list[Shard]) -> bool:
+    return await store.read_eval(JOB) == expected
+
+
+async def test_a_deleted_job_is_left_alone(store: Store, material: Material) -> None:
+    await store.set_incarnation("first")
+    async with Task(store, material) as task:
+        await until(lambda: has(store, SHARD_BOUND))
+        await store.delete_job(JOB)
+        await asyncio.wait_for(task, 10)
+        assert await store.feed(JOB) is None
+
+
+async def test_two_machines_make_the_same_shards(
+    variables: dict[str, object], model_folder: Path, material: Material
+) -> None:
+    again = Material.prepare(FeederSettings(**variables), Tokenizer(model_folder))  # type: ignore[arg-type]
+    other = Material.prepare(FeederSettings(**variables | {"seed": 2}), Tokenizer(model_folder))  # type: ignore[arg-type]
+    numbers = range(1, 49)
+    assert [again.shard(n) for n in numbers] == [material.shard(n) for n in numbers]
+    assert [other.shard(n) for n in numbers] != [material.shard(n) for n in numbers]
+    assert again.eval_shard(1) == material.eval_shard(1)
+
+
+async def test_a_changed_data_set_is_refused(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer, material: Material, data: Path
+) -> None:
+    async with Task(store, material):
+        await until(lambda: has(store, SHARD_BOUND))
+    data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    settings = FeederSettings(**variables)  # type: ignore[arg-type]
+    await asyncio.wait_for(feed(settings, Material.prepare(settings, tokenizer)), 20)
+    status = await store.feed(JOB)
+    assert status is not None
+    assert status.error is not None
+    assert status.error.reason == "InvalidDataset"
+    assert "changed since the job began" in status.error.message
+
+
+# ---- the program ----
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "line"),
+    [(None, "DatasetNotFound", None), ('{"text": "one"}\n{"text": 5}\n', "InvalidDataset", 2)],
+)
+async def test_the_program_says_what_is_wrong_with_the_data(
+    store: Store,
+    programs: Any,
+    variables: dict[str, object],
+    data: Path,
+    content: str | None,
+    reason: str,
+    line: int | None,
+) -> None:
+    data.unlink()
+    if content is not None:
+        data.write_text(content)
+    program = programs.start("feeder", **variables)
+    assert await asyncio.to_thread(program.process.wait, 60) == 0
+    status = await store.feed(JOB)
+    assert status is not None
+    assert status.error is not None
+    assert (status.error.reason, status.error.line) == (reason, line)
+    assert str(data) in status.error.message
+
+
+async def test_the_program_feeds_and_ends_quickly_when_told(
+    store: Store, programs: Any, variables: dict[str, object], material: Material
+) -> None:
+    program = programs.start("feeder", **variables)
+    await until(lambda: has(store, SHARD_BOUND), 60)
+    assert await read(store, 0, 1) == [material.shard(1)]
+    begun = time.monotonic()
+    assert await asyncio.to_thread(program.terminate, 10) == 143
+    assert time.monotonic() - begun < 5
+
+
+def test_the_feeder_needs_no_torch(model_folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import coserve_agent.feeder; from coserve_agent.tokenizer import Tokenizer;"
+        f"t = Tokenizer(Path({str(model_folder)!r})); t.render_training([{{'role': 'assistant', 'content': 'x'}}]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_broken_model_folder_is_explained(programs: Any, variables: dict[str, object], tmp_path: Path) -> None:
+    program = programs.start("feeder", **variables | {"model_path": tmp_path})
+    assert program.process.wait(60) == 1
+    assert f"{tmp_path}/tokenizer.json: no such file" in program.log

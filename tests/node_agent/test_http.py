@@ -1,0 +1,389 @@
+"""The OpenAI-compatible API, through an unmodified openai client and through plain HTTP, on a real server and a real engine."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+CHAT = [{"role": "user", "content": "the quick brown fox"}]
+
+
+@pytest.fixture
+def client(served: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(served: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        yield client
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+# ---- answers ----
+
+
+def test_chat_answers_with_usage(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="base", messages=CHAT, max_tokens=12, temperature=0)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.completion_tokens <= 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streaming_equals_non_streaming(client: openai.OpenAI, temperature: float) -> None:
+    options: dict[str, Any] = {
+        "model": "base",
+        "messages": CHAT,
+        "max_completion_tokens": 60,
+        "temperature": temperature,
+        "seed": 5,
+        "extra_body": {"ignore_eos": True},
+    }
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+
+
+def test_text_is_that_of_the_tokens(client: openai.OpenAI, served: Any) -> None:
+    """A random model writes broken characters: the pieces joined must be what decoding everything at once gives."""
+    prompt = served.agent.tokenizer.encode("the quick")
+    seen: list[int] = []
+    stream_type = type(served.agent.engine).generate
+
+    def spy(self: Any, request: Any, observe: Any = lambda s: None) -> Any:
+        stream = stream_type(self, request, observe)
+        deliver = stream.deliver
+        stream.deliver = lambda token: (seen.append(token.token), deliver(token))
+        return stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(served.agent.engine), "generate", spy)
+        text = client.completions.create(
+            model="base", prompt=prompt, max_tokens=80, temperature=1, seed=3, extra_body={"ignore_eos": True}
+        )
+    assert len(seen) == 80
+    assert text.choices[0].text == served.agent.tokenizer.decode(seen)
+
+
+def test_completions_take_strings_and_tokens(client: openai.OpenAI, served: Any) -> None:
+    options: dict[str, Any] = {"model": "base", "temperature": 0, "max_tokens": 8}
+    by_text = client.completions.create(prompt="one two", **options)
+    by_tokens = client.completions.create(prompt=served.agent.tokenizer.encode("one two"), **options)
+    assert by_text.choices[0].text == by_tokens.choices[0].text
+    streamed = client.completions.create(prompt="one two", stream=True, **options)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == by_text.choices[0].text
+    assert client.completions.create(prompt="one two", model="base").usage.completion_tokens <= 16
+
+
+def test_seed_decides_the_sample(client: openai.OpenAI) -> None:
+    def text(seed: int | None) -> str:
+        options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "seed": seed}
+        return client.completions.create(model="base", prompt="one", **options).choices[0].text
+
+    assert text(1) == text(1)
+    assert len({text(seed) for seed in (1, 2, 3)}) > 1
+    assert len({text(None) for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_stop_strings_cut_anywhere(client: openai.OpenAI, length: int) -> None:
+    options: dict[str, Any] = {
+        "model": "base",
+        "prompt": "one two three",
+        "max_tokens": 60,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    full = client.completions.create(**options).choices[0].text
+    for at in range(5, len(full) - length, 7):
+        stop = full[at : at + length]
+        cut = client.completions.create(stop=[stop, "\x00never"], **options).choices[0]
+        assert cut.text == full[: full.index(stop)]
+        assert cut.finish_reason == "stop"
+        chunks = list(client.completions.create(stop=stop, stream=True, **options))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == cut.text
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_stop_token_ids_end_an_answer(client: openai.OpenAI, served: Any) -> None:
+    options: dict[str, Any] = {"model": "base", "prompt": "one two three", "temperature": 0, "max_tokens": 20}
+    full = client.completions.create(**options, extra_body={"ignore_eos": True}).choices[0].text
+    first = served.agent.tokenizer.encode(full)[0]
+    cut = client.completions.create(**options, extra_body={"stop_token_ids": [first], "ignore_eos": True})
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.usage.completion_tokens <= 20
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "base"
+    assert client.models.retrieve("base").id == "base"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_small_routes(http: httpx.Client, served: Any) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/version").json()["version"]
+    tokens = http.post("/tokenize", json={"prompt": "one two 😀"}).json()
+    assert tokens["count"] == len(tokens["tokens"])
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "one two 😀"}
+
+
+def test_admin_port_shows_what_happened(served: Any, client: openai.OpenAI) -> None:
+    before = httpx.get(f"{served.admin_url}/debug/iterations").json()["iterations"]
+    since = before[-1]["started"] if before else 0.0
+    client.completions.create(model="base", prompt="one", max_tokens=5, extra_body={"ignore_eos": True})
+    wait_for(
+        lambda: (
+            sum(
+                row["decode"] + (row["prefill"] > 0)
+                for row in httpx.get(f"{served.admin_url}/debug/iterations?since={since}").json()["iterations"]
+            )
+            >= 5
+        )
+    )
+    text = httpx.get(f"{served.admin_url}/metrics").text
+    for name in (
+        'vllm:num_requests_waiting{model_name="base"}',
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+        'coserve_tokens_total{kind="decode"}',
+        "coserve_saturation_percent",
+        "coserve_slo_attainment_percent",
+        "coserve_time_to_first_token_seconds_bucket",
+        "coserve_inter_token_seconds_bucket",
+        "coserve_iteration_seconds_bucket",
+        'coserve_requests_total{result="ok"}',
+    ):
+        assert name in text
+    assert httpx.get(f"{served.admin_url}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{served.admin_url}/v1/models").status_code == 404
+
+
+# ---- refusals ----
+
+GOOD = {"model": "base", "messages": CHAT, "max_tokens": 2}
+NEUTRAL = [
+    *({"n": 1}, {"user": "me"}, {"metadata": {"a": "b"}}, {"logprobs": False}, {"logprobs": None}, {"tools": []}),
+    *({"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"response_format": {"type": "text"}}, {"store": True}),
+    *({"logit_bias": {}}, {"stop": None}, {"top_p": 1}, {"seed": None}, {"stop": "xyz"}, {"tool_choice": "none"}),
+    *({"service_tier": "auto"}, {"stream_options": None}, {"top_k": -1}, {"repetition_penalty": 1.0}),
+]
+REFUSED = [
+    ({"n": 2}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"top_k": 5}, "top_k"),
+    ({"nonsense": 1}, "nonsense"),
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"seed": 2**70}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"other": 1}}, "stream_options"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "user"}], "model": None}, "model"),
+    ({"messages": [{"content": "x"}]}, "messages"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    ({"model": ""}, "model"),
+]
+
+
+@pytest.mark.parametrize("change", NEUTRAL, ids=str)
+def test_neutral_parameters_are_accepted(http: httpx.Client, change: dict[str, Any]) -> None:
+    answer = http.post("/v1/chat/completions", json=GOOD | change)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("change", "param"), REFUSED, ids=[str(change)[:60] for change, _ in REFUSED])
+def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], param: str) -> None:
+    answer = http.post("/v1/chat/completions", json=GOOD | change)
+    error = answer.json()["error"]
+    assert answer.status_code == 400, answer.text
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param in error["message"]
+
+
+def test_content_parts_of_text_are_joined(http: httpx.Client) -> None:
+    parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": " brown fox"}]
+    joined = http.post(
+        "/v1/chat/completions", json=GOOD | {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+    )
+    plain = http.post("/v1/chat/completions", json=GOOD | {"temperature": 0})
+    assert joined.json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize("body", ["", "{", "[1]", '"x"', "\xff", "{" * 100_000])
+def test_a_body_that_is_no_json_object(http: httpx.Client, body: str) -> None:
+    answer = http.post("/v1/completions", content=body.encode("latin-1"))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_body_that_is_too_large(http: httpx.Client) -> None:
+    body = json.dumps({"model": "base", "prompt": "x" * (1 << 20)})
+    assert http.post("/v1/completions", content=body).status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        yield from (body[i : i + 65536].encode() for i in range(0, len(body), 65536))
+
+    assert http.post("/v1/completions", content=pieces()).status_code == 413
+
+
+def test_prompts_that_do_not_fit(http: httpx.Client) -> None:
+    long = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 256}).json()["error"]
+    assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
+    assert "256 tokens" in long["message"]
+    both = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 200, "max_tokens": 57}).json()["error"]
+    assert (both["code"], both["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "200" in both["message"]
+    assert "56" in both["message"]
+    fits = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 255, "max_tokens": 1})
+    assert fits.status_code == 200
+    chat = [{"role": "user", "content": "fox " * 5000}]
+    error = http.post("/v1/chat/completions", json={"model": "base", "messages": chat}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [[1], [2]], [1, "a"], [-1], [10**6], None, 5, [True]])
+def test_prompts_that_are_wrong(http: httpx.Client, prompt: object) -> None:
+    answer = http.post("/v1/completions", json={"model": "base", "prompt": prompt})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+def test_an_unknown_model_names_the_known_ones(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt", messages=CHAT)
+    assert caught.value.code == "model_not_found"
+    assert "served are: base" in str(caught.value)
+
+
+def test_unknown_routes_and_methods(http: httpx.Client) -> None:
+    assert http.get("/nothing").json()["error"]["code"] == "not_found"
+    assert http.get("/v1/completions").json()["error"]["code"] == "method_not_allowed"
+
+
+# ---- clients that leave, wait, or read slowly ----
+
+
+def decoded(served: Any) -> int:
+    """Tokens decoded so far."""
+    return int(sum(row["decode"] for row in httpx.get(f"{served.admin_url}/debug/iterations").json()["iterations"]))
+
+
+def in_flight(served: Any) -> int:
+    return int(served.call(served.agent.engine.in_flight))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request(served: Any, http: httpx.Client, stream: bool) -> None:
+    body = json.dumps(
+        {"model": "base", "prompt": "one", "max_tokens": 250, "ignore_eos": True, "stream": stream, "temperature": 0}
+    ).encode()
+    before = decoded(served)
+    with socket.create_connection(("127.0.0.1", served.agent.http.port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        wait_for(lambda: in_flight(served) == 1)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    wait_for(lambda: in_flight(served) == 0)
+    assert 'coserve_requests_total{result="cancelled"}' in httpx.get(f"{served.admin_url}/metrics").text
+    assert http.post("/v1/completions", json={"model": "base", "prompt": "one"}).status_code == 200
+    assert decoded(served) - before < 240  # of 250 + 16: the engine did not finish it
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(served: Any, client: openai.OpenAI) -> None:
+    body = json.dumps(
+        {"model": "base", "prompt": "one", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect(("127.0.0.1", served.agent.http.port))
+        slow.sendall(head.encode() + body)
+        wait_for(lambda: in_flight(served) >= 1)
+        for _ in range(3):
+            answer = client.completions.create(model="base", prompt="two", max_tokens=20)
+            assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_requests_at_once_get_their_own_answers(client: openai.OpenAI) -> None:
+    prompts = [f"one two {n}" for n in range(12)]
+
+    def ask(prompt: str) -> str:
+        return client.completions.create(model="base", prompt=prompt, max_tokens=20, temperature=0).choices[0].text
+
+    alone = [ask(prompt) for prompt in prompts]
+    together: dict[str, str] = {}
+    threads = [threading.Thread(target=lambda p=p: together.__setitem__(p, ask(p))) for p in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[prompt] for prompt in prompts] == alone
+
+
+def test_too_many_waiting_requests_are_turned_away(start_agent: Callable[..., Any]) -> None:
+    """Room for one request in the cache, and for two that wait."""
+    agent = start_agent(kv_cache_bytes=18 << 12, max_waiting=2)
+    codes: list[int] = []
+    retry_after: list[str | None] = []
+
+    def ask() -> None:
+        answer = httpx.post(
+            f"{agent.url}/v1/completions",
+            json={"model": "base", "prompt": "one", "max_tokens": 150, "ignore_eos": True},
+            timeout=60,
+        )
+        codes.append(answer.status_code)
+        if answer.status_code == 429:
+            retry_after.append(answer.headers.get("retry-after"))
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes.count(200) >= 3
+    assert codes.count(429) >= 1
+    assert set(codes) == {200, 429}
+    assert set(retry_after) == {"1"}
+    assert agent.call(lambda: agent.agent.meter.report().attainment_percent) < 100

@@ -1,0 +1,198 @@
+"""Beginning and end of the process: broken models, SIGTERM while clients read, a dead engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from coserve_agent.errors import StartError
+from coserve_agent.tokenizer import Tokenizer
+from safetensors.torch import load_file, save_file
+
+LONG = {"model": "base", "prompt": "one", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
+
+
+def port(program: Any, which: str) -> int:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for line in program.log.splitlines():
+            if f"{which} port" in line:
+                return int(line.split(f"{which} port ")[1].split(",")[0])
+        assert program.process.poll() is None, program.log
+        time.sleep(0.05)
+    raise TimeoutError(program.log)
+
+
+@pytest.fixture
+def variables(model_folder: Path, tmp_path: Path) -> dict[str, object]:
+    return {
+        "model_path": model_folder,
+        "model_name": "base",
+        "max_model_length": 256,
+        "host": "127.0.0.1",
+        "http_port": 0,
+        "admin_port": 0,
+        "kv_cache_bytes": 16 << 20,
+        "artifacts": tmp_path,
+    }
+
+
+@pytest.fixture
+def agent(programs: Any, variables: dict[str, object]) -> Iterator[Any]:
+    program = programs.start("main", **variables)
+    url = f"http://127.0.0.1:{port(program, 'admin')}/ready"
+    deadline = time.monotonic() + 90
+    while httpx.get(url).status_code != 200:
+        assert time.monotonic() < deadline, program.log
+        time.sleep(0.1)
+    program.url = f"http://127.0.0.1:{port(program, 'http')}"
+    program.admin = url.removesuffix("/ready")
+    yield program
+
+
+def stream(url: str, begun: threading.Event, lines: list[str], errors: list[Exception]) -> None:
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    lines.append(line)
+                    begun.set()
+    except httpx.HTTPError as error:
+        errors.append(error)
+
+
+def test_sigterm_lets_requests_finish_and_refuses_new_ones(agent: Any) -> None:
+    begun, lines, errors = threading.Event(), [], []
+    client = threading.Thread(target=stream, args=(agent.url, begun, lines, errors))
+    client.start()
+    assert begun.wait(30)
+    agent.process.send_signal(signal.SIGTERM)
+    refused = ready = None
+    while client.is_alive() and not (refused and ready):
+        try:
+            answer = httpx.post(f"{agent.url}/v1/completions", json=LONG | {"max_tokens": 1}, timeout=10)
+            refused = answer if answer.status_code == 503 else refused
+            look = httpx.get(f"{agent.admin}/ready")
+            ready = look if look.status_code == 503 else ready
+        except httpx.TransportError:
+            break
+    client.join()
+    assert agent.process.wait(30) == 0, agent.log
+    assert not errors
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
+    if refused is not None:
+        assert refused.json()["error"]["code"] == "draining"
+        assert refused.headers["retry-after"] == "1"
+    if ready is not None:
+        assert "draining" in ready.json()["status"]
+
+
+def test_a_dead_engine_fails_its_requests_and_ends_the_agent(start_agent: Callable[..., Any]) -> None:
+    agent = start_agent()
+    begun, lines, errors = threading.Event(), [], []
+    client = threading.Thread(target=stream, args=(agent.url, begun, lines, errors))
+    client.start()
+    assert begun.wait(30)
+    pid = agent.call(lambda: agent.agent.engine_host.pid)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.2)
+    waiting: list[httpx.Response] = []
+    other = threading.Thread(
+        target=lambda: waiting.append(httpx.post(f"{agent.url}/v1/completions", json=LONG, timeout=60))
+    )
+    other.start()
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    client.join(30)
+    other.join(30)
+    assert json.loads(lines[-1][6:])["error"]["code"] == "engine_stopped"
+    assert waiting[0].status_code == 500
+    assert waiting[0].json()["error"]["type"] == "server_error"
+    agent._thread.join(30)
+    assert agent.status == 1
+
+
+# ---- models that cannot be served ----
+
+
+@pytest.fixture
+def broken(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def rewrite(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def shrink(folder: Path) -> None:
+    """A model whose vocabulary is smaller than the tokenizer's."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = weights[name][:100].clone()
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["no such folder", "COSERVE_MODEL_PATH"]),
+        (remove("tokenizer.json"), ["tokenizer.json: no such file"]),
+        (rewrite("tokenizer.json", "{}"), ["tokenizer.json", "cannot be read"]),
+        (rewrite("generation_config.json", "{"), ["generation_config.json", "not readable as JSON"]),
+    ],
+    ids=["folder", "no-tokenizer", "broken-tokenizer", "generation"],
+)
+def test_a_broken_tokenizer_is_explained(broken: Path, damage: Callable[[Path], None], words: list[str]) -> None:
+    damage(broken)
+    with pytest.raises(StartError) as caught:
+        Tokenizer(broken)
+    assert all(word in str(caught.value) for word in [str(broken), *words]), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove("config.json"), ["config.json"]),
+        (remove("model.safetensors"), ["safetensors"]),
+        (shrink, ["tokenizer.json", "320", "vocab_size is 100", "copy both from the same one"]),
+    ],
+    ids=["no-config", "no-weights", "small-vocabulary"],
+)
+def test_a_broken_model_ends_the_process_with_one_message(
+    programs: Any, variables: dict[str, object], broken: Path, damage: Callable[[Path], None], words: list[str]
+) -> None:
+    damage(broken)
+    program = programs.start("main", **variables | {"model_path": broken})
+    assert program.process.wait(90) == 1
+    (line,) = [line for line in program.log.splitlines() if "CRITICAL" in line]
+    assert all(word in line for word in [str(broken), *words]), line
+    assert "Traceback" not in program.log
+
+
+def test_a_wrong_variable_ends_the_process_with_one_message(programs: Any, variables: dict[str, object]) -> None:
+    program = programs.start("main", **variables | {"tpot_ms": "fast"})
+    assert program.process.wait(60) == 1
+    assert "COSERVE_TPOT_MS is 'fast'" in program.log
+    assert "Traceback" not in program.log
+
+
+def test_a_port_that_is_taken_is_named(programs: Any, variables: dict[str, object], served: Any) -> None:
+    program = programs.start("main", **variables | {"http_port": served.agent.http.port})
+    assert program.process.wait(60) == 1
+    assert f"COSERVE_HTTP_PORT is {served.agent.http.port}" in program.log

@@ -1,0 +1,71 @@
+"""A wrong variable is refused with its name, its value and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from coserve_agent.errors import StartError
+from coserve_agent.settings import AgentSettings, FeederSettings, read
+
+FEEDER = {
+    "REDIS_URL": "redis://redis:6379/0",
+    "ENDPOINT_UID": "u-1",
+    "JOB_UID": "j-1",
+    "JOB_NAME": "job",
+    "DATASET_PATH": "/data/x.jsonl",
+    "MODEL_PATH": "/models/m",
+    "EPOCHS": "2",
+}
+
+
+def environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        patch.setenv(f"COSERVE_{name}", value)
+
+
+def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", "REDIS_URL": "", "FINETUNING": "Disabled"})
+    settings = read(AgentSettings)
+    assert settings.model_path == Path("/models/m")
+    assert settings.redis_url is None
+    assert (settings.http_port, settings.admin_port, settings.finetuning) == (8000, 8001, "Disabled")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("TTFT_MS", "soon", ["COSERVE_TTFT_MS", "'soon'", "integer"]),
+        ("TTFT_MS", "0", ["COSERVE_TTFT_MS", "greater"]),
+        ("FINETUNING", "Maybe", ["COSERVE_FINETUNING", "'Maybe'", "Allowed"]),
+        ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
+        ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
+        ("REDIS_URL", "redis-host", ["REDIS_URL", "redis://"]),
+    ],
+)
+def test_a_wrong_variable_is_explained(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: list[str]
+) -> None:
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", name: value})
+    with pytest.raises(StartError) as caught:
+        read(AgentSettings)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartError, match="COSERVE_MODEL_PATH is not set"):
+        read(AgentSettings)
+
+
+def test_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {"MODEL_PATH": "/m", "REDIS_URL": "redis://r", "REDIS_PASSWORD": "hunter2"})
+    assert "hunter2" not in repr(read(AgentSettings))
+
+
+@pytest.mark.parametrize("change", [{"MAX_STEPS": "5"}, {"EPOCHS": ""}])
+def test_a_feeder_has_one_length(monkeypatch: pytest.MonkeyPatch, change: dict[str, str]) -> None:
+    environment(monkeypatch, FEEDER)
+    assert read(FeederSettings).epochs == 2
+    environment(monkeypatch, change)
+    with pytest.raises(StartError, match="exactly one of COSERVE_EPOCHS and COSERVE_MAX_STEPS"):
+        read(FeederSettings)

@@ -1,0 +1,108 @@
+"""Endpoints, jobs and messages with the least in them, for every test of the operator."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_api.messages import (
+    AdapterFiles,
+    Checkpoint,
+    Completed,
+    FeedStatus,
+    Heartbeat,
+    JobBeat,
+    Load,
+    Progress,
+    SloReport,
+)
+
+NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
+SHA = "0123456789abcdef" * 4
+NAMESPACE = "ml"
+
+
+def endpoint_body(name: str = "tiny", uid: str = "e-1", *, status: Any = None, **spec: Any) -> dict[str, Any]:
+    """An endpoint as kubectl would apply it; `spec` is merged over the least one."""
+    body = {
+        "apiVersion": "coserve.dev/v1alpha1",
+        "kind": "InferenceEndpoint",
+        "metadata": {
+            "name": name, "namespace": NAMESPACE, "uid": uid, "generation": 1, "resourceVersion": "1",
+            "creationTimestamp": "2026-11-21T11:00:00Z",
+        },
+        "spec": {"model": {"uri": "pvc://models/tiny"}, "artifactStore": {"uri": "pvc://artifacts/store"}} | spec,
+    }  # fmt: skip
+    if status is not None:
+        body["status"] = status
+    return body
+
+
+def job_body(name: str = "job-1", *, number: int = 1, status: Any = None, **spec: Any) -> dict[str, Any]:
+    """A job as kubectl would apply it; `number` gives its uid and its place in the queue."""
+    body = {
+        "apiVersion": "coserve.dev/v1alpha1",
+        "kind": "FinetuneJob",
+        "metadata": {
+            "name": name, "namespace": NAMESPACE, "uid": f"j-{number}", "generation": 1, "resourceVersion": "1",
+            "creationTimestamp": f"2026-11-21T11:{number:02d}:00Z",
+        },
+        "spec": {
+            "endpointRef": {"name": "tiny"},
+            "dataset": {"uri": "pvc://data/train.jsonl"},
+            "adapter": {"name": f"adapter-{number}"},
+            "training": {"epochs": 1},
+        } | spec,
+    }  # fmt: skip
+    if status is not None:
+        body["status"] = status
+    return body
+
+
+def heartbeat(pod: str, *, boot: str = "b1", ready: bool = True, saturation: float = 0.0, **more: Any) -> Heartbeat:
+    """A heartbeat of the agent in `pod`; its jobs are given as {uid: (epoch, step)}."""
+    jobs = {uid: JobBeat(epoch=epoch, step=step) for uid, (epoch, step) in more.pop("jobs", {}).items()}
+    return Heartbeat(
+        agent_id=agent_of(pod, boot), pod_name=pod, pod_uid=f"uid-{pod}", boot_id=boot, node="node-1", ready=ready,
+        load=Load(saturation_percent=saturation), jobs=jobs, **more,
+    )  # fmt: skip
+
+
+def agent_of(pod: str, boot: str = "b1") -> str:
+    return f"uid-{pod}.{boot}"
+
+
+def checkpoint(step: int, epoch: int = 1, job: str = "j-1") -> Checkpoint:
+    return Checkpoint(step=step, cursor=step, epoch=epoch, path=f"jobs/{job}/e{epoch}/s{step}", sha256=SHA)
+
+
+def completed(name: str, epoch: int, step: int = 10, number: int = 1) -> Completed:
+    files = AdapterFiles(name=name, number=number, path=f"adapters/{name}/v{number}", sha256=SHA)
+    return Completed(epoch=epoch, step=step, tokens=100, adapter=files, loss=0.5, eval_loss=0.6)
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """Makers of objects and messages."""
+    return SimpleNamespace(
+        NOW=NOW,
+        NAMESPACE=NAMESPACE,
+        endpoint_body=endpoint_body,
+        job_body=job_body,
+        endpoint=lambda *arguments, **more: InferenceEndpoint.from_dict(endpoint_body(*arguments, **more)),
+        job=lambda *arguments, **more: FinetuneJob.from_dict(job_body(*arguments, **more)),
+        heartbeat=heartbeat,
+        agent_of=agent_of,
+        checkpoint=checkpoint,
+        completed=completed,
+        feed=lambda steps=10, **more: FeedStatus(total_steps=steps, samples=80, eval_samples=4, **more),
+        progress=lambda epoch, step, total=10, **more: Progress(
+            epoch=epoch, step=step, cursor=step, total_steps=total, **more
+        ),
+        slo=lambda **more: SloReport(**more),
+    )

@@ -1,0 +1,354 @@
+"""A job's verdict and status, one situation at a time."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from coserve_api.conditions import find_condition
+from coserve_api.job import FinetuneJob
+from coserve_api.messages import Desired, Failed, FeedError, FeedStatus, Released
+from coserve_api.scripts import Fence
+from coserve_api.store import JobRecord
+from coserve_operator.reconcile import job as jobs
+from coserve_operator.reconcile import job_status
+from coserve_operator.reconcile.job import Bind, FeederWish, Rebrief, Sight, Unbind
+from coserve_operator.reconcile.observed import FeederView, RedisView
+
+
+class Situation:
+    """One job on one endpoint; `see` gives what a pass would decide on."""
+
+    def __init__(self, make: Any) -> None:
+        self.make, self.endpoint, self.now = make, make.endpoint(), make.NOW
+        self.body = make.job_body()
+        self.record = JobRecord(feed=make.feed())
+        self.agents: dict[str, Any] = {}
+        self.rivals: tuple[FinetuneJob, ...] = ()
+        self.bindings: dict[str, Any] = {}
+        self.settled, self.leaving, self.feeder, self.redis_up = True, frozenset[str](), None, True
+
+    def see(self) -> Sight:
+        view = RedisView(
+            "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
+        )
+        return Sight(
+            FinetuneJob.from_dict(self.body), self.endpoint, self.rivals, view if self.redis_up else None, self.feeder,
+            "inputs", self.leaving,
+        )  # fmt: skip
+
+    def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
+        """The job runs on `pod` under `epoch`, in status and in Redis."""
+        self.body["status"] = {
+            "state": "Running", "reason": "Training", "startTime": "2026-11-21T11:30:00Z",
+            "binding": {"agent": pod, "node": "node-1", "epoch": epoch},
+        } | status  # fmt: skip
+        self.record = JobRecord(fence=Fence(epoch, self.make.agent_of(pod)), feed=self.make.feed())
+        self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})
+        return self
+
+    def judge(self) -> jobs.Verdict:
+        return jobs.assess(self.see(), self.now)
+
+    def write(self, verdict: jobs.Verdict) -> Any:
+        """Write the verdict's status into the job, as a pass does; return it."""
+        status = job_status.status_of(self.see(), verdict, self.now)
+        self.body["status"] = status.to_dict()
+        return status
+
+
+@pytest.fixture
+def it(make) -> Situation:
+    return Situation(make)
+
+
+def test_without_its_endpoint_a_job_waits_and_says_for_what(it) -> None:
+    it.endpoint = None
+    verdict = it.judge()
+    assert (verdict.state, verdict.reason, verdict.feeder) == ("Pending", "EndpointNotFound", FeederWish.SUSPEND)
+    assert "tiny" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "words"),
+    [
+        ({"adapter": {"name": "a", "rank": 65}}, "RankTooLarge", "maxRank"),
+        ({"adapter": {"name": "tiny"}}, "NameTaken", "base model"),
+        ({"dataset": {"uri": "pvc://d/x", "maxSequenceLength": 4096}}, "EndpointRejected", "maxModelLength 1024"),
+    ],
+)
+def test_a_spec_that_cannot_work_fails_with_a_remedy(it, spec, reason, words) -> None:
+    it.body["spec"] |= spec
+    verdict = it.judge()
+    assert (verdict.state, verdict.reason) == ("Failed", reason)
+    assert words in verdict.message
+
+
+def test_a_running_job_is_not_failed_by_a_later_change_of_the_endpoint(it, make) -> None:
+    it.bound()
+    it.endpoint = make.endpoint(finetuning={"maxRank": 4})
+    assert it.judge().state == "Running"
+
+
+def test_of_two_jobs_for_one_name_the_started_one_has_it_else_the_older(it, make) -> None:
+    it.body["spec"]["adapter"]["name"] = "same"
+    it.rivals = (make.job("other", number=2, adapter={"name": "same"}),)
+    assert it.judge().state != "Failed"
+    it.rivals = (make.job("other", number=2, adapter={"name": "same"}, status={"startTime": "2026-11-21T11:40:00Z"}),)
+    assert it.judge().reason == "NameTaken"
+    assert "other" in it.judge().message
+
+
+def test_a_job_waits_for_its_data_then_for_an_agent(it, make) -> None:
+    it.record = JobRecord()
+    verdict = it.judge()
+    assert (verdict.reason, verdict.wants_agent, verdict.feeder) == ("WaitingForData", False, FeederWish.RUN)
+    it.record = JobRecord(feed=make.feed())
+    verdict = jobs.give(it.see(), it.judge(), {}, None, 2)
+    assert (verdict.reason, verdict.wants_agent) == ("NoCapacity", True)
+    assert verdict.message == "number 2 in the queue: 0 ready agents, none with room"
+
+
+def test_a_bad_line_fails_the_job_by_its_number(it) -> None:
+    error = FeedError(reason="InvalidDataset", message="field messages is missing", line=17)
+    it.record = JobRecord(feed=FeedStatus(error=error))
+    verdict = it.judge()
+    assert (verdict.state, verdict.reason, verdict.message) == (
+        "Failed", "InvalidDataset", "line 17: field messages is missing",
+    )  # fmt: skip
+    status = it.write(verdict)
+    assert find_condition(status.conditions, "DataReady").status == "False"
+    assert status.completion_time == "2026-11-21T12:00:00Z"
+
+
+def test_a_feeder_that_gives_up_without_a_word_fails_the_job_with_its_last_message(it) -> None:
+    it.record = JobRecord()
+    it.feeder = FeederView("f", "inputs", finished=True, failure="pod x ended with OOMKilled (exit code 137)")
+    assert it.judge().reason == "InternalError"
+    assert "OOMKilled" in it.judge().message
+
+
+def test_binding_is_under_a_higher_epoch_than_any_seen_and_resumes_from_the_newer_checkpoint(it, make) -> None:
+    it.body["status"] = {
+        "binding": {"agent": "", "epoch": 4},
+        "checkpoint": {"step": 20, "cursor": 20, "epoch": 4, "uri": "pvc://artifacts/store/jobs/j-1/e4/s20", "sha256": "0" * 64},
+    }  # fmt: skip
+    agents = {"uid-p1.b1": make.heartbeat("p1")}
+    for accepted, resumed in ((None, 20), (make.checkpoint(10), 20), (make.checkpoint(30, 6), 30)):
+        it.record = JobRecord(fence=Fence(6, ""), feed=make.feed(), checkpoint=accepted)
+        verdict = jobs.give(it.see(), it.judge(), agents, "uid-p1.b1", 0)
+        (action,) = verdict.actions
+        assert isinstance(action, Bind)
+        assert (action.binding.epoch, action.binding.resume.step) == (7, resumed)
+    status = it.write(verdict)
+    assert (status.binding.agent, status.binding.epoch, status.state) == ("p1", 7, "Running")
+    assert status.start_time == "2026-11-21T12:00:00Z"
+    assert find_condition(status.conditions, "Bound").status == "True"
+
+
+def test_a_checkpoint_that_is_not_below_the_artifact_store_fails_the_job(it) -> None:
+    it.bound(checkpoint={"step": 2, "cursor": 2, "epoch": 1, "uri": "pvc://elsewhere/jobs/x", "sha256": "0" * 64})
+    assert it.judge().reason == "ArtifactStoreError"
+
+
+def test_a_bound_job_runs_once_its_agent_says_so(it, make) -> None:
+    it.bound()
+    assert (it.judge().reason, it.judge().training) == ("Training", True)
+    it.agents[make.agent_of("p1")] = make.heartbeat("p1")
+    assert (it.judge().reason, it.judge().training) == ("Starting", False)
+
+
+def test_a_lost_agent_is_counted_and_the_job_goes_on_elsewhere(it, make) -> None:
+    it.bound()
+    it.agents = {"uid-p2.b1": make.heartbeat("p2")}
+    verdict = jobs.give(it.see(), it.judge(), it.agents, "uid-p2.b1", 0)
+    assert (verdict.restarts, verdict.epoch, verdict.pod) == (1, 2, "p2")
+    before = it.see()
+    told = [notice.reason for notice in job_status.notices(before, verdict, it.write(verdict))]
+    assert told == ["AgentLost", "Bound"]
+
+
+def test_a_restarted_container_is_a_lost_agent(it, make) -> None:
+    it.bound()
+    it.agents = {make.agent_of("p1", "b2"): make.heartbeat("p1", boot="b2")}
+    assert it.judge().restarts == 1
+
+
+def test_as_long_as_heartbeats_may_only_be_late_nothing_is_decided(it) -> None:
+    it.bound()
+    it.agents, it.settled = {}, False
+    verdict = it.judge()
+    assert not verdict.settled
+    assert verdict.actions == ()
+    assert job_status.status_of(it.see(), verdict, it.now) == it.see().job.status
+
+
+def test_without_redis_everything_stays(it) -> None:
+    it.bound()
+    it.redis_up = False
+    assert not it.judge().settled
+
+
+def test_too_many_lost_agents_fail_the_job(it) -> None:
+    it.bound(restarts=6)
+    it.agents = {}
+    verdict = it.judge()
+    assert (verdict.state, verdict.reason) == ("Failed", "BackoffLimitExceeded")
+    assert verdict.actions == (Unbind("j-1", "uid-p1.b1", 1),)
+    it.bound(restarts=5)
+    it.agents = {}
+    assert it.judge().wants_agent
+
+
+def test_an_emptied_redis_is_told_again_what_the_status_says_under_the_same_epoch(it, make) -> None:
+    it.bound(epoch=3)
+    it.record = JobRecord()
+    verdict = it.judge()
+    assert (verdict.state, verdict.restarts, verdict.epoch) == ("Running", 0, 3)
+    (action,) = verdict.actions
+    assert isinstance(action, Bind)
+    assert (action.agent, action.binding.epoch) == ("uid-p1.b1", 3)
+    it.agents = {"uid-p1.b1": make.heartbeat("p1")}
+    it.record = JobRecord(feed=make.feed())
+    verdict = it.judge()
+    assert (verdict.wants_agent, verdict.restarts) == (True, 0), "the agent lives but does not have the job"
+
+
+def test_a_job_given_back_is_bound_again_without_being_counted(it, make) -> None:
+    it.bound()
+    it.record = JobRecord(
+        fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=Released(epoch=1, step=3), checkpoint=make.checkpoint(3)
+    )
+    verdict = it.judge()
+    assert (verdict.wants_agent, verdict.restarts, verdict.actions) == (True, 0, (Unbind("j-1", "uid-p1.b1", 1),))
+    waiting = jobs.give(it.see(), verdict, {}, None, 1)
+    before = it.see()
+    told = [notice.reason for notice in job_status.notices(before, waiting, it.write(waiting))]
+    assert told == ["Released", "NoCapacity"]
+
+
+def test_suspend_asks_for_the_job_back_then_waits_and_resume_goes_on(it, make) -> None:
+    it.bound()
+    it.body["spec"]["suspend"] = True
+    verdict = it.judge()
+    (action,) = verdict.actions
+    assert isinstance(action, Rebrief)
+    assert action.binding.desired is Desired.STOP
+    assert (verdict.reason, verdict.feeder) == ("Suspending", FeederWish.SUSPEND)
+    it.write(verdict)
+    it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=Released(epoch=1, step=3))
+    status = it.write(it.judge())
+    assert (status.state, find_condition(status.conditions, "Suspended").status) == ("Suspended", "True")
+    it.body["spec"]["suspend"] = False
+    it.record = JobRecord(fence=Fence(1, ""), feed=make.feed(), result=Released(epoch=1, step=3))
+    verdict = it.judge()
+    assert verdict.wants_agent
+    assert find_condition(it.write(verdict).conditions, "Suspended").status == "False"
+
+
+def test_an_agent_that_never_gives_a_job_back_loses_the_right_to_it(it) -> None:
+    it.bound()
+    it.body["spec"]["suspend"] = True
+    it.write(it.judge())
+    it.now += timedelta(seconds=30)
+    assert it.judge().state == "Running"
+    it.now += timedelta(seconds=31)
+    assert it.judge().actions == (Unbind("j-1", "uid-p1.b1", 1),)
+    assert it.judge().state == "Suspended"
+
+
+def test_a_job_on_an_agent_that_is_to_go_is_asked_for(it) -> None:
+    it.bound()
+    it.leaving = frozenset({"uid-p1.b1"})
+    verdict = it.judge()
+    assert verdict.reason == "Moving"
+    assert verdict.actions[0].binding.desired is Desired.STOP
+
+
+def test_disabled_finetuning_takes_jobs_back_and_starts_none(it, make) -> None:
+    it.endpoint = make.endpoint(finetuning={"policy": "Disabled"})
+    assert (it.judge().state, it.judge().reason) == ("Pending", "FinetuningDisabled")
+    it.bound()
+    assert it.judge().actions[0].binding.desired is Desired.STOP
+
+
+def test_an_adapter_is_published_when_every_ready_agent_has_it(it, make) -> None:
+    it.bound()
+    it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=make.completed("adapter-1", 1))
+    it.agents["uid-p2.b1"] = make.heartbeat("p2", adapters={"adapter-1": 1})
+    verdict = it.judge()
+    assert (verdict.state, verdict.reason) == ("Running", "Publishing")
+    assert "p1" in verdict.message or "p1" in verdict.published[2]
+    assert verdict.actions == (Unbind("j-1", "uid-p1.b1", 1),), "the agent is free for the next job"
+    status = it.write(verdict)
+    assert status.adapter.uri == "pvc://artifacts/store/adapters/adapter-1/v1"
+    it.record = JobRecord()  # Redis was emptied: the status remembers
+    it.agents["uid-p1.b1"] = make.heartbeat("p1", adapters={"adapter-1": 1})
+    verdict = it.judge()
+    assert (verdict.state, verdict.published[0]) == ("Complete", True)
+    before = it.see()
+    told = [notice.reason for notice in job_status.notices(before, verdict, it.write(verdict))]
+    assert told == ["Complete", "Published"]
+
+
+def test_without_a_ready_agent_nothing_is_published(it, make) -> None:
+    it.bound()
+    it.record = JobRecord(result=make.completed("adapter-1", 1))
+    it.agents = {}
+    assert it.judge().reason == "Publishing"
+
+
+def test_publish_never_completes_at_once(it, make) -> None:
+    it.bound()
+    it.body["spec"]["publish"] = {"policy": "Never"}
+    it.record = JobRecord(result=make.completed("adapter-1", 1).model_copy(update={"adapter": None}))
+    verdict = it.judge()
+    assert (verdict.state, verdict.published[1]) == ("Complete", "NotRequested")
+    status = it.write(verdict)
+    assert (status.progress.percent, status.progress.step) == (100, 10)
+
+
+def test_a_diverged_training_fails_with_the_agents_words(it) -> None:
+    it.bound()
+    it.record = JobRecord(
+        fence=Fence(1, "uid-p1.b1"), result=Failed(epoch=1, reason="TrainingDiverged", message="loss is nan")
+    )
+    assert (it.judge().reason, it.judge().message) == ("TrainingDiverged", "loss is nan")
+
+
+def test_what_is_over_stays_and_is_forgotten_when_its_feeder_is_gone(it) -> None:
+    it.bound()
+    it.body["status"] = {
+        "state": "Failed", "reason": "TrainingDiverged",
+        "conditions": [{"type": "Failed", "status": "True", "reason": "TrainingDiverged", "lastTransitionTime": "2026-11-21T11:50:00Z"}],
+    }  # fmt: skip
+    it.feeder = FeederView("f", "inputs", active=True)
+    assert jobs.Forget("j-1") not in it.judge().actions
+    it.feeder = FeederView("f", "inputs", suspended=True)
+    assert jobs.Forget("j-1") in it.judge().actions
+    assert job_status.status_of(it.see(), it.judge(), it.now) == it.see().job.status
+
+
+def test_a_feeder_is_made_anew_when_its_work_is_lost_or_its_inputs_changed(it, make) -> None:
+    it.feeder = FeederView("f", "inputs", finished=True)
+    it.record = JobRecord(feed=make.feed(10), last_shard=10)
+    assert it.judge().feeder is FeederWish.RUN
+    it.record = JobRecord(feed=make.feed(10), last_shard=9)
+    assert it.judge().feeder is FeederWish.RENEW
+    it.record = JobRecord()
+    assert it.judge().feeder is FeederWish.RENEW
+    it.feeder = FeederView("f", "others")
+    it.record = JobRecord(feed=make.feed())
+    assert it.judge().feeder is FeederWish.RENEW
+
+
+def test_progress_is_told_in_the_units_of_the_status(it, make) -> None:
+    it.bound()
+    report = make.progress(1, 5, tokens=1000, loss=1.23456789, tokens_per_second=99.6, eta_seconds=132.4)
+    it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), progress=report)
+    progress = it.write(it.judge()).progress
+    assert progress.to_dict() == {
+        "step": 5, "totalSteps": 10, "percent": 50, "tokens": 1000, "loss": "1.23457", "tokensPerSecond": 100, "eta": "2m12s",
+    }  # fmt: skip

@@ -1,0 +1,195 @@
+"""What endpoints and jobs own: by its shape, and as a real API server with Pod Security "restricted" takes it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from coserve_operator.resources import agents, feeder
+from coserve_operator.resources import endpoint as owned
+from coserve_operator.resources.metadata import is_owned_by, selector, short_name
+
+REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
+TEMPLATE = {
+    "resources": {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": "1"}},
+    "nodeSelector": {"gpu": "h200"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    "volumes": [
+        {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
+        {"name": "packages", "persistentVolumeClaim": {"claimName": "packages", "readOnly": True}},
+    ],
+    "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}, {"name": "packages", "mountPath": "/packages", "readOnly": True}],
+}  # fmt: skip
+
+
+def everything(make, **spec):
+    endpoint = make.endpoint(**spec)
+    autoscaler = owned.autoscaler(endpoint)
+    return [
+        owned.service_account(endpoint),
+        owned.redis_secret(endpoint, "cs-e-1", "password"),
+        owned.service(endpoint),
+        owned.disruption_budget(endpoint),
+        owned.network_policy(endpoint, "coserve-system", REDIS),
+        agents.deployment(endpoint, 2, "agent:1", REDIS, "digest"),
+        feeder.feeder(make.job(), endpoint, "agent:1", REDIS),
+        *([] if autoscaler is None else [autoscaler]),
+    ]
+
+
+def pod_of(manifest):
+    return manifest["spec"]["template"]["spec"]
+
+
+def env_of(manifest):
+    return {each["name"]: each.get("value", each.get("valueFrom")) for each in pod_of(manifest)["containers"][0]["env"]}
+
+
+def test_a_roll_out_needs_no_spare_gpu_and_a_pod_has_time_to_drain(make) -> None:
+    deployment = agents.deployment(make.endpoint(), 2, "agent:1", REDIS, "digest")
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    pod = pod_of(deployment)
+    assert pod["terminationGracePeriodSeconds"] == 60
+    assert pod["containers"][0]["lifecycle"] == {"preStop": {"sleep": {"seconds": 3}}}
+    assert pod["automountServiceAccountToken"] is False
+    probes = pod["containers"][0]
+    assert {probes[name]["httpGet"]["port"] for name in ("startupProbe", "livenessProbe", "readinessProbe")} == {
+        "admin"
+    }
+
+
+def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
+    spec = {"slo": {"timeToFirstToken": "1m30s", "timePerOutputToken": "50ms"}, "engine": {"kvCacheMemory": "2Gi"}}
+    env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS, "digest"))
+    expected = {
+        "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_ENDPOINT_NAME": "tiny", "COSERVE_NAMESPACE": "ml",
+        "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_MODEL_NAME": "tiny", "COSERVE_MAX_MODEL_LENGTH": "1024",
+        "COSERVE_TTFT_MS": "90000", "COSERVE_TPOT_MS": "50", "COSERVE_FINETUNING": "Allowed", "COSERVE_MAX_RANK": "64",
+        "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30), "COSERVE_THREADS": "1",
+        "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,
+        "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001",
+    }  # fmt: skip
+    assert expected.items() <= env.items()
+    assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
+    assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis", "key": "password"}}
+
+
+def test_model_and_data_are_read_only_and_the_artifact_store_is_not(make) -> None:
+    endpoint = make.endpoint()
+    mounts = {
+        each["mountPath"]: each
+        for each in pod_of(agents.deployment(endpoint, 1, "a", REDIS, ""))["containers"][0]["volumeMounts"]
+    }
+    assert mounts["/models/models"]["readOnly"] is True
+    assert mounts["/artifacts"]["readOnly"] is False
+    mounts = {
+        each["mountPath"]: each
+        for each in pod_of(feeder.feeder(make.job(), endpoint, "a", REDIS))["containers"][0]["volumeMounts"]
+    }
+    assert mounts["/data/data"]["readOnly"] is True
+    assert "/artifacts" not in mounts
+
+
+def test_a_claim_with_two_uses_is_one_volume(make) -> None:
+    endpoint = make.endpoint(model={"uri": "pvc://all/model"}, artifactStore={"uri": "pvc://all/artifacts"})
+    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"))
+    claims = [each["persistentVolumeClaim"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
+    assert claims == [{"claimName": "all", "readOnly": False}]
+    assert [each["mountPath"] for each in pod["containers"][0]["volumeMounts"]] == ["/tmp", "/models/all", "/artifacts"]
+
+
+def test_file_uris_need_no_volume_of_ours(make) -> None:
+    endpoint = make.endpoint(model={"uri": "file:///models/x"}, artifactStore={"uri": "file:///artifacts"})
+    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"))
+    assert [each["name"] for each in pod["volumes"]] == ["coserve-tmp"]
+
+
+def test_the_feeder_takes_the_templates_place_but_not_its_gpu(make) -> None:
+    pod = pod_of(feeder.feeder(make.job(), make.endpoint(template=TEMPLATE), "agent:1", REDIS))
+    assert pod["nodeSelector"] == {"gpu": "h200"}
+    assert pod["containers"][0]["resources"] == feeder.RESOURCES
+    assert {"name": "packages", "mountPath": "/packages", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+
+
+def test_the_feeder_is_told_the_whole_data_set_and_nothing_of_the_adapter(make) -> None:
+    training = {"maxSteps": 7, "batchSize": 4, "seed": 3}
+    job = make.job(
+        dataset={"uri": "file:///data/x.jsonl", "format": "text", "evalPercent": 9, "onInvalid": "Skip"},
+        training=training,
+    )
+    env = env_of(feeder.feeder(job, make.endpoint(), "agent:1", REDIS))
+    expected = {
+        "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_JOB_UID": "j-1", "COSERVE_JOB_NAME": "job-1",
+        "COSERVE_DATASET_PATH": "/data/x.jsonl", "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_FORMAT": "text",
+        "COSERVE_EVAL_PERCENT": "9", "COSERVE_MAX_SEQUENCE_LENGTH": "1024", "COSERVE_ON_INVALID": "Skip",
+        "COSERVE_BATCH_SIZE": "4", "COSERVE_MAX_STEPS": "7", "COSERVE_SEED": "3",
+    }  # fmt: skip
+    assert expected.items() <= env.items()
+    assert "COSERVE_EPOCHS" not in env
+    same = make.job(
+        dataset={"uri": "file:///data/x.jsonl", "format": "text", "evalPercent": 9, "onInvalid": "Skip"},
+        training=training | {"learningRate": "1e-5"},
+    )
+    assert feeder.inputs_digest(same, make.endpoint()) == feeder.inputs_digest(job, make.endpoint())
+    assert feeder.inputs_digest(make.job(), make.endpoint()) != feeder.inputs_digest(job, make.endpoint())
+
+
+def test_the_autoscaler_aims_at_saturation_through_the_endpoints_own_scale(make) -> None:
+    assert owned.autoscaler(make.endpoint()) is None
+    scaling = {
+        "maxReplicas": 4,
+        "targetSaturationPercent": 60,
+        "behavior": {"scaleDown": {"stabilizationWindow": "2m"}},
+    }
+    spec = owned.autoscaler(make.endpoint(autoscaling=scaling))["spec"]
+    assert spec["scaleTargetRef"] == {"apiVersion": "coserve.dev/v1alpha1", "kind": "InferenceEndpoint", "name": "tiny"}
+    assert spec["metrics"][0]["object"]["target"] == {"type": "Value", "value": "60"}
+    assert spec["metrics"][0]["object"]["describedObject"] == spec["scaleTargetRef"]
+    assert spec["behavior"]["scaleDown"] == {"stabilizationWindowSeconds": 120}
+
+
+def test_everything_is_owned_so_that_deletion_needs_no_operator(make) -> None:
+    for manifest in everything(make, autoscaling={"maxReplicas": 2}):
+        uid = "j-1" if manifest["kind"] == "Job" else "e-1"
+        assert is_owned_by(manifest, uid)
+        assert not is_owned_by(manifest, "another")
+
+
+def test_long_names_stay_labels_and_apart() -> None:
+    assert short_name("job", "feeder") == "job-feeder"
+    names = {short_name("x" * 60 + tail, "feeder") for tail in "ab"}
+    assert len(names) == 2
+    assert max(map(len, names)) <= 63
+
+
+def test_the_selector_picks_agents_and_no_feeders() -> None:
+    assert selector("tiny") == "app.kubernetes.io/name=coserve-agent,coserve.dev/endpoint=tiny"
+
+
+@pytest.mark.apiserver
+@pytest.mark.parametrize("spec", [{}, {"template": TEMPLATE, "autoscaling": {"maxReplicas": 3}}], ids=["least", "full"])
+def test_a_real_api_server_takes_everything_and_the_pods_are_restricted(api_server, make, spec) -> None:
+    namespace = {
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": "ml", "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+    }  # fmt: skip
+    assert api_server.kubectl("apply", "-f", "-", stdin=json.dumps(namespace)).returncode == 0
+    manifests = everything(make, **spec)
+    account = api_server.kubectl("apply", "-f", "-", stdin=json.dumps(manifests[0]))
+    assert account.returncode == 0, account.stderr
+    for manifest in manifests:
+        done = api_server.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=json.dumps(manifest))
+        assert done.returncode == 0, (manifest["kind"], done.stderr)
+        assert "would violate" not in done.stderr, done.stderr
+        if "template" in manifest.get("spec", {}):
+            pod = {
+                "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one", "namespace": "ml"},
+                "spec": pod_of(manifest),
+            }  # fmt: skip
+            done = api_server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+            assert done.returncode == 0, (manifest["kind"], done.stderr)
+    unsafe = pod | {"spec": pod["spec"] | {"securityContext": {}}}
+    refused = api_server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(unsafe))
+    assert "violates PodSecurity" in refused.stderr
