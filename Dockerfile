@@ -1,7 +1,7 @@
 # The images of coserve: target `operator` (also the metrics API; no torch) and target `agent` (also the feeder).
 # BASE is a Debian with Python 3.11 to 3.13 and its venv module. How to reach PyPI may be given as build secrets:
 # `pip.conf`, and `ca.crt` with the certificates that it names as /run/secrets/ca.crt.
-ARG BASE=docker.io/library/python:3.12-slim
+ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS base
 USER 0

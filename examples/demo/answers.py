@@ -33,7 +33,7 @@ def is_valid(text: str) -> tuple[bool, int | None]:
     return good, answer if good else None
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, problems: Sequence[Problem], max_tokens: int = 128) -> Score:
+async def ask(client: openai.AsyncOpenAI, model: str, problems: Sequence[Problem], max_tokens: int = 192) -> Score:
     """Ask every question greedily, without constrained decoding."""
     valid = correct = 0
     first = ""

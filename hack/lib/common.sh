@@ -18,7 +18,7 @@ SUBNET=10.$((64 + 16#${ID:8:2} % 64))
 SERVICES=10.250
 NODE_IP=$SUBNET.0.1 # the first node's, with the API server and DNS
 CNI_BIN=/usr/lib/cni # of the Debian package containernetworking-plugins
-DEBIAN_MIRROR=${COSERVE_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+DEBIAN_MIRROR=${COSERVE_DEBIAN_MIRROR:-}
 
 say() { printf '%s\n' "$*" >&2; }
 

@@ -60,7 +60,7 @@ pod_env() {
     echo "$cached" >"$dir/.made-from"
   fi
   rm -rf "$dir/coserve.part"
-  "$(uv_program)" pip install -q --no-deps --compile-bytecode --python-version "$POD_PYTHON" \
+  "$(uv_program)" pip install -q --no-deps --build-constraints "$HACK/build-requirements.txt" --compile-bytecode --python-version "$POD_PYTHON" \
     --target "$dir/coserve.part" "$ROOT"
   rm -rf "$dir/coserve"
   mv "$dir/coserve.part" "$dir/coserve"

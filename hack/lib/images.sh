@@ -26,7 +26,7 @@ debootstrap_base() { # FILE
   rm -rf "$CACHE"/base.?????? # of an interrupted run
   dir=$(mktemp -d "$CACHE/base.XXXXXX")
   debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates,redis-server bookworm "$dir/root" \
-    "$DEBIAN_MIRROR"
+    ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
   rm -rf "$dir"/root/var/cache/apt/archives/*.deb "$dir"/root/var/lib/apt/lists/*
   echo 'coserve:x:65532:65532::/tmp:/usr/sbin/nologin' >>"$dir/root/etc/passwd"
   echo 'coserve:x:65532:' >>"$dir/root/etc/group"
