@@ -4,8 +4,8 @@ manifest of checksums.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from coserve_engine.config import LINEARS
-from coserve_engine.errors import AdapterFolderError, CheckpointError
+from coserve_engine.errors import AdapterFolderError
+from coserve_engine.folders import MANIFEST, digest
 from coserve_engine.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
 
-MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -32,11 +32,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dict[str, torch.Tensor]]) -> str:
@@ -52,40 +47,21 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     for name, text in texts.items():
         (scratch / name).write_text(text)
     for name, values in tensors.items():
-        save_file(values, scratch / name)
+        try:
+            save_file(values, scratch / name)
+        except SafetensorError as error:  # its only reason to fail here is the disk
+            raise OSError(f"{scratch / name}: {error}") from error
     names = sorted([*texts, *tensors])
-    files = {n: {"sha256": _digest(scratch / n), "bytes": (scratch / n).stat().st_size} for n in names}
+    files = {n: {"sha256": digest(scratch / n), "bytes": (scratch / n).stat().st_size} for n in names}
     (scratch / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
     for name in [*names, MANIFEST]:
+        (scratch / name).chmod(0o644)  # safetensors writes files for their owner only
         _sync(scratch / name)
     _sync(scratch)
     shutil.rmtree(path, ignore_errors=True)
     scratch.rename(path)
     _sync(path.parent)
-    return _digest(path / MANIFEST)
-
-
-def verify_folder(path: Path, sha256: str | None = None) -> str:
-    """Check every file of `path` against its manifest, and the manifest against `sha256` where given.
-
-    Raises:
-        CheckpointError: a file is missing or differs; the message names it.
-    """
-    manifest = path / MANIFEST
-    try:
-        found = _digest(manifest)
-        files: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: not readable ({error}); the folder is incomplete") from None
-    if sha256 is not None and found != sha256:
-        raise CheckpointError(f"{manifest}: sha256 is {found}, expected {sha256}; the folder was changed")
-    for name, entry in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file}: named in the manifest but missing")
-        if _digest(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: its checksum differs from the manifest; the file is corrupt")
-    return found
+    return digest(path / MANIFEST)
 
 
 def _block(name: str) -> str:
@@ -143,16 +119,25 @@ def read_peft_config(folder: Path, max_rank: int) -> LoraSpec:
         "bias": "none",
         "rank_pattern": {},
         "alpha_pattern": {},
+        "layers_to_transform": None,
+        "alora_invocation_tokens": None,
     }
     for field, allowed in {"peft_type": "LORA", "fan_in_fan_out": False, **refused}.items():
         if raw.get(field) not in (allowed, None) and raw.get(field):
             raise AdapterFolderError(f"{path}: {field} is {raw[field]!r}; only {allowed!r} is supported")
-    if not isinstance(targets, list) or not set(targets) <= set(LINEARS) or not targets:
+    initial = raw.get("init_lora_weights")
+    if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
+        raise AdapterFolderError(
+            f"{path}: init_lora_weights is {initial!r}, which changes the base model; convert it to plain LoRA"
+        )
+    if not isinstance(targets, list) or not targets or any(name not in LINEARS for name in targets):
         raise AdapterFolderError(
             f"{path}: target_modules is {targets!r}; it must be a list of names among {list(LINEARS)}"
         )
     if not 1 <= rank <= max_rank:
         raise AdapterFolderError(f"{path}: r is {rank}; this endpoint allows 1 to {max_rank} (finetuning.maxRank)")
+    if not math.isfinite(alpha):
+        raise AdapterFolderError(f"{path}: lora_alpha is {alpha}; it must be a finite number")
     if raw.get("use_rslora"):
         alpha *= rank**0.5  # rsLoRA scales by alpha / sqrt(rank)
     return LoraSpec(rank, alpha, tuple(n for n in LINEARS if n in targets))

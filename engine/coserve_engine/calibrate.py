@@ -25,7 +25,7 @@ def calibrate(executor: Executor, cost: CostModel, clock: Callable[[], float]) -
     longest = min(executor.config.max_model_length, 384)
     pages = executor.ledger.reserve("calibration", executor.numerics.pages(longest))
     shapes = [(Kind.DECODE, n, at) for n in (1, 4, 12) for at in (longest // 8, longest - 1)]
-    shapes += [(Kind.PREFILL, n, 0) for n in (16, longest // 2, longest)]
+    shapes += [(Kind.PREFILL, n, 0) for n in (min(16, longest), longest // 2, longest)]
     warm_up = CostModel()
     for model in (warm_up, *([cost] * ROUNDS)):
         for kind, count, start in shapes:
@@ -33,7 +33,7 @@ def calibrate(executor: Executor, cost: CostModel, clock: Callable[[], float]) -
     executor.ledger.free("calibration")
     if executor.config.finetuning:
         for model in (warm_up, cost, cost):
-            for length in (64, longest):
+            for length in (min(64, longest), longest):
                 _pass(executor, model, clock, length)
     cost.forget_errors()
     decode = _times(sequence_work(Kind.DECODE, 256, 1, executor.numerics.tile), 8)

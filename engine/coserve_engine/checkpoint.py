@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coserve_engine.artifacts import peft_files, read_peft_config, read_peft_weights, verify_folder, write_folder
+from coserve_engine.artifacts import peft_files, read_peft_config, read_peft_weights, write_folder
 from coserve_engine.errors import AdapterFolderError, CheckpointError
+from coserve_engine.folders import verify_folder
 from coserve_engine.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
 from coserve_engine.numerics import Numerics

@@ -83,13 +83,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        loaded: Any = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelFolderError(
             f"{path}: no such file; the model must be a Hugging Face folder with config.json"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{path}: not readable as JSON ({error}); copy the model folder again") from None
+    if not isinstance(loaded, dict):
+        raise ModelFolderError(f"{path}: holds a {type(loaded).__name__}, not an object; copy the model folder again")
+    raw: dict[str, Any] = loaded
     architectures = raw.get("architectures")
     if architectures != ["LlamaForCausalLM"]:
         raise ModelFolderError(f"{path}: architectures is {architectures!r}; only ['LlamaForCausalLM'] is supported")
@@ -100,24 +103,36 @@ def read_model_config(folder: Path) -> ModelConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ModelFolderError(f"{path}: rope type is {kind!r}; only 'default' is supported")
+
+    def count(name: str, default: int | None = None) -> int:
+        value = int(raw[name] if default is None else raw.get(name) or default)
+        if value < 1:
+            raise ValueError(f"{name} is {value}")
+        return value
+
     try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        heads, hidden = count("num_attention_heads"), count("hidden_size")
+        kv_heads, head_size = count("num_key_value_heads", heads), count("head_dim", hidden // heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        if head_size % 2:
+            raise ValueError(f"head_dim is {head_size}, which is odd")
         eos = raw.get("eos_token_id")
         return ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
+            vocab_size=count("vocab_size"),
             hidden=hidden,
-            layers=int(raw["num_hidden_layers"]),
+            layers=count("num_hidden_layers"),
             heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_size=int(raw.get("head_dim") or hidden // heads),
-            intermediate=int(raw["intermediate_size"]),
+            kv_heads=kv_heads,
+            head_size=head_size,
+            intermediate=count("intermediate_size"),
             rms_eps=float(raw["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            max_positions=int(raw["max_position_embeddings"]),
+            max_positions=count("max_position_embeddings"),
             tied=bool(raw.get("tie_word_embeddings", False)),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         )
     except KeyError as error:
         raise ModelFolderError(f"{path}: field {error.args[0]!r} is missing; copy the model folder again") from None
     except (TypeError, ValueError) as error:
-        raise ModelFolderError(f"{path}: a field is not a number ({error})") from None
+        raise ModelFolderError(f"{path}: a field has no usable value ({error})") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import singledispatchmethod
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from coserve_engine.config import EngineConfig
 from coserve_engine.cost import CostModel
 from coserve_engine.errors import AdapterFolderError, CheckpointError, JobError, RequestError
 from coserve_engine.executor import Executor
-from coserve_engine.jobs import Job
-from coserve_engine.load import Demand, saturation_percent
+from coserve_engine.jobs import Job, check_lora
+from coserve_engine.load import Demand, FinetuneTime, saturation_percent
 from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import (
     AdapterFailed,
@@ -45,15 +45,14 @@ from coserve_engine.messages import (
     TokenBatch,
     UnloadAdapter,
 )
-from coserve_engine.numerics import probe_row_invariance
 from coserve_engine.passes import PassState
 from coserve_engine.plan import Kind, PassView, Plan, View
+from coserve_engine.probe import probe_row_invariance
 from coserve_engine.requests import RequestTable
 from coserve_engine.sampling import sample
 from coserve_engine.schedule import decide, forward_work, unit_work
 
 LOAD_REPORT_S = 0.25
-SHARE_WINDOW_S = 5.0
 
 
 @dataclass(slots=True)
@@ -65,32 +64,13 @@ class _Deferred:
     failed: Callable[[Exception], Event]
 
 
-@dataclass(slots=True)
-class _FinetuneTime:
-    """Seconds given to finetuning, in all and as a share of the last few seconds."""
-
-    total_s: float = 0.0
-    _recent_s: float = field(default=0.0)
-    _elapsed_s: float = field(default=0.0)
-
-    def add(self, finetune_s: float, elapsed_s: float) -> None:
-        keep = max(0.0, 1.0 - elapsed_s / SHARE_WINDOW_S)
-        self.total_s += finetune_s
-        self._recent_s = self._recent_s * keep + finetune_s
-        self._elapsed_s = self._elapsed_s * keep + elapsed_s
-
-    @property
-    def share(self) -> float:
-        return min(1.0, self._recent_s / self._elapsed_s) if self._elapsed_s > 0 else 0.0
-
-
 class Engine:
     """One engine. `submit` commands, call `step` while not `idle`, deliver the events it returns."""
 
     def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self._clock = config, clock
         self.executor = Executor(config)
-        self.requests = RequestTable(config, self.executor.model, self.executor.ledger)
+        self.requests = RequestTable(config, self.executor.model, self.executor.ledger, self.executor.cache.scrub)
         self.jobs: dict[str, Job] = {}
         self.cost = CostModel()
         self.closed = False
@@ -98,7 +78,7 @@ class Engine:
         self._events: list[Event] = []
         self._deferred: list[_Deferred] = []
         self._files = ThreadPoolExecutor(1, "files")
-        self._finetune = _FinetuneTime()
+        self._finetune = FinetuneTime()
         self._plan_id = 0
         self._last_report = -1.0
         self._last_step_end: float | None = None
@@ -178,9 +158,7 @@ class Engine:
                 )
             if command.job in self.jobs:
                 raise JobError("invalid_command", f"job {command.job} runs already")
-            if command.lora.rank > self.config.max_rank:
-                limit = self.config.max_rank
-                raise JobError("invalid_command", f"rank {command.lora.rank} is above finetuning.maxRank {limit}")
+            check_lora(command.lora, self.config.max_rank)
             job = Job(command, self.executor)
         except JobError as error:
             self._events.append(JobFailed(command.job, error.code, str(error)))
@@ -361,8 +339,14 @@ class Engine:
             if segment.kind is not Kind.FINETUNE:
                 self.requests.advance(segment.slot, segment.length)
         tokens = []
-        for slot, row in zip(slots, logits, strict=True):
+        finite = torch.isfinite(logits).all(-1).tolist()
+        for slot, row, usable in zip(slots, logits, finite, strict=True):
             request = self.requests.running[slot]
+            if not usable:
+                self.requests.release(request)
+                message = f"the logits are not finite; adapter version {request.command.adapter} may have diverged"
+                self._events.append(RequestFailed(request.command.request_id, "internal_error", message))
+                continue
             token = sample(row, request.command.params, len(request.tokens))
             tokens.append(self.requests.emit(slot, token, self._clock()))
         if tokens:

@@ -4,6 +4,7 @@ about requests or jobs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Executor:
         self.ledger = PageLedger(pages)
         self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
         self.passes: dict[int, PassState] = {}
+        self.pass_ids = itertools.count(1)
 
     def layout(self, spec: LoraSpec) -> LoraLayout:
         return LoraLayout(self.model, spec)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from multiprocessing.queues import Queue
 
 from coserve_engine.config import EngineConfig
-from coserve_engine.engine import Engine
 from coserve_engine.errors import EngineError
 from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
 
@@ -99,6 +98,8 @@ class _Inbox:
 
 
 def _main(config: EngineConfig, commands: Queue[Command], events: Queue[list[Event]]) -> None:
+    from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -6,14 +6,17 @@ the commands. A dropped pass leaves no trace, so replaying it is exact.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from coserve_engine.config import LINEARS
 from coserve_engine.errors import JobError, OutOfPagesError
 from coserve_engine.executor import Executor
 from coserve_engine.lora import LoraWeights
@@ -24,6 +27,7 @@ from coserve_engine.messages import (
     ExportAdapter,
     ForwardBackward,
     JobStopped,
+    LoraSpec,
     OptimStep,
     PassDone,
     PassMode,
@@ -45,6 +49,19 @@ MAX_LIVE = 2
 """Live passes of a job: one in backward, one in forward."""
 
 
+def check_lora(spec: LoraSpec, max_rank: int) -> None:
+    """Raises JobError for an adapter that cannot be trained here."""
+    if spec.rank < 1:
+        raise JobError("invalid_command", f"rank {spec.rank} is below 1")
+    if spec.rank > max_rank:
+        raise JobError("invalid_command", f"rank {spec.rank} is above finetuning.maxRank {max_rank}")
+    if not math.isfinite(spec.alpha):
+        raise JobError("invalid_command", f"alpha is {spec.alpha}; it must be a finite number")
+    unknown = [name for name in spec.targets if name not in LINEARS]
+    if unknown or not spec.targets:
+        raise JobError("invalid_command", f"targets {unknown or 'are none'}; name some of {list(LINEARS)}")
+
+
 class Job:
     """One finetuning job. `live` passes are in command order; only the first may be committed."""
 
@@ -60,6 +77,8 @@ class Job:
             self._state, self.files = load_checkpoint(folder, self.layout, numerics, executor.dtype, executor.device)
         self.weights = LoraWeights(command.lora.scale, self.layout.views(self._state.param))
         self._grad = torch.zeros_like(self._state.param)
+        self._summed = False
+        """Whether a pass of the running step is in `_grad`, which no checkpoint holds."""
         self._queue: deque[JobCommand] = deque()
         self._seen = self._state.seq_no
         self.live: dict[int, tuple[ForwardBackward, PassState]] = {}
@@ -70,7 +89,7 @@ class Job:
 
     @property
     def seq_no(self) -> int:
-        """The last command that is done."""
+        """The last command that a checkpoint covers: the passes of a step count once the step is done."""
         return self._state.seq_no
 
     @property
@@ -87,6 +106,8 @@ class Job:
             return
         if isinstance(command, ForwardBackward):
             self._check(command)
+            work = replace(command.work, id=next(self._executor.pass_ids))  # drivers of two jobs may count alike
+            command = replace(command, work=work)
         self._seen = command.seq_no
         self._queue.append(command)
 
@@ -126,8 +147,8 @@ class Job:
             elif isinstance(command, OptimStep):
                 events.append(self._optimize(command))
             else:
-                defer(self.id, self._write(command))
                 self._done(command)
+                defer(self.id, self._write(command))
             self._queue.popleft()
         return events
 
@@ -154,6 +175,7 @@ class Job:
     def _commit(self, command: ForwardBackward, state: PassState) -> Event:
         if state.training:
             self._grad += state.grads
+            self._summed = True
         self._executor.close_pass(command.work.id)
         self._done(command)
         mode = PassMode.TRAIN if state.training else PassMode.EVAL
@@ -173,17 +195,18 @@ class Job:
             c.max_grad_norm,
         )
         self._grad.zero_()
+        self._summed = False
         self._done(c, steps=1)
         return StepDone(self.id, c.seq_no, self.step, norm, not changed)
 
     def _done(self, command: JobCommand, steps: int = 0) -> None:
         state = self._state
-        self._state = TrainingState(state.param, state.adam, state.step + steps, command.seq_no)
+        seq_no = state.seq_no if self._summed else command.seq_no
+        self._state = TrainingState(state.param, state.adam, state.step + steps, seq_no)
 
     def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], Event]:
         state, path, layout = self._state.copy(), Path(command.path), self.layout
         if isinstance(command, SaveCheckpoint):
-            state = TrainingState(state.param, state.adam, state.step, command.seq_no)
             return self._saver(command.path, state, command.files, command.seq_no)
 
         def export() -> Event:

@@ -8,11 +8,32 @@ and pages held at once shrink by the share of time that finetuning took.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coserve_engine.cost import CostModel, ForwardWork
 from coserve_engine.plan import Kind
 from coserve_engine.schedule import sequence_work
+
+SHARE_WINDOW_S = 5.0
+
+
+@dataclass(slots=True)
+class FinetuneTime:
+    """Seconds given to finetuning, in all and as a share of the last few seconds."""
+
+    total_s: float = 0.0
+    _recent_s: float = field(default=0.0)
+    _elapsed_s: float = field(default=0.0)
+
+    def add(self, finetune_s: float, elapsed_s: float) -> None:
+        keep = max(0.0, 1.0 - elapsed_s / SHARE_WINDOW_S)
+        self.total_s += finetune_s
+        self._recent_s = self._recent_s * keep + finetune_s
+        self._elapsed_s = self._elapsed_s * keep + elapsed_s
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self._recent_s / self._elapsed_s) if self._elapsed_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from coserve_engine.batch import SequenceRows
@@ -52,8 +52,14 @@ class RequestTable:
     Pages for prompt and output are reserved whole at admission.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger) -> None:
-        self._config, self._model, self._ledger = config, model, ledger
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        ledger: PageLedger,
+        scrub: Callable[[tuple[int, ...]], None],
+    ) -> None:
+        self._config, self._model, self._ledger, self._scrub = config, model, ledger, scrub
         self._slots = 0
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -115,7 +121,7 @@ class RequestTable:
                 return
         for request in self.running.values():
             if request.command.request_id == request_id:
-                self._release(request)
+                self.release(request)
                 return
 
     def advance(self, slot: int, rows: int) -> None:
@@ -134,11 +140,14 @@ class RequestTable:
         elif request.output_tokens >= params.max_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
-            self._release(request)
+            self.release(request)
         return Token(request.command.request_id, token, finish, now)
 
-    def _release(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
+        """Take a running request's place and pages. An adapter may have left values there that are not finite."""
         del self.running[request.slot]
+        if request.weights is not None:
+            self._scrub(request.pages)
         self._ledger.free(request.owner)
 
     def rows(self) -> Mapping[int, SequenceRows]:

@@ -53,11 +53,11 @@ class KVCache:
         return gather(self.k[layer]), gather(self.v[layer])
 
     def scrub(self, pages: tuple[int, ...]) -> None:
-        """Zero pages that hold values which are not finite: a masked key still meets 0 * value."""
-        for page in pages:
-            span = slice(page * self._page, (page + 1) * self._page)
-            self.k[:, :, span] = 0
-            self.v[:, :, span] = 0
+        """Zero pages that may hold values which are not finite: a masked key still meets 0 * value."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.k.device)
+        for pool in (self.k, self.v):
+            layers, heads, _, size = pool.shape
+            pool.view(layers, heads, -1, self._page, size).index_fill_(2, index, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

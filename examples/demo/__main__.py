@@ -20,7 +20,7 @@ from demo.cluster import ENDPOINTS, JOBS, Cluster, DemoError, condition, connect
 from demo.display import Display
 from demo.picture import by_second, draw
 from demo.replay import Prompts, Replayer, Slo
-from demo.trace import Replay, Scaling, fit, read_trace
+from demo.trace import Recorded, Replay, Scaling, fit, read_trace
 from demo.watch import AgentLog, Watcher, finetune_rate
 
 EXAMPLES = Path(__file__).parent.parent
@@ -57,7 +57,9 @@ def main() -> int:
     """Run the demo; the exit status is 0 only if every promise was kept."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--mounted-environment", action="store_true", help="the cluster has the thin agent image only")
-    parser.add_argument("--rate", type=float, default=2.0, help="mean requests a second outside the burst")
+    parser.add_argument(
+        "--utilisation", type=float, default=30.0, help="percent of the agents' time that serving takes"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the replay")
     parser.add_argument("--raw", type=Path, default=Path(".cache/demo.json"), help="where the raw times are written")
     options = parser.parse_args()
@@ -85,10 +87,19 @@ async def run(cluster: Cluster, options: argparse.Namespace) -> int:
     alone = await finetune_rate(watcher, ALONE_S)
     slo = Slo(*(seconds(endpoint_body["spec"]["slo"][name]) for name in ("timeToFirstToken", "timePerOutputToken")))
     context = endpoint_body["spec"]["model"]["maxModelLength"]
-    replay = fit(read_trace(TRACE), scaling := Scaling(seconds=options.seconds, rate=options.rate, context=context))
     urls = cluster.base_urls(ENDPOINT, agents)
     corpus = " ".join(problem.question for problem in load_split().held_out)
-    replayer = Replayer(urls, ENDPOINT, Prompts(corpus, str(EXAMPLES / "base-model")))
+    prompts = Prompts(corpus, str(EXAMPLES / "base-model"))
+    free = [agent.api for agent in agents if agent.pod != started["status"]["binding"]["agent"]] or urls
+    recorded = read_trace(TRACE)
+    busy_s = await seconds_a_request(free[0], prompts, fit(recorded, Scaling(context=context)))
+    rate = options.utilisation / 100 * len(agents) / busy_s
+    scaling = Scaling(seconds=options.seconds, rate=rate, context=context)
+    replay = fit(recorded, scaling)
+    replayer = Replayer(urls, ENDPOINT, prompts)
+    print(
+        f"a mean request takes {busy_s * 1e3:.0f} ms by itself; utilisation {options.utilisation:.0f} % is {rate:.2f}/s"
+    )
     print(describe(replay, scaling), flush=True)
     began = time.monotonic()
     during = await traffic(console, watcher, replayer, replay, slo)
@@ -124,11 +135,29 @@ def describe(replay: Replay, scaling: Scaling) -> str:
     return (
         f"replaying {len(replay.arrivals)} requests of the Azure conversation trace (2023, CC-BY 4.0), from its "
         f"{scaling.skip_s:.0f}th second, in {scaling.seconds:.0f} s: "
-        f"mean {scaling.rate:g} a second, {scaling.burst_factor:g} times that "
+        f"mean {scaling.rate:.2f} a second, {scaling.burst_factor:g} times that "
         f"from {scaling.burst_at_s:.0f} s for {scaling.burst_s:.0f} s; prompts / {scaling.prompt_divisor}, "
         f"answers / {scaling.output_divisor}; {replay.left_out_percent:.1f} % left out as longer than the "
         f"context of {scaling.context}"
     )
+
+
+async def seconds_a_request(base_url: str, prompts: Prompts, replay: Replay) -> float:
+    """How long a request of the schedule's mean lengths takes an agent that does nothing else: the median of five."""
+    count = len(replay.arrivals)
+    mean = Recorded(
+        0.0,
+        round(sum(a.prompt_tokens for a in replay.arrivals) / count),
+        round(sum(a.output_tokens for a in replay.arrivals) / count),
+    )
+    probe = Replayer([base_url], ENDPOINT, prompts)
+    for _ in range(5):
+        await probe.run([mean], time.monotonic())
+    await probe.close()
+    failed = [sample.error for sample in probe.samples if sample.error]
+    if failed:
+        raise DemoError(f"a request to {base_url} failed: {failed[0]}")
+    return sorted(sample.token_times_s[-1] - sample.due_s for sample in probe.samples)[2]
 
 
 async def traffic(console: Console, watcher: Watcher, replayer: Replayer, replay: Replay, slo: Slo) -> float:

@@ -116,11 +116,12 @@ class Cluster:
             time.sleep(0.5)
 
     def agents(self, endpoint: str) -> list[Agent]:
-        """The endpoint's running agents, reached directly where pods are reachable, else through port-forwards."""
+        """The agents in the endpoint's status, reached directly where pods are, else through port-forwards."""
+        names = {agent["name"] for agent in self.get(ENDPOINTS, endpoint)["status"].get("agents", [])}
         pods = self._core.list_namespaced_pod(NAMESPACE, label_selector=f"coserve.dev/endpoint={endpoint}").items
         agents = []
         for pod in pods:
-            if pod.status.phase != "Running" or pod.metadata.deletion_timestamp is not None:
+            if pod.metadata.name not in names or pod.metadata.deletion_timestamp is not None:
                 continue
             address, name, node = pod.status.pod_ip, pod.metadata.name, pod.spec.node_name
             if _reachable(address, 8001):
@@ -166,7 +167,7 @@ def connected() -> Iterator[Cluster]:
 
 def _reachable(address: str, port: int) -> bool:
     try:
-        with socket.create_connection((address, port), timeout=1.0):
+        with socket.create_connection((address, port), timeout=3.0):
             return True
     except OSError:
         return False

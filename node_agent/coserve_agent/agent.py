@@ -8,7 +8,7 @@ import time
 import uuid
 from importlib.metadata import version
 
-from coserve_agent.concurrency import alongside
+from coserve_agent.concurrency import alongside, end
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
 from coserve_agent.finetuning import Finetuning
@@ -101,7 +101,7 @@ class Agent:
         self.engine.start()
         servers = [asyncio.create_task(server.run_until_stopped()) for server in (self.http, self.admin)]
         log.info("agent: boot %s, http port %d, admin port %d", self.boot_id, self.http.port, self.admin.port)
-        background = [self.engine.watch()]
+        background = [self.engine.watch(), _still_running(servers)]
         if self.finetuning is not None:
             background.append(self.finetuning.run())
         try:
@@ -131,8 +131,7 @@ class Agent:
             await self._drain()
             return 0
         finally:
-            for task in (loading, drained, gone):
-                task.cancel()
+            await end(loading, drained, gone)
 
     async def _load(self) -> None:
         begun_s = time.monotonic()
@@ -159,6 +158,14 @@ class Agent:
             log.info("agent: drained")
         except TimeoutError:
             log.warning("agent: ends with %d requests unfinished", self.engine.in_flight())
+
+
+async def _still_running(servers: list[asyncio.Task[None]]) -> None:
+    """Raises when one of them ends by itself."""
+    done, _ = await asyncio.wait(servers, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    raise RuntimeError("an HTTP server ended by itself")
 
 
 def engine_config(settings: AgentSettings) -> EngineConfig:

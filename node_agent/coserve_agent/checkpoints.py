@@ -15,8 +15,8 @@ from coserve_agent.errors import JobFailedError
 from coserve_agent.trainlog import STATE_FILE
 from coserve_api.job import FailedReason
 from coserve_api.messages import Checkpoint
-from coserve_engine.artifacts import verify_folder
 from coserve_engine.errors import CheckpointError
+from coserve_engine.folders import verify_folder
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """A JSONL file as tokenised samples: what a line may be, and what is said about one that cannot be used.
 
-The file is read twice: once to check every line, once more line by line as shards are made, so that memory does not grow with it.
+The file is read twice: once to check every line, once more line by line as shards are made, so that memory does not
+grow with it.
 """
 
 from __future__ import annotations

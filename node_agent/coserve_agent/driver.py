@@ -1,6 +1,7 @@
 """A finetuning job as a stream of engine commands: what a remote client would send, driven by a dataset's shards.
 
-It keeps about two optimizer steps in flight, so the engine always has work, and holds no state that a checkpoint does not carry.
+It keeps about two optimizer steps in flight, so the engine always has work, and holds no state that a checkpoint
+does not carry.
 """
 
 from __future__ import annotations
@@ -8,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from coserve_agent.concurrency import end
 from coserve_agent.engine_client import JobChannel, JobEvent
 from coserve_agent.errors import JobFailedError
-from coserve_agent.passes import split_passes, to_seqs, weight_sum
-from coserve_agent.schedule import learning_rate
-from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog, finite
+from coserve_agent.inflight import Evaluation, OpenSteps
+from coserve_agent.passes import split_passes, to_seqs
+from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog
 from coserve_api.job import FailedReason
 from coserve_api.messages import BindingSpec
 from coserve_api.shards import Sample, Shard
@@ -26,12 +27,10 @@ from coserve_engine.messages import (
     AdapterExported,
     CheckpointDone,
     ExportAdapter,
-    ForwardBackward,
     JobFailed,
     JobStarted,
     JobStopped,
     LoraSpec,
-    OptimStep,
     Pass,
     PassDone,
     PassMode,
@@ -80,28 +79,6 @@ class Saved:
     sha256: str
 
 
-@dataclass(slots=True)
-class _OpenStep:
-    """A step whose commands are submitted; `optim_seq` is that of its OptimStep."""
-
-    step: int
-    lr: float
-    samples: tuple[int, ...]
-    passes: set[int]
-    optim_seq: int = 0
-    loss: float = 0.0
-    tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Eval:
-    """A running evaluation."""
-
-    pending: set[int] = field(default_factory=set)
-    loss_sum: float = 0.0
-    weight_sum: float = 0.0
-
-
 class StopRequested(Exception):  # noqa: N818 (no error: it unwinds the driver to where it stops)
     """The driver was asked to stop."""
 
@@ -133,8 +110,8 @@ class Driver:
         self._pass_ids = pass_ids
         self._seq = itertools.count(1)
         self._log = TrainingLog()
-        self._open: deque[_OpenStep] = deque()
-        self._eval = _Eval()
+        self._open = OpenSteps(plan.engine_job, plan.spec, plan.total_steps, pass_ids)
+        self._eval = Evaluation()
         self._changed = asyncio.Event()
         self._stop = False
         self._failure: Exception | None = None
@@ -143,6 +120,7 @@ class Driver:
         self._exported: AdapterExported | None = None
         self._saving: int | None = None
         self._acceptance: asyncio.Task[None] | None = None
+        self._pump: asyncio.Task[None] | None = None
         self.accepted_step = 0
 
     @property
@@ -186,7 +164,8 @@ class Driver:
         for step in range(self.state.step + 1, total + 1):
             shard = await self._next_shard(step)
             await self._until(lambda: len(self._open) < STEPS_IN_FLIGHT)
-            self._submit_step(step, shard)
+            for command in self._open.begin(step, shard, self._seq):
+                self._channel.submit(command)
             if step % self._plan.spec.checkpoint_every_steps == 0 and step < total:
                 await self._until(lambda: not self._open)
                 await self._save()
@@ -241,10 +220,7 @@ class Driver:
 
     async def close(self) -> None:
         """End the driver's own tasks."""
-        tasks = [task for task in (self._pump, self._acceptance) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*(task for task in (self._pump, self._acceptance) if task is not None))
 
     # ---- steps ----
 
@@ -261,41 +237,24 @@ class Driver:
             raise JobFailedError(
                 FailedReason.INVALID_DATASET,
                 f"line {sample.id}: has {len(sample.tokens)} tokens, more than the endpoint's model.maxModelLength "
-                f"{self._plan.max_length}; set dataset.maxSequenceLength to at most that, with onInvalid: Skip if need be",
+                f"{self._plan.max_length}; set dataset.maxSequenceLength to that, with onInvalid: Skip if need be",
             )
-
-    def _submit_step(self, step: int, shard: Shard) -> None:
-        spec, job = self._plan.spec, self._plan.engine_job
-        lr = learning_rate(spec.schedule, step - 1, spec.learning_rate, spec.warmup_steps, self._plan.total_steps)
-        divisor = weight_sum(shard.samples)
-        current = _OpenStep(step, lr, tuple(sample.id for sample in shard.samples), set())
-        self._open.append(current)
-        for micro, part in enumerate(split_passes(shard.samples)):
-            seq_no = next(self._seq)
-            current.passes.add(seq_no)
-            work = Pass(next(self._pass_ids), job, step, micro, to_seqs(part, divisor))
-            self._channel.submit(ForwardBackward(job, seq_no, work))
-        current.optim_seq = next(self._seq)
-        self._channel.submit(
-            OptimStep(job, current.optim_seq, lr, weight_decay=spec.weight_decay, max_grad_norm=spec.max_grad_norm)
-        )
 
     async def _evaluate(self, *, initial: bool) -> None:
         """The mean loss over the held-out samples; nothing where there are none."""
         samples = await self._shards.eval_samples()
         if not samples:
             return
-        job, self._eval = self._plan.engine_job, _Eval()
+        for sample in samples:
+            self._check_length(sample)
+        self._eval = Evaluation()
         for micro, part in enumerate(split_passes(samples)):
-            for sample in part:
-                self._check_length(sample)
             await self._until(lambda: len(self._eval.pending) < EVAL_PASSES_IN_FLIGHT)
-            seq_no = next(self._seq)
-            self._eval.pending.add(seq_no)
-            work = Pass(next(self._pass_ids), job, self.state.step, micro, to_seqs(part, 1.0), PassMode.EVAL)
-            self._channel.submit(ForwardBackward(job, seq_no, work))
+            seqs = to_seqs(part, 1.0)
+            work = Pass(next(self._pass_ids), self._plan.engine_job, self.state.step, micro, seqs, PassMode.EVAL)
+            self._channel.submit(self._eval.begin(work, next(self._seq)))
         await self._until(lambda: not self._eval.pending)
-        loss = self._eval.loss_sum / self._eval.weight_sum
+        loss = self._eval.mean_loss
         self._log.note_eval(loss, initial=initial)
         log.info("job %s: eval loss %.4f at step %d", self._plan.spec.job_name, loss, self.state.step)
 
@@ -346,10 +305,12 @@ class Driver:
         match event:
             case JobStarted():
                 self._started = event
+            case PassDone(mode=PassMode.EVAL):
+                self._eval.on_pass(event)
             case PassDone():
-                self._on_pass(event)
+                self._open.on_pass(event)
             case StepDone():
-                self._on_optim(event)
+                self._on_step_done(event)
             case CheckpointDone():
                 self._acceptance = asyncio.create_task(self._accept_saved(event))
             case AdapterExported():
@@ -362,38 +323,14 @@ class Driver:
                 )
                 raise JobFailedError(reason, event.message)
 
-    def _on_pass(self, event: PassDone) -> None:
-        if event.mode is PassMode.EVAL:
-            self._eval.pending.discard(event.seq_no)
-            self._eval.loss_sum += event.loss_sum
-            self._eval.weight_sum += event.weight_sum
-            return
-        for current in self._open:
-            if event.seq_no in current.passes:
-                current.loss += event.loss_sum
-                current.tokens += event.tokens
-
-    def _on_optim(self, event: StepDone) -> None:
-        current = self._open.popleft()
-        if current.optim_seq != event.seq_no or current.step != event.step:
-            raise JobFailedError(
-                FailedReason.INTERNAL_ERROR, f"the engine did step {event.step}, and step {current.step} was next"
-            )
-        record = StepRecord(
-            step=current.step,
-            loss=None if event.skipped else finite(current.loss),
-            lr=current.lr,
-            grad_norm=finite(event.grad_norm),
-            tokens=current.tokens,
-            samples=current.samples,
-            skipped=event.skipped,
-        )
+    def _on_step_done(self, event: StepDone) -> None:
+        record = self._open.on_optim(event)
         self._log.add(record)
         self._on_step(record, self.state)
         if self.state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise JobFailedError(
                 FailedReason.TRAINING_DIVERGED,
-                f"the gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step {current.step}; "
+                f"the gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step {record.step}; "
                 "lower training.learningRate, raise warmupSteps, or look at the data",
             )
 

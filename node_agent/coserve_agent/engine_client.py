@@ -1,7 +1,7 @@
 """The asyncio side of the engine process: one thread reads its events, the loop routes them to whoever waits.
 
-Nothing here blocks on the engine: commands go into its queue, and events wait in the buffer of their receiver. A request's
-buffer is bounded by its own max_tokens, so a client that reads slowly holds up nobody.
+Nothing here blocks on the engine: commands go into its queue, and events wait in the buffer of their receiver. A
+request's buffer is bounded by its own max_tokens, so a client that reads slowly holds up nobody.
 """
 
 from __future__ import annotations

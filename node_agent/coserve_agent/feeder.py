@@ -1,7 +1,8 @@
 """`python -m coserve_agent.feeder`: turns a data set into shards in Redis, a bounded number ahead of the job.
 
-It stays until the job has a result (or is deleted): should Redis be emptied, it feeds again from the accepted cursor. Nothing else
-could, since only this pod has the data. It needs no torch, and holds no state that is not a function of file, seed and cursor.
+It stays until the job has a result (or is deleted): should Redis be emptied, it feeds again from the accepted
+cursor. Nothing else could, since only this pod has the data. It needs no torch, and holds no state that is not a
+function of file, seed and cursor.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -154,8 +156,8 @@ class Feeder:
         ):
             raise DatasetError(
                 FailedReason.INVALID_DATASET,
-                f"the data set or the tokenizer changed since the job began ({before.samples} + {before.eval_samples} samples "
-                f"then, {ours.samples} + {ours.eval_samples} now); restore them, or create a new job",
+                f"the data set or the tokenizer changed since the job began ({before.samples} + {before.eval_samples} "
+                f"samples then, {ours.samples} + {ours.eval_samples} now); restore them, or create a new job",
             )
 
     async def _push_eval(self) -> None:
@@ -207,8 +209,11 @@ async def feed(settings: FeederSettings, material: Material | DatasetError) -> N
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM: everything here can be made again, so nothing needs saving. (As process 1 there is no default action.)"""
-    sys.exit(128 + number)
+    """SIGTERM: everything here can be made again, so nothing is saved or waited for. (Process 1 has no default
+    action.)
+    """
+    logging.shutdown()
+    os._exit(128 + number)
 
 
 def main() -> None:

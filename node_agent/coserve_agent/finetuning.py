@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from coserve_agent.concurrency import alongside
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.follower import AdapterFollower
 from coserve_agent.heartbeat import HeartbeatLoop
@@ -80,9 +81,7 @@ class Finetuning:
         self._follower = AdapterFollower(store, registry, lifecycle, now_s=time.monotonic)
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for part in (self._heartbeat, self._follower, self.worker):
-                group.create_task(part.run())
+        await alongside(self.worker.run(), self._heartbeat.run(), self._follower.run())
 
     async def leave(self) -> None:
         """Take the agent out of the index: it is not lost, it has ended."""

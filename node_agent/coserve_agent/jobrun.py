@@ -15,7 +15,7 @@ from coserve_agent.checkpoints import CheckpointStore
 from coserve_agent.concurrency import alongside
 from coserve_agent.driver import Driver, Plan, Saved, StopRequested
 from coserve_agent.engine_client import EngineClient
-from coserve_agent.errors import EngineGoneError, FencedError, JobFailedError
+from coserve_agent.errors import AgentError, EngineGoneError, FencedError, JobFailedError
 from coserve_agent.lease import LeaseKeeper
 from coserve_agent.metrics import Metrics
 from coserve_agent.progress import ProgressMeter
@@ -93,7 +93,7 @@ class JobRun:
     async def _attempts(self) -> None:
         for attempt, wait_s in enumerate((*RETRY_WAITS_S, None), start=1):
             try:
-                await self._attempt(f"{self.job}/e{self.epoch}/{attempt}")
+                await self._guarded(f"{self.job}/e{self.epoch}/{attempt}")
                 return
             except StopRequested:
                 await self._give_back()
@@ -108,6 +108,16 @@ class JobRun:
                     return
                 log.warning("job %s: tries again in %g s: %s: %s", self.name, wait_s, error.reason, error)
             await asyncio.sleep(wait_s)
+
+    async def _guarded(self, engine_job: str) -> None:
+        """An attempt; a mistake of our own fails the job visibly instead of leaving it bound to nobody's work."""
+        try:
+            await self._attempt(engine_job)
+        except (AgentError, StopRequested):
+            raise
+        except Exception as error:
+            log.exception("job %s: the agent's own mistake", self.name)
+            raise JobFailedError(FailedReason.INTERNAL_ERROR, f"the agent's own mistake: {error!r}") from None
 
     async def _attempt(self, engine_job: str) -> None:
         around, spec = self._around, self._spec

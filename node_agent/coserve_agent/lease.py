@@ -1,6 +1,7 @@
 """The right to write for a job: kept alive, and never believed longer than this machine's clock can vouch for.
 
-Without it the job computes on, but nothing is accepted. It goes on once the lease is back, and ends when the fence has moved on.
+Without it the job computes on, but nothing is accepted. It goes on once the lease is back, and ends when the fence
+has moved on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from redis.exceptions import RedisError
 
 from coserve_agent.errors import FencedError
+from coserve_api.errors import MessageError
 from coserve_api.messages import Checkpoint
 from coserve_api.scripts import Fencing, Lease, Reason, Refused
 
@@ -50,6 +52,7 @@ class LeaseKeeper:
         self._ttl_s = fencing.lease_ttl_ms / 1000
         self._until_s = float("-inf")
         self._taken = False
+        self._extended = asyncio.Event()
         self._complaint = ""
 
     @property
@@ -67,8 +70,7 @@ class LeaseKeeper:
             sent_s = self._now_s()
             reply = await self._try(lambda: self._fencing.take_lease(self._job, self._epoch))
             if isinstance(reply, Lease):
-                self._until_s = sent_s + self._ttl_s
-                self._taken = True
+                self._extend(sent_s)
                 return reply.checkpoint
             if reply is not None:
                 self._refused(reply)
@@ -87,24 +89,25 @@ class LeaseKeeper:
                 self._refused(reply)
 
     async def write(self, send: Callable[[], Awaitable[Refused | None]]) -> Refused | None:
-        """Do a fenced write, again and again until Redis took it. Returns a refusal that says Redis knows better (behind).
+        """Do a fenced write, again and again until Redis took it. Returns a refusal that says Redis knows better
+        (behind).
 
         Raises:
             FencedError: the job is another's, or over.
         """
         wait_s = RETRY_S
         while True:
-            if self.held:
-                try:
-                    reply = await send()
-                except (RedisError, OSError, TimeoutError) as error:
-                    self._complain(error)
-                else:
-                    if reply is None or reply.reason is Reason.BEHIND:
-                        return reply
-                    self._refused(reply)
-            await self._sleep(wait_s * random.uniform(0.8, 1.2))
-            wait_s = min(2 * wait_s, MAX_RETRY_S)
+            await self._until_held()
+            try:
+                reply = await send()
+            except (RedisError, OSError, TimeoutError) as error:
+                self._complain(error)
+                await self._sleep(wait_s * random.uniform(0.8, 1.2))
+                wait_s = min(2 * wait_s, MAX_RETRY_S)
+                continue
+            if reply is None or reply.reason is Reason.BEHIND:
+                return reply
+            self._refused(reply)
 
     async def write_now(self, send: Callable[[], Awaitable[Refused | None]]) -> None:
         """Do a fenced write if that is possible now; for what is written again anyway. Raises FencedError."""
@@ -118,19 +121,29 @@ class LeaseKeeper:
         if reply is not None and reply.reason is not Reason.BEHIND:
             self._refused(reply)
 
+    async def _until_held(self) -> None:
+        while not self.held:
+            self._extended.clear()
+            await self._extended.wait()
+
+    def _extend(self, sent_s: float) -> None:
+        """A request that was sent then was granted: the time to live began at that moment or later."""
+        self._until_s = sent_s + self._ttl_s
+        self._taken = True
+        self._complaint = ""
+        self._extended.set()
+
     async def _try(
         self, call: Callable[[], Awaitable[Lease | Refused | None]], sent_s: float | None = None
     ) -> Lease | Refused | None:
         """The reply, or None if Redis could not be asked. With `sent_s`, a success extends the lease from then."""
         try:
             reply = await call()
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError, TimeoutError, MessageError) as error:
             self._complain(error)
             return None
         if sent_s is not None and not isinstance(reply, Refused):
-            self._until_s = sent_s + self._ttl_s
-            self._taken = True
-            self._complaint = ""
+            self._extend(sent_s)
         return reply
 
     def _refused(self, reply: Refused) -> None:

@@ -8,8 +8,8 @@ import asyncio
 class Lifecycle:
     """Model loading, then adapters loading, then ready; draining from SIGTERM on.
 
-    `adapters_known`: the list of published adapters was read. `missing_adapters`: those of it that are not loaded (yet).
-    Once all were loaded, a version that is published later does not take readiness away while it loads.
+    `adapters_known`: the list of published adapters was read. `missing_adapters`: those of it that are not loaded
+    (yet). Once all were loaded, a version that is published later does not take readiness away while it loads.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""What /metrics and /debug/iterations show. The vllm: names are those that routers and autoscalers of the ecosystem read."""
+"""What /metrics and /debug/iterations show. The vllm: names are those that routers and autoscalers of the ecosystem
+read.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class IterationLog:
         self._ring.append(event)
 
     def since(self, started_s: float, limit: int) -> list[dict[str, Any]]:
-        """At most `limit` iterations that started after `started_s` (monotonic seconds of this machine), oldest first."""
+        """At most `limit` iterations that started after `started_s` (monotonic seconds of this machine), oldest
+        first.
+        """
         rows = []
         for event in self._ring:
             if event.started_s > started_s:

@@ -1,6 +1,7 @@
 """Which samples make which optimizer step: a function of seed, epoch and line numbers alone, the same on any machine.
 
-Sorting by a hash instead of shuffling keeps the order apart from any library's generator, and addresses it: step n needs no earlier one.
+Sorting by a hash instead of shuffling keeps the order apart from any library's generator, and addresses it: step n
+needs no earlier one.
 """
 
 from __future__ import annotations

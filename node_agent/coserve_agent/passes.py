@@ -1,4 +1,6 @@
-"""How the samples of an optimizer step become passes: a function of the data alone, never of load, so that a replay is exact."""
+"""How the samples of an optimizer step become passes: a function of the data alone, never of load, so that a replay
+is exact.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The names that clients can ask for: the base model and the published adapters, each pointing at a loaded version.
 
-A name flips to a new version once the engine has it; the old one is unloaded after that, and requests that run on it finish on it.
+A name flips to a new version once the engine has it; the old one is unloaded after that, and requests that run on it
+finish on it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from coserve_agent.engine_client import AdapterLoadError, EngineClient
 from coserve_agent.errors import EngineGoneError
 from coserve_agent.http.generate import Served
 from coserve_api.messages import AdapterRecord
-from coserve_engine.artifacts import verify_folder
 from coserve_engine.errors import CheckpointError
+from coserve_engine.folders import verify_folder
 from coserve_engine.messages import AdapterVersion
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class Loaded:
 
 
 class AdapterRegistry:
-    """Keeps the engine's adapters equal to the published ones. `sync` is called with what Redis says, again and again."""
+    """Keeps the engine's adapters equal to the published ones. `sync` is called with what Redis says, again and
+    again.
+    """
 
     def __init__(
         self, engine: EngineClient, base: Served, artifacts: Path, now_s: Callable[[], float] = time.monotonic

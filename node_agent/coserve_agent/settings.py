@@ -22,11 +22,18 @@ def _name(value: object) -> object:
     return value
 
 
+def _identity(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
+        raise ValueError("must be 1 to 64 letters, digits or '-', as Kubernetes' UIDs are")
+    return value
+
+
 def _blank_is_none(value: object) -> object:
     return None if value == "" else value
 
 
 Name = Annotated[str, BeforeValidator(_name)]
+Identity = Annotated[str, BeforeValidator(_identity)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -54,7 +61,7 @@ class AgentSettings(RedisSettings):
     Times in ms, sizes in bytes, lengths in tokens; ports 0 are chosen by the kernel (tests).
     """
 
-    endpoint_uid: Name = "local"
+    endpoint_uid: Identity = "local"
     endpoint_name: Name = "local"
     namespace: Name = "default"
     model_path: Path
@@ -69,22 +76,22 @@ class AgentSettings(RedisSettings):
     threads: int = Field(1, ge=1, le=1024)
     artifacts: Path = Path("/artifacts")
     pod_name: Name = "local"
-    pod_uid: Name = "local"
+    pod_uid: Identity = "local"
     node_name: str = ""
     host: str = "0.0.0.0"
     http_port: Port = 8000
     admin_port: Port = 8001
     max_waiting: int = Field(256, ge=1)
     max_body_bytes: int = Field(1 << 20, ge=1024)
-    drain_s: float = Field(45.0, ge=0)
+    drain_s: float = Field(40.0, ge=0)
 
 
 class FeederSettings(RedisSettings):
     """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set."""
 
     redis_url: str
-    endpoint_uid: Name
-    job_uid: Name
+    endpoint_uid: Identity
+    job_uid: Identity
     job_name: Name
     dataset_path: Path
     model_path: Path

@@ -1,4 +1,6 @@
-"""Shards from Redis a few steps ahead of the driver. Reading changes nothing there, so a lost lease can take nothing away."""
+"""Shards from Redis a few steps ahead of the driver. Reading changes nothing there, so a lost lease can take nothing
+away.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,7 @@ class ShardReader:
             if shard.digest != self._digest:
                 raise JobFailedError(
                     FailedReason.INTERNAL_ERROR,
-                    f"shard {shard.seq} was made with another tokenizer or chat template ({shard.digest[:12]}, this agent has "
-                    f"{self._digest[:12]}); the model folder was changed: create endpoint and job again",
+                    f"shard {shard.seq} was made with another tokenizer or chat template ({shard.digest[:12]}, this "
+                    f"agent has {self._digest[:12]}); the model folder was changed: create endpoint and job again",
                 )
         return shards

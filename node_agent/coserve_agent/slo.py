@@ -1,6 +1,7 @@
 """Did each request get what was promised? Strictly: its first token in time and the P99 of its gaps in time.
 
-Mean time per token would hide the stalls that users see, so it decides nothing here. Requests that were refused count as missed.
+Mean time per token would hide the stalls that users see, so it decides nothing here. Requests that were refused
+count as missed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class SloReport:
-    """The last minute: P99 of first-token times and of all gaps in ms, and the share of requests that attained in percent.
+    """The last minute: P99 of first-token times and of all gaps in ms, and the share of requests that attained in
+    percent.
 
     None where nothing was measured: no data is not a kept promise.
     """
@@ -151,7 +153,7 @@ class LoadAverage:
         self._values: list[float] = []
 
     def add(self, at_s: float, percent: float) -> None:
-        if self._times and at_s < self._times[-1]:
+        if not math.isfinite(percent) or (self._times and at_s < self._times[-1]):
             return
         self._times.append(at_s)
         self._values.append(percent)

@@ -1,6 +1,7 @@
 """Text to tokens and back, from the model's own folder: local files only, never code from it, and without torch.
 
-`PreTrainedTokenizerFast` reads tokenizer.json as it is. (`AutoTokenizer` would import torch, which the feeder must not need.)
+`PreTrainedTokenizerFast` reads tokenizer.json as it is. (`AutoTokenizer` would import torch, which the feeder must
+not need.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class ChatTemplateError(AgentError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as tokens; `supervised[i]` says whether the assistant wrote `tokens[i]` (its end token included)."""
+    """A conversation as tokens; `supervised[i]` says whether the assistant wrote `tokens[i]` (its end token
+    included).
+    """
 
     tokens: list[int]
     supervised: list[bool]
@@ -89,7 +92,8 @@ class Tokenizer:
         after the prompt for it, up to the end of the turn.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages, or writes earlier turns differently later.
+            ChatTemplateError: there is no template, or it refuses the messages, or writes earlier turns differently
+            later.
         """
         if self._marks_generation:
             encoded = self._call_template(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
+from coserve_agent.concurrency import end
 from coserve_agent.jobrun import JobRun, Surroundings
 from coserve_agent.lifecycle import Lifecycle
 from coserve_api.messages import Binding, Desired, JobBeat
@@ -45,12 +46,11 @@ class Worker:
                 await self._look()
                 await asyncio.sleep(POLL_S)
         finally:
-            for one in self._running.values():
-                one.task.cancel()
-            await asyncio.gather(*(one.task for one in self._running.values()), return_exceptions=True)
+            await end(*(one.task for one in self._running.values()))
 
     async def drain(self) -> None:
         """Give every job back."""
+        self._reap()
         for one in self._running.values():
             one.run.request_stop("the agent shuts down")
         if self._running:
@@ -92,8 +92,7 @@ class Worker:
     async def _drop(self, job: str, why: str) -> None:
         running = self._running[job]
         log.warning("job %s: dropped: %s", running.run.name, why)
-        running.task.cancel()
-        await asyncio.wait([running.task])
+        await end(running.task)
         self._reap()
 
     def _reap(self) -> None:

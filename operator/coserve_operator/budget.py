@@ -6,7 +6,7 @@ from typing import Any
 Status = dict[str, Any]
 PROGRESS = frozenset({"progress", "checkpoint"})
 PROGRESS_EVERY_S = 2.0
-LOAD = frozenset({"saturationPercent", "slo", "adapters"})
+LOAD = frozenset({"saturationPercent", "slo"})
 LOAD_EVERY_S = 10.0
 
 

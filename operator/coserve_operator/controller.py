@@ -118,7 +118,7 @@ class Controller:
     def _decide(sights: dict[str, Sight], this: Pass) -> dict[str, Verdict]:
         verdicts = {uid: jobs.assess(sight, this.now) for uid, sight in sights.items()}
         waiting = [
-            Waiting(uid, (sights[uid].job.metadata.creation_timestamp or "", uid))
+            Waiting(uid, (sights[uid].job.metadata.creation_timestamp or "", sights[uid].job.metadata.name))
             for uid, verdict in verdicts.items()
             if verdict.wants_agent
         ]

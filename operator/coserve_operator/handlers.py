@@ -3,7 +3,10 @@
 Objects of other kinds than ours are watched by label on the server's side: a large cluster's pods never come here.
 """
 
+import asyncio
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import kopf
@@ -65,6 +68,50 @@ def registry(on_event: OnEvent) -> kopf.OperatorRegistry:
     for kind in SELECTORS:
         kopf.on.event(kind.group, kind.version, kind.plural, id=kind.plural, registry=made)(_handler(kind, on_event))
     return made
+
+
+async def watch(on_event: OnEvent, identity: str, exit_s: float = 10.0) -> None:
+    """Watch until cancelled; `on_event` is called in this loop.
+
+    kopf has a thread and an event loop of its own: at its end it waits for every task of its loop, ours included.
+    """
+    ours, ended = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+    theirs: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def hand_over(kind: Kind, type_: str | None, body: Manifest) -> None:
+        ours.call_soon_threadsafe(on_event, kind, type_, body)
+
+    async def operate() -> None:
+        stop = asyncio.Event()
+        theirs.append((asyncio.get_running_loop(), stop))
+        handlers, settings = registry(hand_over), watch_settings(identity)
+        await kopf.operator(registry=handlers, settings=settings, clusterwide=True, standalone=True, stop_flag=stop)
+
+    def thread() -> None:
+        error: BaseException | None = None
+        try:
+            asyncio.run(operate())
+        except Exception as caught:
+            error = caught
+        with suppress(RuntimeError):  # our loop may be closed already
+            ours.call_soon_threadsafe(_resolve, ended, error)
+
+    threading.Thread(target=thread, name="kopf", daemon=True).start()
+    try:
+        await asyncio.shield(ended)
+    finally:
+        for loop, stop in theirs:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(stop.set)
+        await asyncio.wait([ended], timeout=exit_s)
+
+
+def _resolve(future: "asyncio.Future[None]", error: BaseException | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 def _handler(kind: Kind, on_event: OnEvent) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-import kopf
 from aiohttp import web
 from pydantic_settings import CliApp
 
@@ -17,7 +16,7 @@ from coserve_operator.apply import Applier
 from coserve_operator.budget import StatusBudget
 from coserve_operator.controller import Controller, ReconcileError
 from coserve_operator.events import Recorder
-from coserve_operator.handlers import SELECTORS, registry, watch_settings
+from coserve_operator.handlers import SELECTORS, watch
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, KubeError, Manifest
 from coserve_operator.leader import Leader, LeadershipLostError
 from coserve_operator.poller import Poller
@@ -123,14 +122,15 @@ class Operator:
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Return everything that has to run while this replica leads."""
-        watch = kopf.operator(
-            registry=registry(self.on_event),
-            settings=watch_settings(self._settings.identity),
-            clusterwide=True,
-            standalone=True,
-        )
         workers = [self.work() for _ in range(self._settings.workers)]
-        return [watch, self.poller.run(self._settings.poll_seconds, self._tick), self.resync(), self.sweep(), *workers]
+        watching = watch(self.on_event, self._settings.identity)
+        return [
+            watching,
+            self.poller.run(self._settings.poll_seconds, self._tick),
+            self.resync(),
+            self.sweep(),
+            *workers,
+        ]
 
     def _tick(self, readable: bool) -> None:
         self._telemetry.beat("poll")
@@ -155,7 +155,7 @@ async def run(settings: Settings) -> None:
     await runner.setup()
     await web.TCPSite(runner, port=settings.health_port).start()
     try:
-        with stop_on_signals() as stopped:  # kopf takes the signals over once it runs
+        with stop_on_signals() as stopped:
             if not await first_of(leader.acquire(), stopped.wait()):
                 await _lead(Operator(settings, kube, store, telemetry), leader, telemetry, stopped)
     finally:
@@ -200,7 +200,8 @@ def main() -> None:
     """Start the operator."""
     settings = CliApp.run(Settings)
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
+    for chatty in ("kopf.objects", "kopf._core.reactor.running"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     asyncio.run(run(settings))
 
 

@@ -142,7 +142,7 @@ FAULTS = [
     ("job", "spec.training.learningRate", "0", "spec.training.learningRate", "decimal string above 0 and at most 1"),
     ("job", "spec.training.learningRate", "fast", "spec.training.learningRate", 'such as "2e-4"'),
     ("job", "spec.training.learningRate", 4e-3, "spec.training.learningRate", "must be of type string"),
-    ("job", "spec.training.warmupSteps", 101, "spec.training.warmupSteps", "warmupSteps must be at most maxSteps"),
+    ("job", "spec.training.warmupSteps", 361, "spec.training.warmupSteps", "warmupSteps must be at most maxSteps"),
     ("job", "spec.checkpoint.everySteps", 0, "spec.checkpoint.everySteps", "greater than or equal to 1"),
     ("job", "spec.publsh", {"policy": "Never"}, "spec.publsh", "unknown field"),
 ]

@@ -39,12 +39,32 @@ from coserve_engine.plan import Kind, Segment, Unit
 
 E = TypeVar("E")
 VOCAB = 128
+PLAIN: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "eos_token_id": 2,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "wide": {"head_dim": 32, "num_key_value_heads": 1},
+    "smol": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.04,
+    },
 }
-"""plain: grouped queries, a head of its own; wide: heads * head size is not the hidden size."""
+"""plain: grouped queries, a head of its own; wide: heads * head size is not the hidden size; smol: real widths."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,18 +80,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
     def make(name: str = "plain") -> str:
         if name not in made:
-            shape = {"num_key_value_heads": 2, "tie_word_embeddings": False, **MODELS[name]}
-            config = LlamaConfig(
-                vocab_size=VOCAB,
-                hidden_size=64,
-                intermediate_size=160,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=512,
-                initializer_range=0.12,
-                eos_token_id=2,
-                **shape,
-            )
+            config = LlamaConfig(**{**PLAIN, **MODELS[name]})
             torch.manual_seed(len(made))
             model = LlamaForCausalLM(config)
             with torch.no_grad():

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from coserve_engine import artifacts
-from coserve_engine.artifacts import verify_folder
+from coserve_engine import artifacts, folders
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import CheckpointError
+from coserve_engine.folders import verify_folder
 from coserve_engine.messages import (
     AdapterExported,
     AddRequest,
@@ -115,7 +115,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(facts)
     file.write_text(json.dumps(facts))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.json"]["sha256"] = artifacts._digest(file)
+    manifest["files"]["state.json"]["sha256"] = folders.digest(file)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -126,3 +126,13 @@ def test_a_quantile_of_a_sliding_window() -> None:
     for _ in range(100):
         bound.update(0.5)
     assert bound.ratio == 1.0
+
+
+def test_no_count_makes_work_cheaper() -> None:
+    """Measurements that fall with a count, by chance or by confusion, are not believed."""
+    fit = OnlineFit(2)
+    for n in range(200):
+        x = float(n % 10)
+        fit.update((1.0, x), 1e-2 - 5e-4 * x)
+    assert fit.coefficients[1] == 0.0
+    assert fit.predict((1.0, 9.0)) == fit.predict((1.0, 0.0)) > 0

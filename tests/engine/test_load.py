@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from coserve_engine import engine as engine_module
 from coserve_engine.cost import CostModel, ForwardWork
 from coserve_engine.load import Demand, saturation_percent
 from coserve_engine.messages import AddRequest, LoadReport, SamplingParams
@@ -71,13 +72,13 @@ def test_the_share_matters() -> None:
 # ---- the engine's reports ----
 
 
-def timed(d: Any, monkeypatch: pytest.MonkeyPatch, row_s: float = 2e-3, unit_s: float = 2e-3) -> None:
-    """Let the fake clock advance as if each row and each unit took its time."""
+def timed(d: Any, monkeypatch: pytest.MonkeyPatch, row_s: float = 5e-4, unit_s: float = 2e-3) -> None:
+    """Let the fake clock advance as if each forward, row and unit took its time."""
     executor = d.engine.executor
     forward, backward = executor.forward, executor.backward
 
     def slow_forward(segments: Any, sequences: Any) -> Any:
-        d.clock.now += row_s * sum(segment.length for segment in segments)
+        d.clock.now += 0.01 + row_s * sum(segment.length for segment in segments)
         return forward(segments, sequences)
 
     def slow_backward(unit: Any) -> None:
@@ -88,12 +89,12 @@ def timed(d: Any, monkeypatch: pytest.MonkeyPatch, row_s: float = 2e-3, unit_s: 
     monkeypatch.setattr(executor, "backward", slow_backward)
 
 
-def mean_saturation(d: Any, draw_tokens: Any, seconds: float = 30.0) -> float:
-    """Four requests a second of 20 tokens each; the mean of the reports after the first seconds."""
+def mean_saturation(d: Any, draw_tokens: Any, seconds: float = 20.0) -> float:
+    """Four requests a second of 60 tokens each; the mean of the reports after the first seconds."""
     start, n = d.clock.now, 0
     while d.clock.now < start + seconds:
         while n < 4 * (d.clock.now - start):
-            params = SamplingParams(20, ignore_eos=True)
+            params = SamplingParams(60, ignore_eos=True)
             d.submit(AddRequest(f"r{n}", draw_tokens(n, 30), params, start + n / 4))
             n += 1
         before = d.clock.now
@@ -101,21 +102,28 @@ def mean_saturation(d: Any, draw_tokens: Any, seconds: float = 30.0) -> float:
         if d.clock.now == before:
             d.clock.now += 0.01
     reports = [r.saturation_percent for r in d.of(LoadReport) if r.at_s > start + 5]
-    assert len(reports) > 50
+    assert len(reports) > 40
     return sum(reports) / len(reports)
 
 
-def test_reports_hardly_move_when_a_job_fills_the_slack(
+def test_reports_leave_a_job_in_the_slack_out(
     driver: Any, draw_tokens: Any, training: Any, start_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Little's law takes most of it out; not all, since larger batches are also more efficient."""
     alone, both = driver(), driver()
     for d in (alone, both):
         timed(d, monkeypatch)
-    both.submit(start_job(), *training(steps=400, micros=2))
-    without, with_job = mean_saturation(alone, draw_tokens), mean_saturation(both, draw_tokens)
-    busy = both.engine._finetune.total_s
-    assert busy > 5.0, "finetuning took a share of the time"
+    without = mean_saturation(alone, draw_tokens)
+    counted: list[float] = []
+
+    def spy(demand: Demand, *others: Any) -> float:
+        counted.append(saturation_percent(replace(demand, finetune_share=0.0), *others))
+        return saturation_percent(demand, *others)
+
+    monkeypatch.setattr(engine_module, "saturation_percent", spy)
+    both.submit(start_job(), *training(steps=150, micros=2))
+    with_job = mean_saturation(both, draw_tokens)
     assert not both.engine.jobs["job"].idle
-    assert with_job == pytest.approx(without, rel=0.5, abs=3.0)
-    print("XX", with_job, without, busy, both.clock.now)
-    assert with_job < 70
+    assert both.engine._finetune.total_s > 10.0, "finetuning took a share of the time"
+    assert sum(counted) / len(counted) > without + 25.0, "counted as demand, it would bring a new replica"
+    assert abs(with_job - without) < 10.0

@@ -172,22 +172,43 @@ def test_windows_stay_within_the_earliest_deadline(view: View, cost: Linear) -> 
     assert plan.forward_s == pytest.approx(cost.forward_s(forward_work(plan.segments, view)))
 
 
+def unit_seconds(plan: Plan, view: View, cost: Linear) -> float:
+    by_id = {p.id: p for p in view.passes}
+    return sum(cost.unit_bound_s(unit_work(by_id[u.pass_id], u.layer, u.first, u.end)) for u in plan.units)
+
+
+def next_forward_s(plan: Plan, cost: Linear) -> float:
+    """Bound on the decode rows of the next iteration."""
+    work = ForwardWork()
+    for segment in plan.segments:
+        if segment.sample:
+            work = work.plus(sequence_work(Kind.DECODE, segment.start + segment.length, 1, TILE))
+    return cost.forward_bound_s(work)
+
+
 @given(view=calm_views, cost=costs)
 def test_units_leave_room_for_the_next_forward(view: View, cost: Linear) -> None:
     """The rest of this iteration and the decode rows of the next fit the time per output token."""
     plan = decide(view, cost, 0)
-    if not view.sequences or not plan.units:
-        return
-    by_id = {p.id: p for p in view.passes}
-    units = sum(cost.unit_bound_s(unit_work(by_id[u.pass_id], u.layer, u.first, u.end)) for u in plan.units)
-    next_forward = ForwardWork()
-    for segment in plan.segments:
-        if segment.sample:
-            next_forward = next_forward.plus(sequence_work(Kind.DECODE, segment.start + segment.length, 1, TILE))
+    if view.sequences and plan.units:
+        work = forward_work(plan.segments, view)
+        early = cost.forward_bound_s(work) - cost.forward_s(work)
+        pace = FINETUNE_PACE * view.tpot_s
+        assert unit_seconds(plan, view, cost) + next_forward_s(plan, cost) <= pace + early + 1e-9
+        assert plan.until <= view.now + cost.forward_bound_s(work) + pace + 1e-9
+
+
+@given(count=st.integers(1, 40))
+def test_units_fill_the_room_that_is_left(count: int) -> None:
+    cost, owner = Linear(4e-5), replace(long_pass(), layers=60, fwd_tile=8, layer=59)
+    view = replace(view_of(*decoding(count)), passes=(owner,))
+    plan = decide(view, cost, 0)
     work = forward_work(plan.segments, view)
+    room = FINETUNE_PACE * view.tpot_s - next_forward_s(plan, cost)
     early = cost.forward_bound_s(work) - cost.forward_s(work)
-    assert units + cost.forward_bound_s(next_forward) <= FINETUNE_PACE * view.tpot_s + early + 1e-9
-    assert plan.until <= view.now + cost.forward_bound_s(work) + FINETUNE_PACE * view.tpot_s + 1e-9
+    smallest = cost.unit_bound_s(unit_work(owner, 0, 7, 8))
+    assert room - smallest <= unit_seconds(plan, view, cost) <= room + early + 1e-9
+    assert plan.until == pytest.approx(view.now + cost.forward_bound_s(work) + room)
 
 
 @given(view=views, cost=costs)

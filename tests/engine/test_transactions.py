@@ -134,3 +134,19 @@ def test_gradients_added_before_the_commit_break_it(
     under_pressure(d, draw_tokens, 0)
     assert drops
     assert not torch.allclose(d.parameters(), undisturbed, rtol=1e-3, atol=1e-4)
+
+
+def test_no_pass_opens_while_a_request_waits(driver: Any, training: Any, start_job: Any, draw_tokens: Any) -> None:
+    """Its pages might be the ones that the request needs next."""
+    d = driver(max_requests=1)
+    for n in range(2):
+        d.submit(AddRequest(f"r{n}", draw_tokens(n, 40), SamplingParams(5, ignore_eos=True), d.clock.now))
+    d.submit(start_job(), *training(steps=1))
+    waited = 0
+    while not d.engine.idle:
+        d.step()
+        if d.engine.requests.waiting:
+            waited += 1
+            assert d.engine.executor.passes == {}
+    assert waited >= 4
+    assert len(d.of(StepDone)) == 1

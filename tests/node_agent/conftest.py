@@ -1,4 +1,6 @@
-"""A small random model with its own tokenizer, and real agents on it: in a thread for HTTP tests, as processes to be killed."""
+"""A small random model with its own tokenizer, and real agents on it: in a thread for HTTP tests, as processes to be
+killed.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from coserve_agent.agent import Agent
-from coserve_agent.settings import AgentSettings
-from coserve_agent.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+
+from coserve_agent.agent import Agent
+from coserve_agent.settings import AgentSettings
+from coserve_agent.tokenizer import Tokenizer
 
 CONTEXT = 256
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")

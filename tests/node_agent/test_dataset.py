@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from coserve_agent.dataset import Dataset, Reader
 from coserve_agent.errors import DatasetError
 from coserve_agent.tokenizer import ChatTemplateError, Tokenizer

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from coserve_agent.detokenize import Detokenizer, StopStrings
-from coserve_agent.tokenizer import Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
+
+from coserve_agent.detokenize import Detokenizer, StopStrings
+from coserve_agent.tokenizer import Tokenizer
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

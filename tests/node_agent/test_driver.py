@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, get_scheduler
+
 from coserve_agent.driver import STEPS_IN_FLIGHT, Driver, Plan, Saved, StopRequested
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import JobFailedError
@@ -25,8 +30,6 @@ from coserve_api.shards import Sample, Shard
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost
 from coserve_engine.messages import ForwardBackward, OptimStep
-from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 TOTAL = 8
 
@@ -66,6 +69,7 @@ class Rig:
     steps: list[StepRecord] = field(default_factory=list)
     accepted: list[Saved] = field(default_factory=list)
     commands: list[Any] = field(default_factory=list)
+    fifth_step: asyncio.Event = field(default_factory=asyncio.Event)
 
     def path(self, step: int) -> Path:
         return self.folder / f"s{step}"
@@ -127,6 +131,8 @@ def rig(tmp_path: Path) -> MakeRig:
         def on_step(record: StepRecord, state: DriverState) -> None:
             assert state.step == record.step
             made.steps.append(record)
+            if record.step == 5:
+                made.fifth_step.set()
 
         plan = Plan(name, spec(**changes), TOTAL, 256, "base", lambda step: tmp_path / name / f"s{step}")
         driver = Driver(plan, channel, source, accept=accept, on_step=on_step, pass_ids=pass_ids)
@@ -185,8 +191,7 @@ async def test_a_stopped_and_resumed_job_ends_the_same(model_folder: Path, rig: 
             await whole.driver.export(tmp_path / "whole")
         async with rig(client, last=5) as first:
             training = asyncio.create_task(first.driver.train())
-            while len(first.steps) < 5:
-                await asyncio.sleep(0.01)
+            await asyncio.wait_for(first.fifth_step.wait(), 60)
             first.driver.request_stop()
             with pytest.raises(StopRequested):
                 await training
@@ -254,3 +259,48 @@ async def test_an_evaluation_without_samples_is_none(model_folder: Path, rig: Ma
         await job.driver.train()
         assert (job.driver.state.eval_loss_initial, job.driver.state.eval_loss) == (None, None)
         assert math.isfinite(job.driver.state.loss or math.nan)
+
+
+async def test_losses_follow_peft_under_the_trainers_optimizer(
+    model_folder: Path, rig: MakeRig, tmp_path: Path
+) -> None:
+    """AdamW, clipping and schedule as the Trainer has them, from the same random A."""
+    options: dict[str, Any] = {
+        "schedule": Schedule.COSINE,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+    }
+    async with running(model_folder) as client:
+        async with rig(client, **options) as untrained:
+            await untrained.driver.export(tmp_path / "start")
+        async with rig(client, **options) as job:
+            await job.driver.train()
+    base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=TOTAL)
+    for record in job.steps:
+        loss = step_loss(model, shard(record.step).samples)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, 0.5)
+        assert record.lr == scheduler.get_last_lr()[0]
+        assert record.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert record.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def step_loss(model: Any, samples: tuple[Sample, ...]) -> torch.Tensor:
+    """The mean over all supervised tokens of the step."""
+    total, count = torch.zeros(()), 0.0
+    for one in samples:
+        logits = model(torch.tensor([one.tokens])).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(one.tokens[1:]), reduction="none")
+        total = total + (nll * torch.tensor(one.weights[1:])).sum()
+        count += sum(one.weights[1:])
+    return total / count

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
+
+from coserve_agent.concurrency import end
 from coserve_agent.feeder import Feeder, Material, feed
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
@@ -20,7 +23,6 @@ from coserve_api.keys import Keys
 from coserve_api.messages import Completed, FeedStatus
 from coserve_api.shards import Shard
 from coserve_api.store import SHARD_BOUND, Store
-from redis.asyncio import Redis
 
 JOB = "job-1"
 KEYS = Keys("endpoint-1")
@@ -69,6 +71,17 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -
         await asyncio.sleep(0.02)
 
 
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def write(path: Path, text: str | None) -> None:
+    """None is no file at all."""
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+
+
 async def accept(store: Store, cursor: int) -> None:
     """What the accept script leaves."""
     checkpoint = {
@@ -97,8 +110,7 @@ class Task:
         return self.task
 
     async def __aexit__(self, *error: object) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        await end(self.task)
 
 
 async def test_shards_are_pushed_up_to_the_bound_and_follow_the_cursor(store: Store, material: Material) -> None:
@@ -191,7 +203,7 @@ async def test_a_changed_data_set_is_refused(
 ) -> None:
     async with Task(store, material):
         await until(lambda: has(store, SHARD_BOUND))
-    data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    append(data, '{"prompt": "a", "completion": "b"}\n')
     settings = FeederSettings(**variables)  # type: ignore[arg-type]
     await asyncio.wait_for(feed(settings, Material.prepare(settings, tokenizer)), 20)
     status = await store.feed(JOB)
@@ -217,9 +229,7 @@ async def test_the_program_says_what_is_wrong_with_the_data(
     reason: str,
     line: int | None,
 ) -> None:
-    data.unlink()
-    if content is not None:
-        data.write_text(content)
+    write(data, content)
     program = programs.start("feeder", **variables)
     assert await asyncio.to_thread(program.process.wait, 60) == 0
     status = await store.feed(JOB)
@@ -242,7 +252,8 @@ async def test_the_program_feeds_and_ends_quickly_when_told(
 
 def test_the_feeder_needs_no_torch(model_folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import coserve_agent.feeder; from coserve_agent.tokenizer import Tokenizer;"
+        "import sys; from pathlib import Path; import coserve_agent.feeder;"
+        "from coserve_agent.tokenizer import Tokenizer;"
         f"t = Tokenizer(Path({str(model_folder)!r})); t.render_training([{{'role': 'assistant', 'content': 'x'}}]);"
         "sys.exit('torch' in sys.modules)"
     )

@@ -1,4 +1,6 @@
-"""The OpenAI-compatible API, through an unmodified openai client and through plain HTTP, on a real server and a real engine."""
+"""The OpenAI-compatible API, through an unmodified openai client and through plain HTTP, on a real server and a real
+engine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The right to write, against a real Redis: believed no longer than our own clock vouches for it, and never against the fence."""
+"""The right to write, against a real Redis: believed no longer than our own clock vouches for it, and never against
+the fence.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
+
+from coserve_agent.concurrency import end
 from coserve_agent.errors import FencedError
 from coserve_agent.lease import LeaseKeeper
 from coserve_api.connect import command, connect
@@ -15,7 +20,6 @@ from coserve_api.keys import Keys
 from coserve_api.messages import Binding, BindingSpec, Checkpoint, Progress
 from coserve_api.scripts import Binder, Fencing, Reason
 from coserve_api.store import Store
-from redis.asyncio import Redis
 
 JOB, KEYS = "job-1", Keys("endpoint-1")
 SPEC = BindingSpec(
@@ -93,12 +97,11 @@ async def step_until(keeper: LeaseKeeper, condition: Callable[[], bool]) -> None
     try:
         async with asyncio.timeout(20):
             while not condition() and not task.done():
-                await asyncio.sleep(0.001)
+                await asyncio.wait((task,), timeout=0.001)
         if task.done():
             task.result()
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end(task)
 
 
 async def test_a_lease_is_believed_for_less_than_its_time(keeper: LeaseKeeper, time: Time) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
+
 from coserve_agent.errors import StartError
 from coserve_agent.tokenizer import Tokenizer
-from safetensors.torch import load_file, save_file
 
 LONG = {"model": "base", "prompt": "one", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from coserve_agent.order import StepOrder, split
 from hypothesis import given
 from hypothesis import strategies as st
+
+from coserve_agent.order import StepOrder, split
 
 IDS = st.lists(st.integers(1, 10_000), min_size=1, max_size=60, unique=True).map(sorted)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from coserve_agent.passes import split_passes, to_seqs, weight_sum
-from coserve_api.shards import Sample
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
+
+from coserve_agent.passes import split_passes, to_seqs, weight_sum
+from coserve_api.shards import Sample
 
 
 def sample(number: int, length: int) -> Sample:
@@ -19,7 +22,7 @@ def test_whole_samples_in_order_as_many_as_fit(lengths: list[int], limit: int) -
     assert [one for part in passes for one in part] == samples
     for part in passes:
         assert len(part) == 1 or sum(len(one.tokens) for one in part) <= limit
-    for part, following in zip(passes, passes[1:], strict=False):
+    for part, following in pairwise(passes):
         assert sum(len(one.tokens) for one in (*part, following[0])) > limit
 
 

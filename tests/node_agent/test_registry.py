@@ -14,11 +14,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
 from coserve_agent.http.generate import Served
 from coserve_agent.registry import REMOVE_AFTER_S, RETRY_S, AdapterRegistry
 from coserve_api.messages import AdapterRecord
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
 
 MakeRecord = Callable[..., AdapterRecord]
 
@@ -47,7 +48,7 @@ def record(artifacts: Path, model_folder: Path) -> MakeRecord:
         )
         path = artifacts / "adapters" / name / f"v{number}"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             get_peft_model(base, config).save_pretrained(path)
         files = {
             one.name: {"sha256": hashlib.sha256(one.read_bytes()).hexdigest(), "bytes": one.stat().st_size}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coserve_agent.schedule import learning_rate
 from transformers import get_scheduler
+
+from coserve_agent.schedule import learning_rate
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 30])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from coserve_agent.errors import StartError
 from coserve_agent.settings import AgentSettings, FeederSettings, read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from coserve_agent.slo import LoadAverage, Slo, SloMeter, percentile
 
 

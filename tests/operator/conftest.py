@@ -104,5 +104,5 @@ def make() -> SimpleNamespace:
         progress=lambda epoch, step, total=10, **more: Progress(
             epoch=epoch, step=step, cursor=step, total_steps=total, **more
         ),
-        slo=lambda **more: SloReport(**more),
+        slo=SloReport,
     )

@@ -1,4 +1,4 @@
-"""The chart: it lints, a real API server takes what it renders, its CRDs are the repository's, and it refuses wrong values by name."""
+"""The chart lints, a real API server takes what it renders, its CRDs are the repository's, wrong values are refused."""
 
 from __future__ import annotations
 
@@ -172,6 +172,12 @@ def test_the_autoscaler_of_kubernetes_may_read_our_metric_and_scale_endpoints(ap
     role = json.loads(
         api_server.kubectl("get", "clusterrole", "system:controller:horizontal-pod-autoscaler", "-o", "json").stdout
     )
-    grants = [(group, resource, verb) for rule in role["rules"] for group in rule.get("apiGroups", []) for resource in rule.get("resources", []) for verb in rule["verbs"]]  # fmt: skip # noqa: E501
+    grants = [
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule.get("apiGroups", [])
+        for resource in rule.get("resources", [])
+        for verb in rule["verbs"]
+    ]
     assert {("*", "*/scale", "get"), ("*", "*/scale", "update")} <= set(grants)
     assert ("custom.metrics.k8s.io", "*", "get") in grants

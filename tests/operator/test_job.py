@@ -133,7 +133,8 @@ def test_a_feeder_that_gives_up_without_a_word_fails_the_job_with_its_last_messa
 def test_binding_is_under_a_higher_epoch_than_any_seen_and_resumes_from_the_newer_checkpoint(it, make) -> None:
     it.body["status"] = {
         "binding": {"agent": "", "epoch": 4},
-        "checkpoint": {"step": 20, "cursor": 20, "epoch": 4, "uri": "pvc://artifacts/store/jobs/j-1/e4/s20", "sha256": "0" * 64},
+        "checkpoint": {"step": 20, "cursor": 20, "epoch": 4, "uri": "pvc://artifacts/store/jobs/j-1/e4/s20",
+            "sha256": "0" * 64},
     }  # fmt: skip
     agents = {"uid-p1.b1": make.heartbeat("p1")}
     for accepted, resumed in ((None, 20), (make.checkpoint(10), 20), (make.checkpoint(30, 6), 30)):
@@ -322,7 +323,8 @@ def test_what_is_over_stays_and_is_forgotten_when_its_feeder_is_gone(it) -> None
     it.bound()
     it.body["status"] = {
         "state": "Failed", "reason": "TrainingDiverged",
-        "conditions": [{"type": "Failed", "status": "True", "reason": "TrainingDiverged", "lastTransitionTime": "2026-11-21T11:50:00Z"}],
+        "conditions": [{"type": "Failed", "status": "True", "reason": "TrainingDiverged",
+            "lastTransitionTime": "2026-11-21T11:50:00Z"}],
     }  # fmt: skip
     it.feeder = FeederView("f", "inputs", active=True)
     assert jobs.Forget("j-1") not in it.judge().actions
@@ -350,5 +352,6 @@ def test_progress_is_told_in_the_units_of_the_status(it, make) -> None:
     it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), progress=report)
     progress = it.write(it.judge()).progress
     assert progress.to_dict() == {
-        "step": 5, "totalSteps": 10, "percent": 50, "tokens": 1000, "loss": "1.23457", "tokensPerSecond": 100, "eta": "2m12s",
+        "step": 5, "totalSteps": 10, "percent": 50, "tokens": 1000, "loss": "1.23457", "tokensPerSecond": 100,
+        "eta": "2m12s",
     }  # fmt: skip

@@ -7,11 +7,12 @@ import ssl
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import pytest
 from aiohttp import web
+
 from coserve_api.connect import command
 from coserve_api.keys import Keys
 from coserve_api.scripts import Fencing
@@ -165,7 +166,7 @@ async def test_its_redis_user_reads_heartbeats_and_nothing_else(api, redis, redi
 
 async def test_trust_is_read_from_where_the_api_server_says_it() -> None:
     class Kube:
-        data: Any = {"requestheader-client-ca-file": "PEM", "requestheader-allowed-names": '["front-proxy"]'}
+        data: ClassVar[Any] = {"requestheader-client-ca-file": "PEM", "requestheader-allowed-names": '["front-proxy"]'}
 
         async def get(self, *_: Any) -> Any:
             return {"data": self.data}

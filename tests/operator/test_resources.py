@@ -15,12 +15,14 @@ TEMPLATE = {
     "resources": {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": "1"}},
     "nodeSelector": {"gpu": "h200"},
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-    "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}, {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
+    "env": [{"name": "HF_HUB_OFFLINE", "value": "1"},
+        {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
     "volumes": [
         {"name": "scratch", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
         {"name": "packages", "persistentVolumeClaim": {"claimName": "packages", "readOnly": True}},
     ],
-    "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}, {"name": "packages", "mountPath": "/packages", "readOnly": True}],
+    "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"},
+        {"name": "packages", "mountPath": "/packages", "readOnly": True}],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Scaling down: one at a time, the cheapest first, and never before its jobs were given back or the limit has passed."""
+"""Scaling down: one at a time, the cheapest first, never before its jobs were given back or the limit has passed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The whole controller against a cluster and a Redis made of dictionaries, with faults at any moment.
 
-The invariants are those of the design: no agent has two jobs, epochs only grow, what is over stays over, lost agents are counted and
-nothing else is; and when the faults end, every job that can go on goes on.
+The invariants are those of the design: no agent has two jobs, epochs only grow, what is over stays over, lost agents
+are counted and nothing else is; and when the faults end, every job that can go on goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -14,7 +15,15 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from coserve_api.job import FailedReason
 from coserve_api.messages import Completed, Failed, FeedStatus, Released
@@ -240,7 +249,8 @@ class Machine(RuleBasedStateMachine):
             name = f"p{self.boots}"
             labels = {"app.kubernetes.io/name": "coserve-agent", "coserve.dev/endpoint": "tiny"}
             self.kube.put({
-                "kind": "Pod", "metadata": {"name": name, "namespace": NAMESPACE, "uid": f"uid-{name}", "labels": labels},
+                "kind": "Pod",
+                "metadata": {"name": name, "namespace": NAMESPACE, "uid": f"uid-{name}", "labels": labels},
                 "spec": {"nodeName": "node-1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]},
             })  # fmt: skip
             self.store.agents[self.make.agent_of(name)] = self.make.heartbeat(name)
@@ -276,10 +286,8 @@ class Machine(RuleBasedStateMachine):
 
     def reconcile(self) -> None:
         self.clock[0] += 1.0
-        try:
+        with contextlib.suppress(ReconcileError):
             finish(self.controller.reconcile(GROUP))
-        except ReconcileError:
-            pass
 
     # ---- what may happen ----
 
@@ -430,8 +438,6 @@ class Machine(RuleBasedStateMachine):
 
 def test_any_order_of_faults(make) -> None:
     Machine.make = make
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         Machine,
         settings=settings(

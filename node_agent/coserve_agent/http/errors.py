@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+
+CLIENT_CLOSED = 499
 
 _TYPES = {
     400: "invalid_request_error",
@@ -18,7 +20,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that refuses a request; `param` names the field at fault."""
+    """An answer that refuses a request; `param` names the field at fault, `close` ends the connection."""
 
     def __init__(
         self,
@@ -28,12 +30,14 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.close = close
 
     def body(self) -> dict[str, Any]:
         return {
@@ -46,7 +50,9 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        headers = {"connection": "close"} if self.close else {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
@@ -59,8 +65,18 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     return error.response()
 
 
+async def on_mistake(request: Request, error: Exception) -> JSONResponse:
+    """The server's own; uvicorn logs it with its traceback."""
+    return ApiError(500, "the server made a mistake; see the agent's log", code="internal_error").response()
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this. 499 is nginx's status for it."""
+    return Response(status_code=CLIENT_CLOSED)
+
+
 async def on_unknown_path(request: Request, error: Exception) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: no such route; POST /v1/chat/completions, GET /v1/models and others exist"
+    message = f"{request.method} {request.url.path}: no such route; try POST /v1/chat/completions or GET /v1/models"
     return ApiError(404, message, code="not_found").response()
 
 

@@ -25,7 +25,9 @@ SMALL_TEXT_CHARS = 8192
 
 @dataclass(frozen=True)
 class Served:
-    """A name that clients may send as `model`. `root` says where the weights are from; `version` None is the base model."""
+    """A name that clients may send as `model`. `root` says where the weights are from; `version` None is the base
+    model.
+    """
 
     name: str
     version: AdapterVersion | None
@@ -139,7 +141,7 @@ class Generator:
     def check_open(self) -> None:
         """Raises ApiError 503 while loading or draining."""
         if self._lifecycle.draining:
-            raise self._refused(503, "the agent is shutting down; send the request again", "draining")
+            raise self._refused(503, "the agent is shutting down; send the request again", "draining", close=True)
         if not self._engine.alive:
             raise self._refused(500, "the engine stopped; the agent is restarting", "engine_stopped")
         if not self._lifecycle.model_loaded:
@@ -216,15 +218,15 @@ class Generator:
             raise bad_request("the prompt has no tokens; send at least one", param, "invalid_value")
         if prompt_tokens >= limit:
             raise bad_request(
-                f"the prompt has {prompt_tokens} tokens, but this model's context is {limit} tokens of prompt and answer together; "
-                f"shorten the prompt to {limit - 1} tokens or less",
+                f"the prompt has {prompt_tokens} tokens, but this model's context is {limit} tokens of prompt and "
+                f"answer together; shorten the prompt to {limit - 1} tokens or less",
                 param,
                 "context_length_exceeded",
             )
         if max_tokens is not None and prompt_tokens + max_tokens > limit:
             raise bad_request(
-                f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, but this model's context is {limit} tokens; "
-                f"ask for {limit - prompt_tokens} or less",
+                f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, but this model's context is "
+                f"{limit} tokens; ask for {limit - prompt_tokens} or less",
                 "max_tokens",
                 "context_length_exceeded",
             )
@@ -234,10 +236,11 @@ class Generator:
         own = tuple(request.stop_token_ids or ())
         return own if request.ignore_eos else tuple(dict.fromkeys((*own, *self.tokenizer.stop_token_ids)))
 
-    def _refused(self, status: int, message: str, code: str) -> ApiError:
+    def _refused(self, status: int, message: str, code: str, *, close: bool = False) -> ApiError:
         self._meter.refused()
         self._metrics.on_request("refused")
-        return ApiError(status, message, code=code, retry_after_s=None if status == 500 else RETRY_AFTER_S)
+        retry_after_s = None if status == 500 else RETRY_AFTER_S
+        return ApiError(status, message, code=code, retry_after_s=retry_after_s, close=close)
 
 
 def _refusal(error: RefusedError) -> ApiError:

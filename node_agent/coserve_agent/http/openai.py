@@ -12,14 +12,20 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from coserve_agent.http.errors import ApiError, bad_request, on_api_error, on_unknown_path, on_wrong_method
+from coserve_agent.http.errors import (
+    ApiError,
+    bad_request,
+    on_api_error,
+    on_client_gone,
+    on_mistake,
+    on_unknown_path,
+    on_wrong_method,
+)
 from coserve_agent.http.generate import Generation, Generator, Served
 from coserve_agent.http.params import Common, parse_chat, parse_completion
 from coserve_agent.http.stream import DONE, ClientGoneError, EventStream, event, read_json, unless_gone
 from coserve_agent.tokenizer import ChatTemplateError
 
-# nginx's status for a client that closed its connection; nobody reads it.
-CLIENT_CLOSED = 499
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -68,6 +74,9 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     """The application of the HTTP port."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(Exception, on_mistake)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
+    app.add_exception_handler(ClientGoneError, on_client_gone)
     app.add_exception_handler(404, on_unknown_path)
     app.add_exception_handler(405, on_wrong_method)
     tokenizer = generator.tokenizer
@@ -79,10 +88,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         arrival_s = generator.now_s()
-        try:
-            parsed = parse_chat(await body_of(request))
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED)
+        parsed = parse_chat(await body_of(request))
         generator.served(parsed.model)
         messages = [message.plain() for message in parsed.messages]
         chars = sum(len(message["content"]) for message in messages)
@@ -96,10 +102,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         arrival_s = generator.now_s()
-        try:
-            parsed = parse_completion(await body_of(request))
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED)
+        parsed = parse_completion(await body_of(request))
         generator.served(parsed.model)
         text = parsed.prompt
         if isinstance(text, str):
@@ -170,8 +173,6 @@ async def _answer(
             return EventStream(_events(shape, generation, first, with_usage), lambda: generator.end(generation))
         text = await unless_gone(request.receive, generation.whole_text())
         return JSONResponse(shape.whole(text, generation.finish_reason, _usage(generation)))
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED)
     finally:
         if not streaming:
             generator.end(generation)

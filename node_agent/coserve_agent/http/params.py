@@ -1,4 +1,5 @@
-"""Which parameters a request may have, and a clear refusal for those that would change the answer but are not supported.
+"""Which parameters a request may have, and a clear refusal for those that would change the answer but are not
+supported.
 
 A parameter that asks for nothing special (null, or the neutral value) is accepted, so that tools that send every field
 of OpenAI's API work unchanged. Nothing is ignored silently.

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from coserve_agent.concurrency import end
 from coserve_agent.http.errors import ApiError
 
 T = TypeVar("T")
@@ -41,10 +42,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGoneError
         return task.result()
     finally:
-        for one in (task, gone):
-            one.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await asyncio.gather(task, gone, return_exceptions=True)
+        await end(task, gone)
 
 
 async def _disconnected(receive: Receive) -> None:

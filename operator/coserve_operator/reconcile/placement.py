@@ -8,7 +8,7 @@ from coserve_api.messages import Heartbeat
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A job without an agent; `created` orders the queue (creation time, then uid)."""
+    """A job without an agent; `created` orders the queue (creation time, in whole seconds, then name)."""
 
     uid: str
     created: tuple[str, str]

@@ -37,8 +37,10 @@ def plan_scale(
     """
     live = [pod for pod in pods if not pod.deleting]
     marked = tuple(sorted(pod.name for pod in live if pod.leaving_since is not None))
-    if current is None or desired >= current:
+    if current is None or (desired >= current and len(live) <= desired):
         return ScalePlan(desired, unmark=marked)
+    if desired >= current:  # lowered, but the ReplicaSet has yet to choose: the marks must still be there
+        return ScalePlan(desired, frozenset(marked), again_in_s=1.0)
     if len(live) > current:  # the ReplicaSet has not taken the last victim yet
         return ScalePlan(current, frozenset(marked), again_in_s=1.0)
     if len(live) < current:  # pods that do not exist yet, or were taken from us, hold nothing

@@ -1,0 +1,161 @@
+"""The engine in its own process: it says when it is ready, serves, finetunes, names what is broken, leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
+from coserve_engine.messages import (
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    Event,
+    FinishReason,
+    LoadReport,
+    RequestFailed,
+    SamplingParams,
+    StepDone,
+    TokenBatch,
+)
+
+PATIENCE_S = 60.0
+
+
+def gather(host: EngineHost, enough: Callable[[list[Event]], bool]) -> list[Event]:
+    """Events until there are enough."""
+    found: list[Event] = []
+    end = time.monotonic() + PATIENCE_S
+    while not enough(found):
+        assert time.monotonic() < end, f"no end in sight; got {found[-5:]}"
+        found += host.events(0.2)
+    return found
+
+
+def any_of(kind: type) -> Callable[[list[Event]], bool]:
+    return lambda events: any(isinstance(event, kind) for event in events)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process (one that ended and was not waited for does not count)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + PATIENCE_S
+    while runs(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not runs(pid)
+
+
+@pytest.fixture(scope="module")
+def host(plain: str) -> Iterator[EngineHost]:
+    started = EngineHost.start(EngineConfig(plain, max_model_length=256, kv_cache_bytes=2 << 20))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def ready(host: EngineHost) -> EngineReady:
+    first = gather(host, bool)[0]
+    assert isinstance(first, EngineReady)
+    return first
+
+
+def test_ready_comes_first(ready: EngineReady) -> None:
+    assert (ready.vocab_size, ready.max_model_length, ready.page_tokens) == (128, 256, 16)
+    assert ready.kv_total_pages == (2 << 20) // 8192 - 1
+    assert any("calibrated" in note for note in ready.notes)
+    assert not any("not bit-exact" in note for note in ready.notes)
+
+
+@pytest.mark.usefixtures("ready")
+def test_serves_and_finetunes(host: EngineHost, driver: Any, draw_tokens: Any, training: Any, start_job: Any) -> None:
+    """The tokens and gradient norms of an engine without a process."""
+    job = [start_job(), *training(steps=3)]
+    request = AddRequest("r", draw_tokens(1, 40), SamplingParams(12, ignore_eos=True), time.monotonic())
+    for command in (*job, request):
+        host.submit(command)
+    inline = driver()
+    inline.submit(*job, request)
+    inline.run()
+
+    def enough(events: list[Event]) -> bool:
+        tokens = [token for e in events if isinstance(e, TokenBatch) for token in e.tokens]
+        return sum(isinstance(e, StepDone) for e in events) == 3 and any(t.finish for t in tokens)
+
+    events = gather(host, enough)
+    tokens = [token for e in events if isinstance(e, TokenBatch) for token in e.tokens]
+    assert [token.token for token in tokens] == inline.tokens()["r"]
+    assert tokens[-1].finish is FinishReason.LENGTH
+    assert [e for e in events if isinstance(e, StepDone)] == inline.of(StepDone)
+
+
+@pytest.mark.usefixtures("ready")
+def test_reports_its_load_while_idle(host: EngineHost) -> None:
+    gather(host, lambda events: sum(isinstance(e, LoadReport) for e in events) >= 2)
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_bad_request_is_an_event(host: EngineHost) -> None:
+    host.submit(AddRequest("bad", (), SamplingParams(1), time.monotonic()))
+    assert gather(host, any_of(RequestFailed))
+    assert host.alive
+
+
+@pytest.mark.usefixtures("ready")
+def test_close_leaves_no_process(host: EngineHost) -> None:
+    """The last test of the module's host."""
+    pid = host.pid
+    assert pid is not None
+    assert runs(pid)
+    host.close()
+    assert not host.alive
+    assert not runs(pid)
+
+
+def test_a_broken_folder_is_named(tmp_path: Path) -> None:
+    broken = EngineHost.start(EngineConfig(str(tmp_path)))
+    try:
+        (failed,) = gather(broken, bool)
+        assert isinstance(failed, EngineFailed)
+        assert str(tmp_path / "config.json") in failed.message
+        assert broken.pid is not None
+        assert gone(broken.pid)
+    finally:
+        broken.close()
+
+
+PARENT = """
+import sys, time
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
+if __name__ == "__main__":
+    host = EngineHost.start(EngineConfig(sys.argv[1], max_model_length=256, kv_cache_bytes=2 << 20))
+    while not host.events(1.0):
+        pass
+    print(host.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_it_does_not_outlive_its_parent(plain: str, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, script, plain], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert runs(pid)
+        os.kill(parent.pid, 9)
+    assert gone(pid)

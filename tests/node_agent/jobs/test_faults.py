@@ -1,0 +1,185 @@
+"""Jobs that are killed, stopped, fenced off and corrupted, and always come to the same adapter in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+from coserve_api.connect import command
+from coserve_api.messages import Completed, Desired, Failed, Released
+
+
+async def test_a_killed_agents_job_goes_on_elsewhere_with_nothing_lost_or_doubled(cluster: Any) -> None:
+    first, second = await cluster.agents()
+    material = cluster.feed(cluster.a)
+    await cluster.bind(cluster.a, second)
+    undisturbed = await cluster.result(cluster.a)
+    assert isinstance(undisturbed, Completed), undisturbed
+    expected = cluster.check_adapter(undisturbed, material)
+    await cluster.feed_some(cluster.b, 12)
+    await cluster.bind(cluster.b, first, adapter_name="killed")
+    await cluster.step_reached(cluster.b, 12)
+    cluster.feed(cluster.b)
+    await asyncio.sleep(0.3)  # somewhere in the middle of what follows
+    first.kill()
+    record = await cluster.record(cluster.b)
+    assert record.result is None
+    assert record.checkpoint is not None
+    await cluster.bind(cluster.b, second, resume=record.checkpoint, adapter_name="killed")
+    result = await cluster.result(cluster.b)
+    assert isinstance(result, Completed), result
+    assert result.epoch == 2
+    assert cluster.check_adapter(result, material) == expected
+    assert (result.loss, result.eval_loss, result.tokens) == (
+        undisturbed.loss,
+        undisturbed.eval_loss,
+        undisturbed.tokens,
+    )
+    assert f"from step {record.checkpoint.step} of 24" in second.log
+
+
+async def test_a_stopped_job_is_given_back_and_goes_on(cluster: Any) -> None:
+    agent = await cluster.agent()
+    material = await cluster.feed_some(cluster.a, 7)
+    binding = await cluster.bind(cluster.a, agent)
+    await cluster.step_reached(cluster.a, 7)
+    assert (
+        await cluster.binder.rebrief(cluster.a, agent.id, binding.model_copy(update={"desired": Desired.STOP})) is None
+    )
+    released = await cluster.result(cluster.a)
+    assert isinstance(released, Released), released
+    record = await cluster.record(cluster.a)
+    assert record.checkpoint is not None
+    assert record.checkpoint.step == released.step == 7
+    assert record.owner is None
+    await asyncio.sleep(1.5)
+    assert (await cluster.beat(agent)).jobs == {}
+    cluster.feed(cluster.a)
+    await cluster.bind(cluster.a, agent, resume=record.checkpoint)
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Completed), result
+    cluster.check_adapter(result, material)
+
+
+async def test_an_agent_told_to_end_gives_its_job_back(cluster: Any) -> None:
+    agent = await cluster.agent()
+    await cluster.feed_some(cluster.a, 7)
+    await cluster.bind(cluster.a, agent)
+    await cluster.step_reached(cluster.a, 7)
+    begun = time.monotonic()
+    assert await asyncio.to_thread(agent.terminate, 55) == 0
+    assert time.monotonic() - begun < 30
+    record = await cluster.record(cluster.a)
+    assert isinstance(record.result, Released)
+    assert record.checkpoint is not None
+    assert record.checkpoint.step == record.result.step == 7
+    assert agent.id not in (await cluster.store.fleet()).agents
+
+
+async def test_a_higher_epoch_elsewhere_ends_a_run_that_still_lives(cluster: Any) -> None:
+    """The first agent is paused longer than its lease lasts, as by a broken node, and wakes up."""
+    first, second = await cluster.agents()
+    material = await cluster.feed_some(cluster.a, 7)
+    await cluster.bind(cluster.a, first)
+    await cluster.step_reached(cluster.a, 7)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    try:
+        record = await cluster.record(cluster.a)
+        cluster.feed(cluster.a)
+        await cluster.bind(cluster.a, second, resume=record.checkpoint)
+        result = await cluster.result(cluster.a)
+    finally:
+        os.kill(first.process.pid, signal.SIGCONT)
+    assert isinstance(result, Completed), result
+    assert result.epoch == 2
+    cluster.check_adapter(result, material)
+
+    async def dropped() -> bool:
+        return (await cluster.beat(first)).jobs == {} if first.id in (await cluster.store.fleet()).agents else False
+
+    await cluster.until(dropped)
+    assert (await cluster.record(cluster.a)).result == result
+    assert "nothing more is written" in first.log or "its binding is gone" in first.log
+
+
+async def test_a_corrupt_checkpoint_falls_back_to_the_one_before(cluster: Any) -> None:
+    first, second = await cluster.agents()
+    material = await cluster.feed_some(cluster.a, 11)
+    await cluster.bind(cluster.a, first)
+    await cluster.step_reached(cluster.a, 11)
+    first.kill()
+    cluster.feed(cluster.a)
+    record = await cluster.record(cluster.a)
+    assert record.checkpoint is not None
+    corrupt = cluster.artifacts / record.checkpoint.path / "optimizer.safetensors"
+    corrupt.write_bytes(corrupt.read_bytes()[:-1] + b"\x55")
+    await cluster.bind(cluster.a, second)
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Completed), result
+    cluster.check_adapter(result, material)
+    assert "going on from the older checkpoint of step" in second.log
+
+
+async def test_a_job_without_a_whole_checkpoint_fails_and_says_so(cluster: Any) -> None:
+    first, second = await cluster.agents()
+    await cluster.feed_some(cluster.a, 6)
+    await cluster.bind(cluster.a, first)
+    await cluster.step_reached(cluster.a, 6)
+    first.kill()
+    for manifest in cluster.artifacts.glob(f"jobs/{cluster.a}/*/*/manifest.json"):
+        manifest.unlink()
+    await cluster.bind(cluster.a, second)
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Failed), result
+    assert result.reason == "ArtifactStoreError"
+    assert "manifest.json" in result.message
+
+
+async def test_an_emptied_redis_costs_nothing(cluster: Any) -> None:
+    agent = await cluster.agent()
+    material = await cluster.feed_some(cluster.a, 7)
+    binding = await cluster.bind(cluster.a, agent)
+    record = await cluster.step_reached(cluster.a, 7)
+    await command(cluster.store.redis, "FLUSHALL")
+    await asyncio.sleep(2)
+    cluster.feed(cluster.a)
+    resume = binding.model_copy(update={"resume": record.checkpoint})
+    assert await cluster.binder.bind(cluster.a, agent.id, resume) is None
+    await cluster.store.set_incarnation("two")
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Completed), result
+    assert result.epoch == 1
+    cluster.check_adapter(result, material)
+
+
+async def test_an_unbound_job_is_dropped(cluster: Any) -> None:
+    agent = await cluster.agent()
+    await cluster.feed_some(cluster.a, 7)
+    await cluster.bind(cluster.a, agent)
+    await cluster.step_reached(cluster.a, 7)
+    await cluster.store.delete_job(cluster.a)
+
+    async def dropped() -> bool:
+        return (await cluster.beat(agent)).jobs == {}
+
+    await cluster.until(dropped)
+    record = await cluster.record(cluster.a)
+    assert record.progress is None
+    assert record.checkpoint is None
+
+
+async def test_a_job_that_is_bound_again_and_again_loses_and_doubles_nothing(cluster: Any) -> None:
+    """Each binding takes the job from an agent in the middle of a step, a checkpoint, or an evaluation."""
+    agents = await cluster.agents()
+    material = cluster.feed(cluster.a)
+    for turn in range(6):
+        await cluster.bind(cluster.a, agents[turn % 2], checkpoint_every_steps=2)
+        await asyncio.sleep(0.55 + 0.07 * turn)
+        if (await cluster.record(cluster.a)).result is not None:
+            break
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Completed), result
+    cluster.check_adapter(result, material)
