@@ -13,11 +13,11 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- end }}
 
 {{- define "coserve.image" -}}
-{{ .Values.operator.image | default (printf "ghcr.io/coserve/operator:%s" .Chart.AppVersion) }}
+{{ .Values.operator.image | default (printf "coserve-operator:%s" .Chart.AppVersion) }}
 {{- end }}
 
 {{- define "coserve.agentImage" -}}
-{{ .Values.operator.agentImage | default (printf "ghcr.io/coserve/agent:%s" .Chart.AppVersion) }}
+{{ .Values.operator.agentImage | default (printf "coserve-agent:%s" .Chart.AppVersion) }}
 {{- end }}
 
 {{- define "coserve.accessSecret" -}}
