@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -102,6 +103,8 @@ async def run(cluster: Cluster, options: argparse.Namespace) -> int:
     )
     print(describe(replay, scaling), flush=True)
     began = time.monotonic()
+    gc.collect()
+    gc.freeze()  # a full round of the collector would be seen as a gap of every request
     during = await traffic(console, watcher, replayer, replay, slo)
     await replayer.close()
     status = await complete(console, watcher, slo)

@@ -23,7 +23,7 @@ from coserve_agent.slo import Slo, SloMeter
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy
 from coserve_engine.config import EngineConfig
-from coserve_engine.host import EngineHost
+from coserve_engine.host import EngineHost, settle
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class Agent:
         for note in ready.notes:
             log.info("engine: %s", note)
         log.info("engine: model loaded in %.1f s, %d KV pages", time.monotonic() - begun_s, ready.kv_total_pages)
+        settle()
         self.lifecycle.model_loaded = True
         if self.finetuning is None:
             self.lifecycle.set_adapters(())
