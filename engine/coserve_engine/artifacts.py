@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import AdapterFolderError
@@ -47,15 +47,11 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     for name, text in texts.items():
         (scratch / name).write_text(text)
     for name, values in tensors.items():
-        try:
-            save_file(values, scratch / name)
-        except SafetensorError as error:  # its only reason to fail here is the disk
-            raise OSError(f"{scratch / name}: {error}") from error
+        (scratch / name).write_bytes(save(values))  # save_file would hold the interpreter while the disk is slow
     names = sorted([*texts, *tensors])
     files = {n: {"sha256": digest(scratch / n), "bytes": (scratch / n).stat().st_size} for n in names}
     (scratch / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
     for name in [*names, MANIFEST]:
-        (scratch / name).chmod(0o644)  # safetensors writes files for their owner only
         _sync(scratch / name)
     _sync(scratch)
     shutil.rmtree(path, ignore_errors=True)

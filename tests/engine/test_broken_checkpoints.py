@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
-from coserve_engine import artifacts, folders
+from coserve_engine import folders
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import CheckpointError
 from coserve_engine.folders import verify_folder
@@ -166,12 +167,10 @@ def test_an_unwritable_store_fails_the_job_only(
 def test_a_full_disk_fails_the_job_only(
     driver: Any, start_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """safetensors has an error of its own for it."""
-
     def full(*_: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(artifacts, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     d = driver()
     d.submit(start_job(), SaveCheckpoint("job", 1, str(tmp_path / "s1")))
     failed = d.run().one(JobFailed)
