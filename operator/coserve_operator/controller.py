@@ -14,11 +14,11 @@ from coserve_operator.budget import PROGRESS, PROGRESS_EVERY_S, StatusBudget
 from coserve_operator.endpoints import EndpointKeeper, Pass
 from coserve_operator.events import Recorder
 from coserve_operator.feeders import FeederKeeper
-from coserve_operator.kube import FINETUNE_JOB, ConflictError, Kube, KubeError, NotFoundError
+from coserve_operator.kube import FINETUNE_JOB, ConflictError, InvalidError, Kube, KubeError, NotFoundError
 from coserve_operator.reconcile import job as jobs
 from coserve_operator.reconcile import job_status
 from coserve_operator.reconcile.job import Sight, Verdict, is_final
-from coserve_operator.reconcile.observed import RedisView
+from coserve_operator.reconcile.observed import Notice, RedisView
 from coserve_operator.reconcile.placement import Waiting, place
 from coserve_operator.reconcile.published import next_number, published
 from coserve_operator.resources.feeder import inputs_digest
@@ -54,7 +54,8 @@ class Controller:
         self._endpoints = EndpointKeeper(
             self.settings, self.kube, self.store, self.world, self.applier, self.budget, self.recorder
         )
-        self._feeders = FeederKeeper(self.settings, self.kube, self.applier)
+        self._feeders = FeederKeeper(self.settings, self.kube)
+        self._refused: dict[str, str] = {}
 
     async def reconcile(self, name: Name) -> float | None:
         """Bring one group forward; return in how many seconds to look again, None when only a change is a reason to."""
@@ -146,11 +147,18 @@ class Controller:
             this.look_again(delay_s)
         if sight.endpoint is not None and sight.redis is not None:
             for action in verdict.actions:
-                refused = await self.store.do(sight.endpoint.metadata.uid, action)
-                if refused is not None:
-                    logger.info("%s %s: %s %s", job.metadata.name, type(action).__name__, verdict.reason, refused)
+                answer = await self.store.do(sight.endpoint.metadata.uid, action)
+                if answer is not None:
+                    logger.info("%s %s: %s %s", job.metadata.name, type(action).__name__, verdict.reason, answer)
                     this.look_again(RETRY_S)
-        await self._feeders.act(sight, verdict, this.group.feeders.get(job.metadata.name))
+        try:
+            await self._feeders.act(sight, verdict, this.group.feeders.get(job.metadata.name))
+        except InvalidError as error:  # a quota, an admission policy: the user must hear of it, once
+            if self._refused.get(job.metadata.uid) != error.message:
+                self._refused[job.metadata.uid] = error.message
+                refused = Notice("FeederRejected", error.message, warning=True)
+                await self.recorder.tell(FINETUNE_JOB, job.metadata, [refused], this.now)
+            raise
 
     async def _write(self, job: FinetuneJob, new: JobStatus) -> bool:
         """Write a job's status over the version that was decided on; return False when it is gone or has changed."""

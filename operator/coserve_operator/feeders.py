@@ -3,7 +3,6 @@
 from typing import Any
 
 from coserve_api.job import FinetuneJob
-from coserve_operator.apply import Applier
 from coserve_operator.kube import BATCH_JOB, ConflictError, Kube, Manifest, NotFoundError
 from coserve_operator.reconcile.job import FeederWish, Sight, Verdict
 from coserve_operator.resources.feeder import feeder, feeder_name
@@ -14,7 +13,7 @@ from coserve_operator.settings import Settings
 class FeederKeeper:
     """Carries out what a verdict wishes for the feeder."""
 
-    def __init__(self, settings: Settings, kube: Kube, applier: Applier) -> None:
+    def __init__(self, settings: Settings, kube: Kube) -> None:
         self._settings = settings
         self._kube = kube
 

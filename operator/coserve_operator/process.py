@@ -6,6 +6,8 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+CANCEL_EVERY_S = 1.0
+
 
 async def first_of(*parts: Coroutine[Any, Any, Any]) -> int:
     """Run all parts until one ends, then end the others; return which one ended, or raise its error."""
@@ -13,12 +15,22 @@ async def first_of(*parts: Coroutine[Any, Any, Any]) -> int:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
     first = next(task for task in tasks if task in done)
     first.result()
     return tasks.index(first)
+
+
+async def _end(tasks: "list[asyncio.Task[Any]]") -> None:
+    """Cancel until all are done: before Python 3.12 asyncio.wait_for may swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_EVERY_S)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen; only the first one's counts
 
 
 @contextmanager

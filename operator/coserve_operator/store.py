@@ -4,6 +4,7 @@ Redis is not the truth. After it lost something, the next reconcile of each endp
 say; until every living agent has had the time for a heartbeat, a missing one proves nothing (`settled`).
 """
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from coserve_api.acl import acl_deluser, acl_setuser, acl_username
-from coserve_api.connect import command
+from coserve_api.connect import COMMAND_S, command
 from coserve_api.errors import MessageError
 from coserve_api.keys import Keys
 from coserve_api.messages import (
@@ -101,7 +103,7 @@ class OperatorStore:
                 first.hmget(keys.fence(job), ["epoch", "agent"])
                 first.mget([name(keys, job) for name in _STRINGS])
                 first.xlen(keys.shards(job))
-        answers = iter(await self._run(first.execute()))
+        answers = iter(await self._run(_in_time(first)))
         raws: dict[str, _Raw] = {}
         for uid, jobs in wants.items():
             raw = _Raw(next(answers), next(answers), next(answers), next(answers))
@@ -117,7 +119,7 @@ class OperatorStore:
             for job, holder in raw.fenced():
                 second.hget(keys.bindings(holder), job)
                 asked = True
-        answers = iter(await self._run(second.execute()) if asked else ())
+        answers = iter(await self._run(_in_time(second)) if asked else ())
         return {uid: self._view(uid, raw, answers) for uid, raw in raws.items()}
 
     async def do(self, uid: str, action: RedisAction) -> Refused | None:
@@ -209,6 +211,12 @@ class OperatorStore:
             self._emptied_since.setdefault(uid, now)
         since = max(self._readable_since, self._emptied_since.get(uid, 0.0))
         return now - since >= SETTLE_S
+
+
+async def _in_time(pipeline: Pipeline) -> Any:
+    """Send a pipeline. The client has no time limit of its own: before Python 3.12 that swallows cancellations."""
+    async with asyncio.timeout(COMMAND_S):
+        return await pipeline.execute()
 
 
 @dataclass

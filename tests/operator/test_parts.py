@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from coserve_operator.apply import REFRESH_S, Applier, ForeignObjectError
 from coserve_operator.budget import PROGRESS, StatusBudget
 from coserve_operator.kube import BATCH_JOB, ENDPOINT, FINETUNE_JOB, POD, ConflictError, NotFoundError, UnavailableError
 from coserve_operator.leader import DURATION_S, Leader, LeadershipLostError, may_take, observe
+from coserve_operator.process import first_of
 from coserve_operator.resources import endpoint as owned
 from coserve_operator.views import autoscaler_report, feeder_view, pod_trouble, pod_view
 from coserve_operator.world import World
@@ -280,3 +282,33 @@ def test_a_lease_counts_from_when_we_saw_it_change_whatever_clock_wrote_it() -> 
     seen = observe(lease, None, 100.0)
     assert not may_take(seen, "a", 100.0 + DURATION_S - 1)
     assert may_take(observe(lease, seen, 200.0), "a", 200.0)
+
+
+# ---- process ----
+
+
+async def test_what_swallows_a_cancellation_is_cancelled_again(monkeypatch) -> None:
+    monkeypatch.setattr("coserve_operator.process.CANCEL_EVERY_S", 0.01)
+    swallowed = []
+
+    async def stubborn() -> None:
+        while len(swallowed) < 2:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.append(1)
+        await asyncio.Event().wait()
+
+    async def short() -> None:
+        await asyncio.sleep(0)
+
+    assert await first_of(stubborn(), short()) == 1
+    assert len(swallowed) == 2
+
+
+async def test_the_error_of_the_first_part_to_end_is_raised() -> None:
+    async def fails() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        await first_of(asyncio.Event().wait(), fails())

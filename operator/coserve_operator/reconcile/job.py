@@ -308,7 +308,8 @@ def _completed(sight: Sight, base: Verdict, endpoint: InferenceEndpoint, redis: 
     served = f"{len(ready) - len(missing)} of {len(ready)} ready agents serve it" + (
         f"; waiting for {', '.join(sorted(missing)[:5])}" if missing else ""
     )
-    return replace(done, state=JobState.RUNNING, reason="Publishing", published=(False, "Publishing", served))
+    told = (False, "Publishing", served)
+    return replace(done, state=JobState.RUNNING, reason="Publishing", message=served, published=told)
 
 
 def _no_endpoint(sight: Sight, base: Verdict) -> Verdict:
