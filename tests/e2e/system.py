@@ -14,17 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from demo.cluster import DEV_TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".cache" / "test-cluster"
-TEMPLATE = {
-    "image": "localhost/coserve-agent-dev:dev",
-    "template": {
-        "env": [{"name": "PYTHONPATH", "value": "/env/coserve:/env/site-packages"}],
-        "volumes": [{"name": "env", "persistentVolumeClaim": {"claimName": "coserve-env", "readOnly": True}}],
-        "volumeMounts": [{"name": "env", "mountPath": "/env", "readOnly": True}],
-    },
-}
 
 
 class Cluster:
@@ -108,14 +101,8 @@ def example(name: str, **spec: Any) -> dict[str, Any]:
     """An example's object with parts of its spec replaced; an endpoint runs on the cluster's thin image."""
     body: dict[str, Any] = yaml.safe_load((ROOT / "examples" / name).read_text())
     if body["kind"] == "InferenceEndpoint":
-        body["spec"].update(TEMPLATE)
+        body["spec"].update(DEV_TEMPLATE)
     for key, value in spec.items():
         part = body["spec"].get(key)
         body["spec"][key] = part | value if isinstance(part, dict) and isinstance(value, dict) else value
     return body
-
-
-def condition(body: dict[str, Any], name: str) -> dict[str, Any]:
-    """A condition of an object's status, or an empty one."""
-    found = (c for c in body.get("status", {}).get("conditions", []) if c["type"] == name)
-    return next(found, {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from system import Cluster, condition, example
+from demo.cluster import condition
+from system import Cluster, example
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 

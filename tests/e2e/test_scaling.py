@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from system import Cluster, condition, example
+from demo.cluster import condition
+from system import Cluster, example
 
 pytestmark = pytest.mark.e2e
 METRIC = (
