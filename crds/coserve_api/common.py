@@ -142,6 +142,26 @@ UnitDecimal = Annotated[
         lambda text: float(text) <= 1.0,
     ),
 ]
+DropoutDecimal = Annotated[
+    str,
+    Text(
+        _DECIMAL,
+        24,
+        'must be a decimal string from 0 to 0.9, such as "0.05"',
+        "double(self) <= 0.9",
+        lambda text: float(text) <= 0.9,
+    ),
+]
+BetaDecimal = Annotated[
+    str,
+    Text(
+        _DECIMAL,
+        24,
+        'must be a decimal string from 0 to below 1, such as "0.999"',
+        "double(self) < 1.0",
+        lambda text: float(text) < 1.0,
+    ),
+]
 NonNegativeDecimal = Annotated[
     str,
     Text(

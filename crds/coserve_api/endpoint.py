@@ -109,6 +109,11 @@ class Finetuning(SpecModel):
     """Allowed or Disabled."""
     max_rank: Annotated[int, Field(ge=1, le=256)] = 64
     """The largest adapter rank, served or trained."""
+    max_concurrent_jobs: Annotated[int, Field(ge=1, le=16)] = 1
+    """FinetuneJobs that an agent runs at once; they share its finetuning time by their priority."""
+    max_slowdown_percent: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """With finetuning an iteration may take so many percent longer than it would without. Unset: as long as the promise
+    allows."""
 
 
 class Engine(SpecModel):

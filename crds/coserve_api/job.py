@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from coserve_api.common import (
+    BetaDecimal,
+    DropoutDecimal,
     Elapsed,
     Label,
     Measured,
@@ -88,7 +90,13 @@ class Schedule(StrEnum):
 
 class PublishPolicy(StrEnum):
     ALWAYS = "Always"
+    IF_EVAL_IMPROVES = "IfEvalImproves"
     NEVER = "Never"
+
+
+class RsloraPolicy(StrEnum):
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
 
 
 class TargetModule(StrEnum):
@@ -120,7 +128,7 @@ class Dataset(SpecModel):
     eval_percent: Annotated[int, Field(ge=0, le=50)] = 5
     """Share of the samples that is held out for the evaluation loss."""
     max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Samples with more tokens are cut. Default: the endpoint's maxModelLength."""
+    """A line with more tokens cannot be used. Default: the endpoint's maxModelLength."""
     on_invalid: OnInvalid = OnInvalid.FAIL
     """Whether a line that cannot be used fails the job or is skipped and counted."""
 
@@ -134,6 +142,10 @@ class Adapter(SpecModel):
     """Rows of A; at most the endpoint's finetuning.maxRank."""
     alpha: Annotated[int, Field(ge=1, le=4096)] = 16
     """The adapter's output is scaled by alpha / rank."""
+    dropout: DropoutDecimal = "0"
+    """Share of the adapter's inputs that is dropped in training, a decimal string."""
+    use_rslora: RsloraPolicy = RsloraPolicy.DISABLED
+    """Enabled scales by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
     target_modules: Annotated[
         tuple[TargetModule, ...], Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"})
     ] = tuple(TargetModule)
@@ -170,10 +182,16 @@ class Training(SpecModel):
     """Samples of an optimizer step."""
     weight_decay: UnitDecimal = "0"
     """AdamW's weight decay, a decimal string."""
+    adam_beta1: BetaDecimal = "0.9"
+    """AdamW's decay of the first moment, a decimal string."""
+    adam_beta2: BetaDecimal = "0.999"
+    """AdamW's decay of the second moment, a decimal string."""
+    adam_epsilon: PositiveDecimal = "1e-8"
+    """AdamW's epsilon, a decimal string."""
     max_grad_norm: NonNegativeDecimal = "1.0"
     """The gradient is clipped to this norm; "0" clips never."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    """Of the initial weights and the order of the samples."""
+    """Of the initial weights, the order of the samples and the dropout."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -193,15 +211,36 @@ class CheckpointPolicy(SpecModel):
     """Checkpoints that are kept."""
 
 
+class Evaluation(SpecModel):
+    """When the loss over the held-out samples is measured, besides before the first and after the last step."""
+
+    every_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Optimizer steps between evaluations; 0 for none in between."""
+
+
 class Publish(SpecModel):
     """What happens with the trained adapter."""
 
     policy: PublishPolicy = PublishPolicy.ALWAYS
-    """Always: every agent of the endpoint serves it under adapter.name. Never: it stays a checkpoint."""
+    """Always: every agent of the endpoint serves it under adapter.name. IfEvalImproves: only if the evaluation loss at
+    the end is below the initial one. Never: it stays a checkpoint.
+    """
 
 
 class JobSpec(SpecModel):
     """What to train. All but `suspend` is immutable once the job has started."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {
+                    "rule": "self.publish.policy != 'IfEvalImproves' || self.dataset.evalPercent > 0",
+                    "message": "publish.policy IfEvalImproves needs dataset.evalPercent above 0",
+                    "fieldPath": ".publish.policy",
+                },
+            ]
+        }
+    )
 
     endpoint_ref: EndpointRef
     """The endpoint to train on."""
@@ -213,12 +252,22 @@ class JobSpec(SpecModel):
     """The optimizer's settings."""
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
     """How often the training state is saved."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """When the evaluation loss is measured."""
     publish: Publish = Field(default_factory=Publish)
     """What happens with the trained adapter."""
+    priority: Annotated[int, Field(ge=-4, le=4)] = 0
+    """Share of the finetuning time among the jobs of an agent: each step up doubles it."""
     suspend: bool = False
     """Give the agent back after a checkpoint, and go on when false again."""
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 6
     """Rebindings after a lost agent before the job fails."""
+
+    @model_validator(mode="after")
+    def _evaluated_if_it_decides(self) -> JobSpec:
+        if self.publish.policy is PublishPolicy.IF_EVAL_IMPROVES and self.dataset.eval_percent == 0:
+            raise InvalidValueError("publish.policy IfEvalImproves needs dataset.evalPercent above 0")
+        return self
 
 
 class Progress(StatusModel):

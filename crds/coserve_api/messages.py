@@ -132,7 +132,10 @@ class Desired(StrEnum):
 
 
 class BindingSpec(Part):
-    """All that an agent needs of a FinetuneJob's spec. `adapter_number` is N of the version vN it will publish."""
+    """All that an agent needs of a FinetuneJob's spec. `adapter_number` is N of the version vN it will publish.
+
+    Fields with defaults are younger than version 1: an operator that does not know them leaves them out.
+    """
 
     job_uid: Uid
     job_name: Name
@@ -152,6 +155,18 @@ class BindingSpec(Part):
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000)]
     checkpoint_keep: Annotated[int, Field(ge=1, le=100)]
     publish: PublishPolicy
+    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    use_rslora: bool = False
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    eval_every_steps: Count = 0
+    priority: Annotated[int, Field(ge=-4, le=4)] = 0
+
+    @property
+    def weight(self) -> float:
+        """The job's share of the finetuning time is in proportion to this."""
+        return float(2.0**self.priority)
 
 
 class Binding(Message):
@@ -182,7 +197,7 @@ class AdapterRecord(Message):
 
 class Progress(Message):
     """How far a job is: `step` optimizer steps done, `cursor` the last shard read (what the feeder's bound counts
-    from).
+    from). `rewound`: why this binding went on from an older checkpoint than the accepted one.
     """
 
     epoch: Epoch
@@ -196,6 +211,7 @@ class Progress(Message):
     eval_loss: Loss | None = None
     tokens_per_second: Ratio | None = None
     eta_seconds: Ratio | None = None
+    rewound: Prose = ""
 
 
 class AdapterFiles(Part):

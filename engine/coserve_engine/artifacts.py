@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import AdapterFolderError
-from coserve_engine.folders import MANIFEST, digest
+from coserve_engine.folders import MANIFEST, digest, replace_folder
 from coserve_engine.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
 
@@ -35,8 +35,7 @@ def _sync(path: Path) -> None:
 
 
 def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dict[str, torch.Tensor]]) -> str:
-    """Write files (name -> text, name -> tensors) and their manifest as folder `path`, atomically; an older one is
-    replaced.
+    """Write files (name -> text, name -> tensors) and their manifest as folder `path`; an older one is replaced whole.
 
     Returns:
         The sha256 of the manifest, which covers every file.
@@ -54,8 +53,7 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     for name in [*names, MANIFEST]:
         _sync(scratch / name)
     _sync(scratch)
-    shutil.rmtree(path, ignore_errors=True)
-    scratch.rename(path)
+    replace_folder(scratch, path)
     _sync(path.parent)
     return digest(path / MANIFEST)
 
@@ -79,12 +77,12 @@ def peft_files(
         "base_model_name_or_path": base_model_name,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": spec.dropout,
         "target_modules": list(layout.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": False,
+        "use_rslora": spec.use_rslora,
         "use_dora": False,
         "modules_to_save": None,
     }
@@ -134,9 +132,8 @@ def read_peft_config(folder: Path, max_rank: int) -> LoraSpec:
         raise AdapterFolderError(f"{path}: r is {rank}; this endpoint allows 1 to {max_rank} (finetuning.maxRank)")
     if not math.isfinite(alpha):
         raise AdapterFolderError(f"{path}: lora_alpha is {alpha}; it must be a finite number")
-    if raw.get("use_rslora"):
-        alpha *= rank**0.5  # rsLoRA scales by alpha / sqrt(rank)
-    return LoraSpec(rank, alpha, tuple(n for n in LINEARS if n in targets))
+    use_rslora = bool(raw.get("use_rslora"))
+    return LoraSpec(rank, alpha, tuple(n for n in LINEARS if n in targets), use_rslora=use_rslora)
 
 
 def read_peft_weights(folder: Path, layout: LoraLayout, dtype: torch.dtype) -> torch.Tensor:

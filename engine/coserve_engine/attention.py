@@ -1,108 +1,216 @@
 """Causal attention over one absolute tile of one sequence, forward and backward.
 
-A call sees at most `tile` query rows of one tile and the keys of all tiles up to its end: the shape of the products
-depends on the tile's index alone, so decode, prefill chunks and finetuning windows give the same bits. Keys after a
-row's position are masked; their storage must be finite. Forward keeps the log-sum-exp of a row, from which backward
-rebuilds the probabilities (Dao et al., FlashAttention, 2022); dK and dV are added to buffers tile by tile, last tile
-first (FlexLLM's token-level backward).
+A call sees at most `tile` query rows of one tile and the keys of whole tiles up to its end, from the first tile that a
+sliding window reaches: the shape of the products depends on the tile's index alone, so decode, prefill chunks and
+finetuning windows give the same bits. Keys that a row does not see are masked; their storage must be finite.
+Forward keeps the log-sum-exp of a row, from which backward rebuilds the probabilities (Dao et al., FlashAttention,
+2022); dK and dV are added to buffers tile by tile, last tile first (FlexLLM's token-level backward).
+
+Rows of the heads that share a key-value head are folded into one matrix, position by position, so that the rows of
+consecutive positions are consecutive and one mask serves every call.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from coserve_engine.numerics import Numerics
 
-def causal_bias(tile: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[tile, tile] with -inf above the diagonal: what is added to the scores of a tile's own keys."""
-    return torch.full((tile, tile), float("-inf"), dtype=dtype, device=device).triu(1)
-
-
-def _fold(rows: torch.Tensor, kv_heads: int, padded: int) -> torch.Tensor:
-    """[R, H, D] -> [KVH, G * padded, D], rows padded with zeros."""
-    count, heads, size = rows.shape
-    if padded != count:
-        rows = torch.cat([rows, rows.new_zeros(padded - count, heads, size)])
-    group = heads // kv_heads
-    return rows.view(padded, kv_heads, group, size).permute(1, 2, 0, 3).reshape(kv_heads, group * padded, size)
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(q [B, KVH, M, D], k and v [B, KVH, L, D], mask [B or 1, 1, M, L]) -> o [B, KVH, M, D], lse [B, KVH, M]."""
+Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(do, q, k, v, o, lse, mask), shaped as above -> dq, dk, dv."""
 
 
-def _unfold(folded: torch.Tensor, heads: int, padded: int, count: int) -> torch.Tensor:
-    """Inverse of `_fold`: [KVH, G * padded, D] -> [count, H, D]."""
-    kv_heads, _, size = folded.shape
-    group = heads // kv_heads
-    return folded.view(kv_heads, group, padded, size).permute(2, 0, 1, 3).reshape(padded, heads, size)[:count]
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, first: int, count: int, padded: int) -> torch.Tensor:
-    """Masked, scaled scores [KVH, G * padded, L].
-
-    Padded rows repeat the mask of the last row, so that none is empty.
-    """
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(1.0 / math.sqrt(q.shape[-1]))
-    tile = bias.shape[0]
-    rows = bias[first : first + count]
-    if padded != count:
-        rows = torch.cat([rows, rows[-1:].expand(padded - count, tile)])
-    kv_heads, _, length = scores.shape
-    scores.view(kv_heads, -1, padded, length)[..., length - tile :].add_(rows)
-    return scores
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, first: int, padded: int, *, want_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of rows `first`.. of a tile.
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which keys the folded rows of a tile see, the same for every tile when keys are counted from its end.
 
     Args:
-        q: [R, H, D] rotated queries of consecutive positions of one tile.
-        k, v: [KVH, L, D] with L a multiple of the tile, up to the tile's end.
-        bias: `causal_bias`.
-        first: index of the first row within its tile.
-        padded: rows of the products, R or more.
-
-    Returns:
-        o [R, H, D] and, if wanted, lse [R, H].
+        bias: [tile * G + row_multiple, W] of 0 and -inf, added to the scores of the last keys; W covers the longest
+            range. Row r * G + g is head g of the tile's row r; rows past the tile are padding and repeat its last.
+        reach: keys before the tile's end that any of its rows may see, a multiple of the tile; None: all.
+        group: query heads of one key-value head.
     """
-    count, heads, _ = q.shape
-    kv_heads = k.shape[0]
-    scores = _scores(_fold(q, kv_heads, padded), k, bias, first, count, padded)
-    lse = None
-    if want_lse:
-        lse = _unfold(torch.logsumexp(scores, -1, keepdim=True), heads, padded, count).squeeze(-1)
-    out = torch.bmm(torch.softmax(scores, -1), v)
-    return _unfold(out, heads, padded, count), lse
+
+    bias: torch.Tensor
+    reach: int | None
+    group: int
+
+    @classmethod
+    def create(
+        cls, numerics: Numerics, group: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Mask:
+        """Rows see the keys up to their own; with a window, only the last `window` of those (as Mistral's). `length`:
+        positions of the longest sequence.
+        """
+        tile = numerics.tile
+        reach = None if window is None else (1 - -(window - 1) // tile) * tile
+        width = numerics.tiles(length) * tile
+        row = torch.arange(tile * group + numerics.row_multiple, device=device) // group
+        row = row.clamp_(max=tile - 1).unsqueeze(1)
+        key = torch.arange(tile - (width if reach is None else min(reach, width)), tile, device=device)
+        hidden = key > row if window is None else (key > row) | (key <= row - window)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return cls(bias, reach, group)
+
+    def first_key(self, tile_end: int) -> int:
+        """The first position, a tile's first, that rows of the tile which ends at `tile_end` may see."""
+        return 0 if self.reach is None else max(0, tile_end - self.reach)
+
+    def part(self, first: int, rows: int, keys: int) -> torch.Tensor:
+        """[1, 1, rows, keys] for folded `rows` from the tile's row `first`, and the `keys` up to the tile's end."""
+        start = first * self.group
+        return self.bias[start : start + rows, self.bias.shape[1] - keys :][None, None]
 
 
-def attend_backward(
+def reference_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by its definition: see `Forward`."""
+    scores = (q @ k.transpose(-1, -2)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(mask)
+    return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+
+
+def reference_backward(
     do: torch.Tensor,
     q: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bias: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-) -> torch.Tensor:
-    """Backward of `attend` for the first R rows of a tile.
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its derivative, from the log-sum-exp: see `Backward`."""
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    p = (q @ k.transpose(-1, -2)).mul_(scale).add_(mask).sub_(lse.unsqueeze(-1)).exp_()
+    delta = (do * o).sum(-1, keepdim=True)
+    ds = (do @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
+    return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do
 
-    Args:
-        do, q, o: [R, H, D]; lse: [R, H]; k, v: [KVH, L, D] as in forward.
-        dk, dv: [KVH, >= real keys, D]; the contribution of these rows is added in place.
 
-    Returns:
-        dq [R, H, D].
-    """
-    count, heads, size = q.shape
-    kv_heads, length, _ = k.shape
-    q_rows, do_rows = _fold(q, kv_heads, count), _fold(do, kv_heads, count)
-    lse_rows = _fold(lse.unsqueeze(-1), kv_heads, count)
-    delta = _fold((do * o).sum(-1, keepdim=True), kv_heads, count)
-    p = _scores(q_rows, k, bias, 0, count, count).sub_(lse_rows).exp_()
-    ds = torch.bmm(do_rows, v.transpose(1, 2)).sub_(delta).mul_(p).mul_(1.0 / math.sqrt(size))
-    real = min(length, dk.shape[1])
-    dv[:, :real] += torch.bmm(p.transpose(1, 2), do_rows)[:, :real]
-    dk[:, :real] += torch.bmm(ds.transpose(1, 2), q_rows)[:, :real]
-    return _unfold(torch.bmm(ds, k), heads, count, count)
+def cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's flash attention for CPUs, which holds no scores: see `Forward`."""
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+    return o, lse
+
+
+def cpu_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward of `cpu_forward`."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of tiles by one implementation."""
+
+    numerics: Numerics
+    forward: Forward
+    backward: Backward
+    name: str
+
+    @classmethod
+    def select(cls, numerics: Numerics, device: torch.device) -> Attention:
+        """torch's CPU kernel on a CPU, the definition elsewhere."""
+        if device.type == "cpu":
+            return cls(numerics, cpu_forward, cpu_backward, "torch's flash kernel for CPUs")
+        return cls(numerics, reference_forward, reference_backward, "plain products")
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of consecutive rows of a tile.
+
+        Args:
+            q: [R, H, D] rotated queries.
+            k, v: [KVH, L, D] with L a multiple of the tile, from the mask's first key to the tile's end.
+            mask: of the layer.
+            first: index of the first row within its tile.
+
+        Returns:
+            o [R, H, D] and the log-sum-exp [R, H].
+        """
+        folded = self._fold(q, k.shape[0])
+        o, lse = self.forward(folded, k[None], v[None], mask.part(first, folded.shape[2], k.shape[1]))
+        return _unfold(o, q.shape), _unfold(lse.unsqueeze(-1), (*q.shape[:2], 1)).squeeze(-1)
+
+    def attend_singles(
+        self, q: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], mask: Mask, firsts: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Attention of one row of each of n sequences (decode): q [n, H, D] -> o [n, H, D].
+
+        The same products as `attend` of each row, folded and padded for all of them at once.
+        """
+        n, heads, size = q.shape
+        kv_heads = keys[0][0].shape[0]
+        group = heads // kv_heads
+        folded = q.view(n, kv_heads, group, size)
+        padded = self.numerics.pad(group)
+        if padded != group:
+            folded = torch.cat([folded, q.new_zeros(n, kv_heads, padded - group, size)], 2)
+        parts = []
+        for i, (first, (k, v)) in enumerate(zip(firsts, keys, strict=True)):
+            parts.append(self.forward(folded[i : i + 1], k[None], v[None], mask.part(first, padded, k.shape[1]))[0])
+        return torch.cat(parts)[:, :, :group].reshape(n, heads, size)
+
+    def attend_backward(
+        self,
+        do: torch.Tensor,
+        q: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Mask,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> torch.Tensor:
+        """Backward of `attend` for the first R rows of a tile.
+
+        Args:
+            do, q, o: [R, H, D]; lse: [R, H]; k, v: [KVH, L, D] and mask as in forward.
+            dk, dv: [KVH, R', D], the gradients of those of the L keys that are rows of the pass; these rows' share is
+                added in place.
+
+        Returns:
+            dq [R, H, D].
+        """
+        kv_heads = k.shape[0]
+        folded = [self._fold(rows, kv_heads) for rows in (do, q, o, lse.unsqueeze(-1))]
+        part = mask.part(0, folded[0].shape[2], k.shape[1])
+        dq, more_dk, more_dv = self.backward(folded[0], folded[1], k[None], v[None], folded[2], folded[3][..., 0], part)
+        real = min(k.shape[1], dk.shape[1])
+        dk[:, :real] += more_dk[0, :, :real]
+        dv[:, :real] += more_dv[0, :, :real]
+        return _unfold(dq, q.shape)
+
+    def _fold(self, rows: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """[R, H, D] -> [1, KVH, M, D]: row r * G + g is head g of row r, then zeros up to the row multiple."""
+        count, _, size = rows.shape
+        folded = rows.view(count, kv_heads, -1, size).transpose(0, 1).reshape(1, kv_heads, -1, size)
+        padding = self.numerics.pad(folded.shape[2]) - folded.shape[2]
+        return torch.cat([folded, rows.new_zeros(1, kv_heads, padding, size)], 2) if padding else folded
+
+
+def _unfold(folded: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of `_fold`: [1, KVH, M, D] -> `shape` (R, H, D)."""
+    rows, heads, size = shape
+    kv_heads = folded.shape[1]
+    real = folded[0, :, : rows * heads // kv_heads]
+    return real.reshape(kv_heads, rows, -1, size).transpose(0, 1).reshape(shape)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.lora import LoraGroup, LoraWeights
+from coserve_engine.kv_cache import PageRun
+from coserve_engine.lora import LoraGroup, LoraWeights, RowDropout
 from coserve_engine.numerics import Numerics
 from coserve_engine.pages import NULL_PAGE
 from coserve_engine.passes import PassState
@@ -20,17 +21,16 @@ from coserve_engine.plan import Kind, Segment
 class TileCall:
     """One attention call: rows [start, stop) of the batch, the first of them row `first` of its tile.
 
-    `pages` [n] are gathered to `kv_length` keys (up to the tile's end, null pages where the sequence has none yet).
+    `pages` hold the `kv_length` positions up to the tile's end (null pages where the sequence has none yet).
     """
 
     start: int
     stop: int
     first: int
-    padded: int
-    pages: torch.Tensor
+    pages: PageRun
     kv_length: int
-    keep: tuple[PassState, int] | None = None
-    """The pass that keeps q, o and lse of these rows, and its first row."""
+    want_lse: bool = False
+    """Whether a pass keeps the log-sum-exp of these rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class BoundBatch:
     tokens: torch.Tensor
     positions: torch.Tensor
     write_index: torch.Tensor
+    singles: tuple[TileCall, ...]
+    """Calls of the first rows, one row each: decode."""
     calls: tuple[TileCall, ...]
     groups: tuple[LoraGroup, ...]
     kept: tuple[KeptRows, ...]
@@ -69,12 +71,6 @@ class SequenceRows:
     weights: LoraWeights | None
 
 
-def page_row(pages: tuple[int, ...], tile_end: int, numerics: Numerics) -> list[int]:
-    """Pages that cover `tile_end` positions, null where the sequence has none."""
-    need = numerics.pages(tile_end)
-    return [*pages[:need], *([NULL_PAGE] * (need - len(pages)))]
-
-
 def bind(
     segments: tuple[Segment, ...],
     sequences: Mapping[int, SequenceRows],
@@ -86,10 +82,12 @@ def bind(
     tokens: list[int] = []
     positions: list[int] = []
     write: list[int] = []
+    singles: list[TileCall] = []
     calls: list[TileCall] = []
     sample_rows: list[int] = []
     sample_slots: list[int] = []
     adapter_rows: dict[int, tuple[LoraWeights, list[int]]] = {}
+    groups: list[LoraGroup] = []
     kept: list[KeptRows] = []
     row = 0
     for segment in (s for s in segments if s.kind is not Kind.FINETUNE):
@@ -103,9 +101,10 @@ def bind(
         while position < end:
             tile_end = (position // numerics.tile + 1) * numerics.tile
             count = min(end, tile_end) - position
-            pages = torch.tensor(page_row(sequence.pages, tile_end, numerics), dtype=torch.int64, device=device)
+            pages = PageRun.covering(sequence.pages, tile_end, numerics, device)
             start = row + position - segment.start
-            calls.append(TileCall(start, start + count, position % numerics.tile, numerics.pad(count), pages, tile_end))
+            call = TileCall(start, start + count, position % numerics.tile, pages, tile_end)
+            (singles if segment.kind is Kind.DECODE else calls).append(call)
             position += count
         if sequence.weights is not None:
             adapter_rows.setdefault(id(sequence.weights), (sequence.weights, []))[1].extend(
@@ -124,31 +123,46 @@ def bind(
         for span in state.spans:
             if first <= span.start < stop:
                 start, tile_end = row + span.start - first, (span.index + 1) * numerics.tile
-                pages = _tensor(page_row(state.page_tables[span.seq], tile_end, numerics), device)
-                count = span.stop - span.start
-                keep = (state, span.start) if state.training else None
-                calls.append(TileCall(start, start + count, 0, numerics.pad(count), pages, tile_end, keep))
-        adapter_rows.setdefault(id(state.weights), (state.weights, []))[1].extend(range(row, row + segment.length))
+                stop_row = start + span.stop - span.start
+                calls.append(TileCall(start, stop_row, 0, state.runs[span], tile_end, state.training))
+        drop = state.drop(slice(first, stop))
+        if drop is None:
+            adapter_rows.setdefault(id(state.weights), (state.weights, []))[1].extend(range(row, row + segment.length))
+        else:
+            groups.append(lora_group(state.weights, list(range(row, row + segment.length)), numerics, device, drop))
         kept.append(KeptRows(state, row, row + segment.length, first))
         row += segment.length
     padding = numerics.pad(row) - row
     for part, fill in zip(parts, (0, 0, NULL_PAGE * numerics.page), strict=True):
         part.append(torch.full((padding,), fill, dtype=torch.int64, device=device))
-    groups = tuple(
-        LoraGroup(weights, _tensor(_padded(rows, numerics), device), len(rows))
-        for weights, rows in adapter_rows.values()
-    )
+    groups += (lora_group(weights, rows, numerics, device) for weights, rows in adapter_rows.values())
     return BoundBatch(
         tokens=torch.cat(parts[0]),
         positions=torch.cat(parts[1]),
         write_index=torch.cat(parts[2]),
+        singles=tuple(singles),
         calls=tuple(calls),
-        groups=groups,
+        groups=tuple(groups),
         kept=tuple(kept),
         sample_rows=_tensor(_padded(sample_rows, numerics), device),
         sample_slots=tuple(sample_slots),
         rows=row,
     )
+
+
+def lora_group(
+    weights: LoraWeights, rows: list[int], numerics: Numerics, device: torch.device, drop: RowDropout | None = None
+) -> LoraGroup:
+    """The group of `rows`, which are read in place where they are neighbours and need no padding; `drop` has one key
+    for each row.
+    """
+    count = len(rows)
+    if rows[-1] - rows[0] == count - 1 and numerics.pad(count) == count:
+        return LoraGroup(weights, slice(rows[0], rows[-1] + 1), count, drop)
+    if drop is not None:
+        keys = torch.cat([drop.keys, drop.keys[-1:].expand(numerics.pad(count) - count)])
+        drop = RowDropout(keys, drop.p)
+    return LoraGroup(weights, _tensor(_padded(rows, numerics), device), count, drop)
 
 
 def _tensor(values: list[int], device: torch.device) -> torch.Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from coserve_engine.batch import SequenceRows
 from coserve_engine.config import LINEARS
-from coserve_engine.cost import CostModel, ForwardWork
+from coserve_engine.cost import CostModel
 from coserve_engine.executor import Executor
 from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import LoraSpec, Pass, TrainSeq
 from coserve_engine.passes import pages_of_pass
-from coserve_engine.plan import Kind, PassView, Segment, Unit
-from coserve_engine.schedule import sequence_work, unit_work
+from coserve_engine.plan import Kind, Segment, Unit
+from coserve_engine.work import NO_WORK, decode_work, prefill_work
 
 ROUNDS = 2
 PASS_ID = -1
@@ -36,17 +36,10 @@ def calibrate(executor: Executor, cost: CostModel, clock: Callable[[], float]) -
             for length in (min(64, longest), longest):
                 _pass(executor, model, clock, length)
     cost.forget_errors()
-    decode = _times(sequence_work(Kind.DECODE, 256, 1, executor.numerics.tile), 8)
+    decode = decode_work([256] * 8, executor.numerics.tile)
     return (
         f"calibrated in {clock() - started:.1f} s: 8 decode rows at context 256: {cost.forward_s(decode) * 1e3:.1f} ms",
     )
-
-
-def _times(work: ForwardWork, count: int) -> ForwardWork:
-    total = ForwardWork()
-    for _ in range(count):
-        total = total.plus(work)
-    return total
 
 
 def _forward(
@@ -65,8 +58,9 @@ def _forward(
     rows = {slot: SequenceRows(tokens, pages, None) for slot in slots}
     begin = clock()
     executor.forward(segments, rows)
-    work = _times(sequence_work(kind, start, length, executor.numerics.tile), len(slots))
-    cost.observe(work, clock() - begin, ())
+    seconds, tile = clock() - begin, executor.numerics.tile
+    work = decode_work([start] * count, tile) if kind is Kind.DECODE else prefill_work(start, length, tile)
+    cost.observe(work, seconds, ())
 
 
 def _pass(executor: Executor, cost: CostModel, clock: Callable[[], float], length: int) -> None:
@@ -78,21 +72,15 @@ def _pass(executor: Executor, cost: CostModel, clock: Callable[[], float], lengt
     work = Pass(PASS_ID, "calibration", 0, 0, (TrainSeq(0, tokens, (1.0,) * length),))
     pages = executor.ledger.reserve(f"pass:{PASS_ID}", pages_of_pass((length,), executor.numerics))
     state = executor.open_pass(work, weights, layout, pages)
-    tile = executor.numerics.tile
-    tiles = tuple((span.stop - span.start, (span.index + 1) * tile) for span in state.spans)
-    view = PassView(
-        PASS_ID, tiles, tuple(s.start for s in state.spans), state.layers, 0, state.layers, len(tiles), True
-    )
-    for index, span in enumerate(state.spans):
+    shape = state.shape
+    for index in range(len(shape.tiles)):
         begin = clock()
-        executor.forward((Segment(Kind.FINETUNE, PASS_ID, span.start, span.stop - span.start),), {})
-        rows, kv = tiles[index]
-        cost.observe(ForwardWork(finetune=rows, calls=1, kv_rows=kv, pairs=rows * kv), clock() - begin, ())
+        executor.forward((shape.window(index, index + 1),), {})
+        cost.observe(shape.forward(index, index + 1), clock() - begin, ())
     while not state.done:
-        end = state.end_tile
-        first = max(0, end - 2)
-        layer = state.layer
+        layer, end = state.layer, state.end_tile
+        first = max(0, end - 1 - layer % 3)
         begin = clock()
         executor.backward(Unit(PASS_ID, layer, first, end))
-        cost.observe(ForwardWork(), 0.0, [(unit_work(view, layer, first, end), clock() - begin)])
+        cost.observe(NO_WORK, 0.0, [(shape.backward(layer, first, end), clock() - begin)])
     executor.close_pass(PASS_ID)

@@ -69,7 +69,8 @@ def load_checkpoint(
     verify_folder(path)
     try:
         facts: dict[str, Any] = json.loads((path / STATE).read_text())
-        found = LoraSpec(facts["lora"]["rank"], facts["lora"]["alpha"], tuple(facts["lora"]["targets"]))
+        lora = facts["lora"]
+        found = LoraSpec(lora["rank"], lora["alpha"], tuple(lora["targets"]), use_rslora=lora.get("use_rslora", False))
         if found != layout.spec:
             raise CheckpointError(f"{path / STATE}: lora is {found}, the job says {layout.spec}")
         if facts["numerics"] != asdict(numerics):

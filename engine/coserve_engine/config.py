@@ -1,21 +1,67 @@
-"""What a model folder's config.json says, checked, and how an engine is set up."""
+"""The shape of a model, as plain data, and how an engine is set up."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from coserve_engine.errors import ModelFolderError
 from coserve_engine.numerics import Numerics
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's: waves longer than original_positions / low_factor are stretched by `factor`, those shorter than
+    original_positions / high_factor are not.
+    """
+
+    factor: float
+    low_factor: float
+    high_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN's (Peng et al., 2023): dimensions that turn less than `beta_slow` times within original_positions are
+    stretched by `factor`, those that turn more than `beta_fast` times are not; cos and sin are multiplied by
+    `attention_factor`. `truncate`: the bounds between them are whole dimensions.
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding: base of the wave lengths, and how they are stretched beyond the context of pretraining."""
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a Llama-architecture model. Lengths are counts of elements, `head_size` that of one attention head."""
+    """Shape of a decoder of Llama's kind. Lengths are counts of elements.
+
+    Args:
+        head_size: of one attention head; heads * head_size need not be the hidden size.
+        biased: names of LINEARS that have a bias.
+        qk_norm: whether queries and keys go through an RMSNorm, head by head, before they are rotated.
+        windows: per layer, how many keys a row sees, its own included; None: all before it.
+        tied: whether the head is the embedding.
+    """
 
     vocab_size: int
     hidden: int
@@ -25,8 +71,11 @@ class ModelConfig:
     head_size: int
     intermediate: int
     rms_eps: float
-    rope_theta: float
+    rope: Rope
     max_positions: int
+    biased: tuple[str, ...]
+    qk_norm: bool
+    windows: tuple[int | None, ...]
     tied: bool
     eos_token_ids: tuple[int, ...]
 
@@ -53,10 +102,14 @@ class EngineConfig:
         max_model_length: tokens of prompt and output together.
         max_batch_tokens: rows of one forward.
         max_requests: requests that run at once; others wait.
+        max_waiting: requests that wait; more are refused.
         kv_cache_bytes: size of the page pool.
         ttft_s, tpot_s: the promise: time to first token, and between tokens, in seconds.
         threads: torch threads.
         finetuning: whether jobs are accepted.
+        pass_bytes: what one pass may keep for its backward; the rest is computed again. None: everything is kept.
+        max_slowdown_percent: with finetuning an iteration may take so much longer than it is predicted to take
+            without; None: only the promise limits it.
         dtype: "float32" or "float64" (tests).
     """
 
@@ -64,75 +117,15 @@ class EngineConfig:
     max_model_length: int = 1024
     max_batch_tokens: int = 512
     max_requests: int = 64
+    max_waiting: int = 1024
     kv_cache_bytes: int = 256 << 20
     ttft_s: float = 1.0
     tpot_s: float = 0.2
     threads: int = 1
     finetuning: bool = True
+    max_slowdown_percent: float | None = None
     max_rank: int = 64
+    pass_bytes: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
     numerics: Numerics = field(default_factory=Numerics)
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """Parse `folder`/config.json.
-
-    Raises:
-        ModelFolderError: the file is missing, not JSON, lacks a field, or names an architecture that is not supported.
-    """
-    path = folder / "config.json"
-    try:
-        loaded: Any = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelFolderError(
-            f"{path}: no such file; the model must be a Hugging Face folder with config.json"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path}: not readable as JSON ({error}); copy the model folder again") from None
-    if not isinstance(loaded, dict):
-        raise ModelFolderError(f"{path}: holds a {type(loaded).__name__}, not an object; copy the model folder again")
-    raw: dict[str, Any] = loaded
-    architectures = raw.get("architectures")
-    if architectures != ["LlamaForCausalLM"]:
-        raise ModelFolderError(f"{path}: architectures is {architectures!r}; only ['LlamaForCausalLM'] is supported")
-    for name, allowed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(name, allowed) != allowed:
-            raise ModelFolderError(f"{path}: {name} is {raw[name]!r}; only {allowed!r} is supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelFolderError(f"{path}: rope type is {kind!r}; only 'default' is supported")
-
-    def count(name: str, default: int | None = None) -> int:
-        value = int(raw[name] if default is None else raw.get(name) or default)
-        if value < 1:
-            raise ValueError(f"{name} is {value}")
-        return value
-
-    try:
-        heads, hidden = count("num_attention_heads"), count("hidden_size")
-        kv_heads, head_size = count("num_key_value_heads", heads), count("head_dim", hidden // heads)
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        if head_size % 2:
-            raise ValueError(f"head_dim is {head_size}, which is odd")
-        eos = raw.get("eos_token_id")
-        return ModelConfig(
-            vocab_size=count("vocab_size"),
-            hidden=hidden,
-            layers=count("num_hidden_layers"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_size=head_size,
-            intermediate=count("intermediate_size"),
-            rms_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            max_positions=count("max_position_embeddings"),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        )
-    except KeyError as error:
-        raise ModelFolderError(f"{path}: field {error.args[0]!r} is missing; copy the model folder again") from None
-    except (TypeError, ValueError) as error:
-        raise ModelFolderError(f"{path}: a field has no usable value ({error})") from None

@@ -18,11 +18,12 @@ class CheckpointError(EngineError):
 
 
 class RequestError(EngineError):
-    """A request that cannot run; `code` is part of the engine's interface."""
+    """A request that cannot run; `code` is part of the engine's interface, `field` the parameter at fault, if any."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.field = field
 
 
 class JobError(EngineError):
@@ -34,4 +35,8 @@ class JobError(EngineError):
 
 
 class OutOfPagesError(EngineError):
-    """The page pool cannot cover a reservation now."""
+    """The page pool cannot cover a reservation now; `lacking` pages more would do."""
+
+    def __init__(self, message: str, lacking: int) -> None:
+        super().__init__(message)
+        self.lacking = lacking

@@ -5,24 +5,44 @@ about requests or jobs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from coserve_engine import head
 from coserve_engine.batch import SequenceRows, bind
-from coserve_engine.config import EngineConfig, ModelConfig, read_model_config
+from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
+from coserve_engine.kv_cache import KVCache
+from coserve_engine.linears import LinearChoice
 from coserve_engine.lora import LoraLayout, LoraWeights
-from coserve_engine.messages import LoraSpec, Pass
+from coserve_engine.losses import LOSSES, LossTerms
+from coserve_engine.messages import LoraSpec, LossName, Pass
+from coserve_engine.model_folder import read_model_config
 from coserve_engine.pages import PageLedger
 from coserve_engine.passes import PassState
 from coserve_engine.plan import Segment, Unit
-from coserve_engine.transformer import KVCache, Transformer
+from coserve_engine.transformer import Transformer
 from coserve_engine.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a forward left.
+
+    Args:
+        slots: the requests that sample.
+        logits: [len(slots), vocab], their last rows.
+        hidden: [T, H], all rows before the last norm: those of requests first, in the plan's order.
+    """
+
+    slots: tuple[int, ...]
+    logits: torch.Tensor
+    hidden: torch.Tensor
 
 
 class Executor:
@@ -39,7 +59,8 @@ class Executor:
                 f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
             )
         self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
-        weights = load_weights(folder, self.model, self.dtype, self.device)
+        self.linears = LinearChoice(self.device, self.dtype, self.numerics, backward=config.finetuning)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.linears)
         positions = self.numerics.pad(config.max_model_length)
         self.transformer = Transformer.create(self.model, weights, self.numerics, positions)
         pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
@@ -48,17 +69,29 @@ class Executor:
                 f"kvCacheMemory of {config.kv_cache_bytes} bytes holds {pages} pages of {self.numerics.page} tokens, "
                 f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
             )
-        self.ledger = PageLedger(pages)
         self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
+        self.ledger = PageLedger(pages, self.cache.scrub)
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
     def layout(self, spec: LoraSpec) -> LoraLayout:
         return LoraLayout(self.model, spec)
 
-    def open_pass(self, work: Pass, weights: LoraWeights, layout: LoraLayout, pages: tuple[int, ...]) -> PassState:
-        """Make a pass live; its pages were reserved as `pass:<id>`."""
-        state = PassState(work, weights, layout, pages, self.model, self.numerics, self.dtype, self.device)
+    def open_pass(
+        self,
+        work: Pass,
+        weights: LoraWeights,
+        layout: LoraLayout,
+        pages: tuple[int, ...],
+        seed: int = 0,
+        loss: LossName = LossName.CROSS_ENTROPY,
+        *,
+        want_logprobs: bool = False,
+    ) -> PassState:
+        """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
+        where = (self.numerics, self.dtype, self.device)
+        terms = LossTerms(LOSSES[loss], work, *where, want_logprobs=want_logprobs)
+        state = PassState(work, weights, layout, pages, self.model, *where, terms, seed, self.config.pass_bytes)
         self.passes[work.id] = state
         return state
 
@@ -70,10 +103,8 @@ class Executor:
             self.cache.scrub(pages)
         self.ledger.free(f"pass:{pass_id}")
 
-    def forward(
-        self, segments: tuple[Segment, ...], sequences: Mapping[int, SequenceRows]
-    ) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Run a batch. Returns the slots that sample and their logits [slots, vocab]."""
+    def forward(self, segments: tuple[Segment, ...], sequences: Mapping[int, SequenceRows]) -> Forwarded:
+        """Run a batch."""
         batch = bind(segments, sequences, self.passes, self.numerics, self.device)
         hidden = self.transformer.forward(batch, self.cache)
         for rows in batch.kept:
@@ -81,10 +112,24 @@ class Executor:
             rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)
         count = len(batch.sample_slots)
         if count == 0:
-            return (), hidden[:0]
+            return Forwarded((), hidden[:0], hidden)
+        return Forwarded(batch.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
+
+    def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
+        return head.log_probabilities(self._logits(self._padded(rows)))[: rows.shape[0]]
+
+    def log_probabilities_of(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [len(rows), vocab] of some rows of logits [N, vocab], which stay as they are."""
+        return head.log_probabilities(self._padded(logits[list(rows)]))[: len(rows)]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights
-        scores = head.logits(hidden[batch.sample_rows], weights.norm, weights.head, self.model.rms_eps)
-        return batch.sample_slots, scores[:count]
+        return head.logits(hidden, weights.norm, weights.head, self.model.rms_eps)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        lacking = self.numerics.pad(rows.shape[0]) - rows.shape[0]
+        return torch.cat([rows, rows[-1:].expand(lacking, -1)])
 
     def backward(self, unit: Unit) -> None:
         """Run one unit and advance its pass."""

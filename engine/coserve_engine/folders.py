@@ -1,15 +1,67 @@
-"""Checking a folder of checksummed files, without torch: agents do it before they hand a folder to the engine."""
+"""Folders of checksummed files, without torch: replaced whole, and checked before an agent hands one to the engine."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from coserve_engine.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+"""What a kernel or a file system (NFS, for one) says that cannot exchange."""
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change names at once (Linux's renameat2). False where that cannot be done here."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_HERE:
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def replace_folder(scratch: Path, path: Path) -> None:
+    """Give `scratch` the name `path`; an older folder of that name is removed afterwards.
+
+    Whenever this is cut short, `path` is the old or the new folder, once `restore_folder` was called where the file
+    system cannot exchange two names at once.
+    """
+    restore_folder(path)
+    if not path.exists():
+        scratch.rename(path)
+    elif _exchange(scratch, path):
+        shutil.rmtree(scratch)
+    else:
+        path.rename(_aside(path))
+        scratch.rename(path)
+        shutil.rmtree(_aside(path))
+
+
+def restore_folder(path: Path) -> None:
+    """Undo a replacement that was cut short. Only for whoever may write `path`."""
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(path)
 
 
 def digest(path: Path) -> str:

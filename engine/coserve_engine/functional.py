@@ -1,35 +1,55 @@
-"""RMSNorm, rotary embedding and SwiGLU with their derivatives, as transformers' Llama defines them."""
+"""RMSNorm, rotary embedding and SwiGLU with their derivatives, as transformers' Llama and Qwen3 define them."""
 
 from __future__ import annotations
 
 import torch
 
 
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / root mean square of each row: [..., N] -> [..., 1]."""
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [R, H] -> normalised rows [R, H] and 1 / rms [R, 1]."""
-    rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    """x [..., N] -> normalised rows [..., N] and 1 / rms [..., 1]."""
+    rstd = inverse_rms(x, eps)
     return x * rstd * weight, rstd
 
 
 def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """dx [R, H] of `rms_norm` for dy [R, H]."""
+    """dx [..., N] of `rms_norm` for dy [..., N]."""
     g = dy * weight
     return rstd * (g - x * (rstd * rstd) * (g * x).mean(-1, keepdim=True))
 
 
-def rope_table(theta: float, size: int, positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """cos and sin [2, positions, size / 2]; angles in float32 as in transformers."""
-    frequency = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
-    angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()]).to(device=device, dtype=dtype)
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [R, heads, D] with cos, sin [R, 1, D / 2]; its inverse, and its transpose, is sin
-    -> -sin.
-    """
+    """Rotary embedding of x [R, heads, D] with cos, sin [R, 1, D / 2]; its transpose is sin -> -sin."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def encode_heads(
+    x: torch.Tensor, norm: torch.Tensor | None, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Queries or keys [R, heads, D] as attention takes them: normalised by `norm` [D] where there is one, rotated."""
+    return rotate(x if norm is None else rms_norm(x, norm, eps)[0], cos, sin)
+
+
+def encode_heads_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """dx [R, heads, D] of `encode_heads`; `x` may be None where there is no norm."""
+    dy = rotate(dy, cos, -sin)
+    if norm is None:
+        return dy
+    if x is None:
+        raise ValueError("the derivative of a norm needs what was normalised")
+    return rms_norm_backward(dy, x, inverse_rms(x, eps), norm)
 
 
 def swiglu_backward(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

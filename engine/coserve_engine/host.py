@@ -5,15 +5,22 @@ waits for the other.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import queue
 import signal
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING
 
 from coserve_engine.config import EngineConfig
 from coserve_engine.errors import EngineError
 from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
+
+if TYPE_CHECKING:
+    from coserve_engine.engine import Engine
+
+log = logging.getLogger(__name__)
 
 IDLE_S = 0.25
 """How long an idle engine sleeps at most between load reports."""
@@ -31,7 +38,7 @@ def settle() -> None:
 
 
 class EngineHost:
-    """The parent's end. Events come in batches, one for each iteration."""
+    """The parent's end. Events come in batches: an iteration's tokens when it has them, the rest at its end."""
 
     def __init__(self, config: EngineConfig) -> None:
         context = multiprocessing.get_context("spawn")
@@ -117,15 +124,21 @@ def _main(config: EngineConfig, commands: Queue[Command], events: Queue[list[Eve
         ready = engine.ready()
         settle()
         events.put([ready])
+        _serve(engine, commands, events)
     except EngineError as error:
         events.put([EngineFailed(str(error))])
-        return
+    except Exception as error:
+        log.exception("the engine's own mistake")
+        events.put([EngineFailed(f"the engine's own mistake: {error!r}; its log has the rest")])
+
+
+def _serve(engine: Engine, commands: Queue[Command], events: Queue[list[Event]]) -> None:
     inbox = _Inbox(commands)
     parent = multiprocessing.parent_process()
     while not engine.closed and (parent is None or parent.is_alive()):
         for command in inbox.drain(IDLE_S if engine.idle else 0.0):
             engine.submit(command)
-        batch = engine.step(inbox.request_came)
+        batch = engine.step(inbox.request_came, events.put)
         if batch:
             events.put(batch)
         elif not engine.idle:

@@ -19,13 +19,12 @@ from coserve_engine.checkpoint import TrainingState, load_checkpoint, save_check
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import JobError, OutOfPagesError
 from coserve_engine.executor import Executor
-from coserve_engine.lora import LoraWeights
-from coserve_engine.messages import (
+from coserve_engine.job_messages import (
     AdapterExported,
     CheckpointDone,
-    Event,
     ExportAdapter,
     ForwardBackward,
+    JobEvent,
     JobStopped,
     LoraSpec,
     OptimStep,
@@ -35,16 +34,19 @@ from coserve_engine.messages import (
     StartJob,
     StepDone,
     StopJob,
+    StreamCommand,
 )
+from coserve_engine.lora import LoraWeights
+from coserve_engine.losses import LOSSES
 from coserve_engine.optim import AdamState, adamw
 from coserve_engine.passes import PassState, pages_of_pass
 
-JobCommand = ForwardBackward | OptimStep | SaveCheckpoint | ExportAdapter
-Defer = Callable[[str, Callable[[], Event]], None]
+Defer = Callable[[str, Callable[[], JobEvent]], None]
 """Run a function that touches only files in another thread, on behalf of a job; its event is emitted when
 it is done.
 """
 
+MAX_DROPOUT = 0.9
 MAX_LIVE = 2
 """Live passes of a job: one in backward, one in forward."""
 
@@ -57,29 +59,39 @@ def check_lora(spec: LoraSpec, max_rank: int) -> None:
         raise JobError("invalid_command", f"rank {spec.rank} is above finetuning.maxRank {max_rank}")
     if not math.isfinite(spec.alpha):
         raise JobError("invalid_command", f"alpha is {spec.alpha}; it must be a finite number")
+    if not 0.0 <= spec.dropout <= MAX_DROPOUT:
+        raise JobError("invalid_command", f"dropout is {spec.dropout}; it must be between 0 and {MAX_DROPOUT}")
     unknown = [name for name in spec.targets if name not in LINEARS]
     if unknown or not spec.targets:
         raise JobError("invalid_command", f"targets {unknown or 'are none'}; name some of {list(LINEARS)}")
 
 
+def training_state(command: StartJob, executor: Executor) -> tuple[TrainingState, dict[str, str]]:
+    """The state that `command` asks for, and the driver's files from its checkpoint. Reads files; any thread.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt or of another run.
+    """
+    layout = executor.layout(command.lora)
+    if command.resume is not None:
+        return load_checkpoint(Path(command.resume), layout, executor.numerics, executor.dtype, executor.device)
+    param = layout.fresh(command.seed, executor.dtype, executor.device)
+    return TrainingState(param, AdamState(torch.zeros_like(param), torch.zeros_like(param)), 0, 0), {}
+
+
 class Job:
     """One finetuning job. `live` passes are in command order; only the first may be committed."""
 
-    def __init__(self, command: StartJob, executor: Executor) -> None:
-        self.id, self._executor = command.job, executor
+    def __init__(self, command: StartJob, executor: Executor, state: TrainingState) -> None:
+        self.id, self._seed, self._executor, self._state = command.job, command.seed, executor, state
         self.layout = executor.layout(command.lora)
-        self.files: dict[str, str] = {}
-        if command.resume is None:
-            param = self.layout.fresh(command.seed, executor.dtype, executor.device)
-            self._state = TrainingState(param, AdamState(torch.zeros_like(param), torch.zeros_like(param)), 0, 0)
-        else:
-            folder, numerics = Path(command.resume), executor.numerics
-            self._state, self.files = load_checkpoint(folder, self.layout, numerics, executor.dtype, executor.device)
         self.weights = LoraWeights(command.lora.scale, self.layout.views(self._state.param))
         self._grad = torch.zeros_like(self._state.param)
         self._summed = False
         """Whether a pass of the running step is in `_grad`, which no checkpoint holds."""
-        self._queue: deque[JobCommand] = deque()
+        self._finite = True
+        """Whether every loss of the running step is; a gradient may be finite where its loss is not."""
+        self._queue: deque[StreamCommand] = deque()
         self._seen = self._state.seq_no
         self.live: dict[int, tuple[ForwardBackward, PassState]] = {}
 
@@ -96,7 +108,14 @@ class Job:
     def idle(self) -> bool:
         return not self._queue and not self.live
 
-    def submit(self, command: JobCommand) -> None:
+    @property
+    def pages_wanted(self) -> int:
+        """Pages that the next pass needs and does not have, 0 where none waits for pages alone."""
+        if not self._queue or not isinstance(self._queue[0], ForwardBackward) or len(self.live) >= MAX_LIVE:
+            return 0
+        return self._pages(self._queue[0])
+
+    def submit(self, command: StreamCommand) -> None:
         """Queue a command; one that was seen before is ignored.
 
         Raises:
@@ -106,7 +125,7 @@ class Job:
             return
         if isinstance(command, ForwardBackward):
             self._check(command)
-            work = replace(command.work, id=next(self._executor.pass_ids))  # drivers of two jobs may count alike
+            work = replace(command.work, id=next(self._executor.pass_ids), job=self.id)  # drivers may count alike
             command = replace(command, work=work)
         self._seen = command.seq_no
         self._queue.append(command)
@@ -125,13 +144,16 @@ class Job:
                 )
             if not 0 <= min(seq.tokens) <= max(seq.tokens) < vocab:
                 raise JobError("invalid_command", f"{where} has a token outside the vocabulary of {vocab}")
-        lengths = tuple(len(seq.tokens) for seq in command.work.seqs)
-        if pages_of_pass(lengths, self._executor.numerics) > self._executor.ledger.total:
+            LOSSES[command.loss].check(seq)
+        if self._pages(command) > self._executor.ledger.total:
             raise JobError("invalid_command", f"pass {command.work.id} needs more KV pages than the pool has; split it")
 
-    def advance(self, defer: Defer, *, may_open: bool) -> list[Event]:
+    def _pages(self, command: ForwardBackward) -> int:
+        return pages_of_pass(tuple(len(seq.tokens) for seq in command.work.seqs), self._executor.numerics)
+
+    def advance(self, defer: Defer, *, may_open: bool) -> list[JobEvent]:
         """Commit finished passes, then start what can start. `may_open`: pages may be taken for new passes."""
-        events: list[Event] = []
+        events: list[JobEvent] = []
         for pass_id, (finished, state) in list(self.live.items()):
             if not state.done:
                 break
@@ -154,13 +176,20 @@ class Job:
 
     def _open(self, command: ForwardBackward) -> bool:
         work = command.work
-        lengths = tuple(len(seq.tokens) for seq in work.seqs)
-        ledger = self._executor.ledger
         try:
-            pages = ledger.reserve(f"pass:{work.id}", pages_of_pass(lengths, self._executor.numerics))
+            pages = self._executor.ledger.reserve(f"pass:{work.id}", self._pages(command))
         except OutOfPagesError:
             return False
-        self.live[work.id] = (command, self._executor.open_pass(work, self.weights, self.layout, pages))
+        state = self._executor.open_pass(
+            work,
+            self.weights,
+            self.layout,
+            pages,
+            self._seed,
+            command.loss,
+            want_logprobs=command.want_logprobs,
+        )
+        self.live[work.id] = (command, state)
         return True
 
     def drop_youngest(self) -> bool:
@@ -172,60 +201,65 @@ class Job:
         self._queue.appendleft(command)
         return True
 
-    def _commit(self, command: ForwardBackward, state: PassState) -> Event:
+    def _commit(self, command: ForwardBackward, state: PassState) -> JobEvent:
+        loss = state.loss_sum()
         if state.training:
             self._grad += state.grads
             self._summed = True
+            self._finite &= math.isfinite(loss)
+        logprobs = state.terms.logprobs()
         self._executor.close_pass(command.work.id)
         self._done(command)
         mode = PassMode.TRAIN if state.training else PassMode.EVAL
         tokens = sum(len(seq.tokens) for seq in command.work.seqs)
-        return PassDone(self.id, command.seq_no, mode, state.loss_sum(), state.weight_sum(), tokens)
+        return PassDone(self.id, command.seq_no, mode, loss, state.weight_sum(), tokens, logprobs)
 
-    def _optimize(self, c: OptimStep) -> Event:
-        norm, changed = adamw(
-            self._state.param,
-            self._grad,
-            self._state.adam,
-            c.lr,
-            c.beta1,
-            c.beta2,
-            c.eps,
-            c.weight_decay,
-            c.max_grad_norm,
-        )
+    def _optimize(self, c: OptimStep) -> JobEvent:
+        norm, changed = math.nan, False
+        if self._finite:
+            norm, changed = adamw(
+                self._state.param,
+                self._grad,
+                self._state.adam,
+                c.lr,
+                c.beta1,
+                c.beta2,
+                c.eps,
+                c.weight_decay,
+                c.max_grad_norm,
+            )
         self._grad.zero_()
-        self._summed = False
+        self._summed, self._finite = False, True
         self._done(c, steps=1)
         return StepDone(self.id, c.seq_no, self.step, norm, not changed)
 
-    def _done(self, command: JobCommand, steps: int = 0) -> None:
+    def _done(self, command: StreamCommand, steps: int = 0) -> None:
         state = self._state
         seq_no = state.seq_no if self._summed else command.seq_no
         self._state = TrainingState(state.param, state.adam, state.step + steps, seq_no)
 
-    def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], Event]:
+    def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], JobEvent]:
         state, path, layout = self._state.copy(), Path(command.path), self.layout
         if isinstance(command, SaveCheckpoint):
             return self._saver(command.path, state, command.files, command.seq_no)
 
-        def export() -> Event:
+        def export() -> JobEvent:
             texts, tensors = peft_files(layout, state.param, command.base_model_name)
             sha256 = write_folder(path, {**texts, **command.files}, tensors)
             return AdapterExported(command.job, command.seq_no, command.path, sha256)
 
         return export
 
-    def _saver(self, path: str, state: TrainingState, files: dict[str, str], seq_no: int) -> Callable[[], Event]:
+    def _saver(self, path: str, state: TrainingState, files: dict[str, str], seq_no: int) -> Callable[[], JobEvent]:
         layout, numerics, base, job = self.layout, self._executor.numerics, self._executor.config.model_path, self.id
 
-        def save() -> Event:
+        def save() -> JobEvent:
             sha256 = save_checkpoint(Path(path), layout, state, numerics, files, base)
             return CheckpointDone(job, seq_no, state.step, path, sha256)
 
         return save
 
-    def stop(self, command: StopJob) -> Callable[[], Event]:
+    def stop(self, command: StopJob) -> Callable[[], JobEvent]:
         """Drop what is live and waiting; returns what is to be written, if anything, as a function that ends in
         JobStopped.
         """
@@ -237,7 +271,7 @@ class Job:
             return lambda: JobStopped(command.job, step, None)
         save = self._saver(checkpoint, self._state.copy(), command.files, self.seq_no)
 
-        def finish() -> Event:
+        def finish() -> JobEvent:
             done = save()
             assert isinstance(done, CheckpointDone)
             return JobStopped(command.job, step, done.sha256)

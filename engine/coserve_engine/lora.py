@@ -8,13 +8,15 @@ unscaled as in PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from coserve_engine.config import LINEARS, ModelConfig
+from coserve_engine.dropout import dropout
+from coserve_engine.linears import FrozenLinear
 from coserve_engine.messages import LoraSpec
 
 AB = tuple[torch.Tensor, torch.Tensor]
@@ -66,59 +68,90 @@ class LoraWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class RowDropout:
+    """Dropout of the inputs of A for rows with these `keys` [R] (`dropout.row_keys`), of probability `p`."""
+
+    keys: torch.Tensor
+    p: float
+
+    def __call__(self, x: torch.Tensor, layer: int, name: str) -> torch.Tensor:
+        """x [R, in] with what this linear drops; also its own derivative."""
+        return dropout(x, self.keys, layer, name, self.p)
+
+
+@dataclass(frozen=True, slots=True)
 class LoraGroup:
     """Rows of a batch that use one adapter.
 
-    `index` [padded] picks the rows, the last one repeated up to the row multiple; the first `count` are written back.
+    `rows` picks them: a slice of neighbours, or an index [padded] with the last one repeated up to the row multiple, of
+    which the first `count` are written back. `drop` has the keys of the rows so picked; None where nothing is dropped.
     """
 
     weights: LoraWeights
-    index: torch.Tensor
+    rows: slice | torch.Tensor
     count: int
+    drop: RowDropout | None = None
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> the group's rows, padded."""
+        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+
+    def add(self, y: torch.Tensor, delta: torch.Tensor) -> None:
+        """Add delta [padded, out] to the group's rows of y [T, out]."""
+        if isinstance(self.rows, slice):
+            y[self.rows] += delta
+        else:
+            y.index_add_(0, self.rows[: self.count], delta[: self.count])
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, groups: tuple[LoraGroup, ...], layer: int, name: str) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: FrozenLinear, groups: tuple[LoraGroup, ...], layer: int, name: str) -> torch.Tensor:
     """x [T, in] -> [T, out]: one GEMM for all rows, then each adapter's two small ones for its rows."""
-    y = functional.linear(x, weight)
+    y = weight.forward(x)
     for group in groups:
         pair = group.weights.layers[layer].get(name)
         if pair is not None:
             a, b = pair
-            low = functional.linear(x.index_select(0, group.index), a).mul_(group.weights.scale)
-            y.index_add_(0, group.index[: group.count], functional.linear(low, b)[: group.count])
+            rows = group.pick(x)
+            if group.drop is not None:
+                rows = group.drop(rows, layer, name)
+            low = functional.linear(rows, a).mul_(group.weights.scale)
+            group.add(y, functional.linear(low, b))
     return y
 
 
 def linear_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: FrozenLinear,
     pair: AB | None,
     grads: AB | None,
     scale: float,
     tiles: tuple[tuple[int, int], ...],
+    drop: Callable[[torch.Tensor], torch.Tensor],
     *,
     need_dx: bool,
 ) -> torch.Tensor | None:
     """Backward of `linear` for rows of one pass.
 
     Args:
-        dy: [R, out]; x: [R, in]; weight: [out, in], frozen.
-        pair, grads: the adapter's (A, B) and the buffers its gradients are added to; None where the linear has no
-        adapter. tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
+        dy: [R, out]; x: [R, in]; weight: from in to out, frozen.
+        pair, grads: the adapter's (A, B) and the buffers its gradients are added to; None where it has none here.
+        tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
+        drop: dropout of the rows' inputs to A; the identity where nothing is dropped.
         need_dx: False leaves dx out (nothing below the first layer needs it).
 
     Returns:
         dx [R, in], or None.
     """
-    dx = dy @ weight if need_dx else None
+    dx = weight.backward(dy) if need_dx else None
     if pair is not None and grads is not None:
         a, b = pair
+        x = drop(x)
         low = functional.linear(x, a).mul_(scale)
         dlow = (dy @ b).mul_(scale)
         for start, stop in tiles:
             grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
             grads[1].addmm_(dy[start:stop].t(), low[start:stop])
         if dx is not None:
-            dx += dlow @ a
+            dx += drop(dlow @ a)
     return dx

@@ -14,7 +14,7 @@ class Numerics:
     """tile: positions of an attention tile; page: positions of a KV page; row_multiple: padding of GEMM rows."""
 
     tile: int = 64
-    page: int = 16
+    page: int = 64
     row_multiple: int = 4
 
     def pad(self, rows: int) -> int:

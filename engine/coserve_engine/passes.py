@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from coserve_engine.config import ModelConfig
-from coserve_engine.lora import LoraLayout, LoraWeights
+from coserve_engine.dropout import row_keys
+from coserve_engine.kept import plan_kept
+from coserve_engine.kv_cache import PageRun
+from coserve_engine.lora import LoraLayout, LoraWeights, RowDropout
+from coserve_engine.losses import LossTerms
 from coserve_engine.messages import Pass, PassMode
 from coserve_engine.numerics import Numerics
+from coserve_engine.plan import PassShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,17 @@ class PassState:
         numerics: Numerics,
         dtype: torch.dtype,
         device: torch.device,
+        terms: LossTerms,
+        seed: int,
+        kept_bytes: int | None,
     ) -> None:
-        self.work, self.weights, self.layout = work, weights, layout
+        """`terms` are of its loss; `seed` addresses dropout; `kept_bytes` bounds what is kept for backward (None:
+        everything is).
+        """
+        self.work, self.weights, self.layout, self.terms = work, weights, layout, terms
         lengths = tuple(len(seq.tokens) for seq in work.seqs)
+        self.lengths = tuple(map(numerics.pad, lengths))
+        """Rows of each sequence, padding included."""
         self.spans = tile_spans(lengths, numerics)
         self.rows = self.spans[-1].stop
         self.layers = config.layers
@@ -90,6 +103,13 @@ class PassState:
         self.row_weights = torch.tensor(row_weights, dtype=dtype, device=device)
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self.write_index = torch.tensor(write, dtype=torch.int64, device=device)
+        ends = {span: (span.index + 1) * numerics.tile for span in self.spans}
+        self.runs = {s: PageRun.covering(self.page_tables[s.seq], end, numerics, device) for s, end in ends.items()}
+        """Pages up to each tile's end."""
+        self.training = work.mode is PassMode.TRAIN
+        tiles = tuple((span.stop - span.start, end) for span, end in ends.items())
+        self.shape = PassShape(work.id, tiles, config.layers, self.training)
+        """The pass as planning sees it."""
         self.fwd_tile = 0
         """Tiles whose forward is done."""
         self.layer = config.layers
@@ -102,25 +122,28 @@ class PassState:
             return torch.empty(self.rows, *shape, dtype=dtype, device=device)
 
         self.final = rows(config.hidden)
-        self.training = work.mode is PassMode.TRAIN
         self.kept: tuple[dict[str, torch.Tensor], ...] = ()
         if self.training:
-            self.kept = tuple(
-                {
-                    "x": rows(config.hidden),
-                    "x2": rows(config.hidden),
-                    "q": rows(config.heads, config.head_size),
-                    "o": rows(config.heads, config.head_size),
-                    "lse": rows(config.heads),
-                    "gate": rows(config.intermediate),
-                    "up": rows(config.intermediate),
-                }
-                for _ in range(config.layers)
-            )
+            plan = plan_kept(config, self.rows * dtype.itemsize, kept_bytes)
+            self.kept = tuple({name: rows(*shape) for name, shape in layer.items()} for layer in plan)
             self.dx = rows(config.hidden)
             self.dkv = torch.zeros(2, config.kv_heads, self.rows, config.head_size, dtype=dtype, device=device)
             self.grads = torch.zeros(layout.size, dtype=dtype, device=device)
             self.grad_views = layout.views(self.grads)
+        drops = self.training and layout.spec.dropout > 0.0
+        self._row_keys = self._hashed(seed) if drops else None
+
+    def _hashed(self, seed: int) -> torch.Tensor:
+        """Dropout's address of each row: int32 [rows]."""
+        keys, start = [], 0
+        for seq, length in zip(self.work.seqs, self.lengths, strict=True):
+            keys.append(row_keys(seed, seq.uid, seq.epoch, self.positions[start : start + length]))
+            start += length
+        return torch.cat(keys)
+
+    def drop(self, rows: slice) -> RowDropout | None:
+        """What dropout does to these rows in training; None where it does nothing."""
+        return None if self._row_keys is None else RowDropout(self._row_keys[rows], self.layout.spec.dropout)
 
     @property
     def forward_done(self) -> bool:

@@ -4,8 +4,14 @@ that a simulator can share it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
+
+from coserve_engine.cost import CostModel
+from coserve_engine.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
 
 
 class Kind(Enum):
@@ -14,8 +20,7 @@ class Kind(Enum):
     FINETUNE = "finetune"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows [start, start + length) of a sequence (`slot`) or of a pass (`slot` is its id; rows of the pass)."""
 
     kind: Kind
@@ -26,8 +31,7 @@ class Segment:
     """Whether the last row's logits choose a token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """Backward of tiles [first, end) of a pass in one layer; layer = model's layers is the head.
 
     `end` is where backward stands.
@@ -41,29 +45,28 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An upper bound: the forward runs whole, of the units a prefix runs until the clock passes `until`."""
+    """An upper bound: the forward runs whole, then a prefix of the units, the last of them perhaps shortened.
+
+    `until` bounds the end of the iteration as a whole; units also end `units_s` after the forward did, because it is
+    from there that the next token's time runs.
+    """
 
     id: int
     segments: tuple[Segment, ...]
     units: tuple[Unit, ...]
     until: float
+    units_s: float
+    work: ForwardWork
+    """Counts of the forward."""
+    serving: ForwardWork
+    """Those of its decode and prefill rows."""
     forward_s: float
     """Predicted time of the forward, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What really happened; `unit_s` has one entry for each unit that ran."""
-
-    plan_id: int
-    forward_s: float
-    unit_s: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceView:
+class SequenceView(NamedTuple):
     """A running request: `done` tokens are in the cache, `known` tokens are known (prompt and sampled), the
-    next token is due at `deadline`.
+    next token is due at `deadline` and each later one `tpot_s` after the one before.
     """
 
     slot: int
@@ -71,37 +74,104 @@ class SequenceView:
     known: int
     deadline: float
     arrival: float
+    tpot_s: float
 
     @property
     def decoding(self) -> bool:
         return self.known - self.done == 1 and self.done > 0
 
 
-@dataclass(frozen=True, slots=True)
-class PassView:
-    """A live pass: tiles as (rows, KV rows seen), and the cursors of forward and backward."""
+class PassShape:
+    """What does not change while a pass is live: its tiles as (rows, KV rows seen) and where each one starts."""
 
-    id: int
-    tiles: tuple[tuple[int, int], ...]
-    starts: tuple[int, ...]
-    layers: int
+    __slots__ = ("_calls", "_kv", "_pairs", "_rows", "id", "layers", "rows", "starts", "tiles", "training")
+
+    def __init__(self, id: int, tiles: tuple[tuple[int, int], ...], layers: int, training: bool) -> None:
+        self.id, self.tiles, self.layers, self.training = id, tiles, layers, training
+        self._rows = (0, *accumulate(rows for rows, _ in tiles))
+        self._kv = (0, *accumulate(kv for _, kv in tiles))
+        self._pairs = (0, *accumulate(rows * kv for rows, kv in tiles))
+        self.starts = self._rows[:-1]
+        self.rows = self._rows[-1]
+
+    def forward(self, first: int, end: int) -> ForwardWork:
+        """Counts of tiles [first, end) in forward."""
+        kv, pairs = self._kv[end] - self._kv[first], self._pairs[end] - self._pairs[first]
+        return ForwardWork(0, 0, self._rows[end] - self._rows[first], end - first, kv, pairs)
+
+    def backward(self, layer: int, first: int, end: int) -> UnitWork:
+        """Counts of a unit."""
+        head = layer == self.layers
+        pairs = 0 if head else self._pairs[end] - self._pairs[first]
+        return UnitWork(head, self._rows[end] - self._rows[first], end - first, pairs)
+
+    def window(self, first: int, end: int) -> Segment:
+        """The rows of tiles [first, end)."""
+        start = self._rows[first]
+        return Segment(Kind.FINETUNE, self.id, start, self._rows[end] - start)
+
+
+class PassView(NamedTuple):
+    """A live pass and the cursors of forward and backward."""
+
+    shape: PassShape
     fwd_tile: int
     layer: int
     end_tile: int
-    training: bool
+
+    @property
+    def id(self) -> int:
+        return self.shape.id
+
+    @property
+    def forward_done(self) -> bool:
+        return self.fwd_tile == len(self.shape.tiles)
+
+    @property
+    def last_layer(self) -> int:
+        """Where backward ends: an evaluation needs the head alone."""
+        return 0 if self.shape.training else self.shape.layers
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that `decide` may look at."""
+    """All that a policy may look at."""
 
     now: float
     sequences: tuple[SequenceView, ...]
     passes: tuple[PassView, ...]
-    """Oldest first."""
+    """In the order in which they are to be served."""
     waiting: int
     """Requests that have no slot or no pages yet."""
     ttft_s: float
     tpot_s: float
     max_batch_tokens: int
     tile: int
+    max_slowdown: float | None = None
+    """With finetuning an iteration may take 1 + this times the time it is predicted to take without; None: no limit."""
+
+
+Policy: TypeAlias = Callable[[View, CostModel, int], Plan]
+"""(view, latency model, id of the plan) -> plan."""
+
+
+def forward_work(segments: tuple[Segment, ...] | list[Segment], view: View) -> ForwardWork:
+    """Counts of these segments in one forward."""
+    total = decode_work([s.start for s in segments if s.kind is Kind.DECODE], view.tile)
+    shapes = {p.shape.id: p.shape for p in view.passes}
+    for segment in segments:
+        if segment.kind is Kind.PREFILL:
+            total = total.plus(prefill_work(segment.start, segment.length, view.tile))
+        elif segment.kind is Kind.FINETUNE:
+            shape = shapes[segment.slot]
+            first = shape.starts.index(segment.start)
+            end = first
+            while end < len(shape.tiles) and shape.starts[end] < segment.start + segment.length:
+                end += 1
+            total = total.plus(shape.forward(first, end))
+    return total
+
+
+def empty_plan(plan_id: int, now: float) -> Plan:
+    """Nothing to do."""
+    return Plan(plan_id, (), (), now, 0.0, NO_WORK, NO_WORK, 0.0)

@@ -1,15 +1,38 @@
-"""Choosing tokens.
+"""Choosing tokens, all rows of an iteration at once; a row's choice depends on that row alone.
 
-Randomness is addressed, not drawn: (seed, position) names the number, so a replay chooses the same token.
+Randomness is addressed, not drawn: (seed, position) names the number, so a replay chooses the same token. A token is
+found by inverting the distribution's sum: over the vocabulary as it is where nothing is cut off, else over the
+likeliest tokens in order. Sorting a vocabulary takes longer than all the rest, so the likeliest CANDIDATES are tried
+first, then more of them; only a row that is nearly flat is sorted whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
 import torch
 
 from coserve_engine.messages import SamplingParams
+from coserve_engine.processors import Processors, process
 
+CANDIDATES = 256
+GREEDY_BELOW = 1e-5
+"""Temperatures below are 0, as in vLLM: dividing by them would overflow."""
+ROWS = 4
+"""Rows are padded to a multiple: the sum of a lone row may be split over threads, and then has other bits."""
+T = TypeVar("T")
 _MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a row's choice depends on besides its logits. `position` is that of the token to choose."""
+
+    params: SamplingParams
+    position: int
+    processors: Processors | None = None
 
 
 def sample_u(seed: int, position: int) -> float:
@@ -27,16 +50,76 @@ def sample_u(seed: int, position: int) -> float:
     return (mix(mix(seed & _MASK) ^ position) >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    """A token from logits [vocab] for the token at `position`: greedy, or by temperature within the nucleus of
-    top_p.
+def choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
+    """A token for each row of logits [N, vocab]."""
+    scores = process(logits, [(row, c.processors) for row, c in enumerate(choices) if c.processors is not None])
+    tokens: list[int] = scores.argmax(-1).tolist()
+    drawn = [row for row, choice in enumerate(choices) if choice.params.temperature >= GREEDY_BELOW]
+    if drawn:
+        for row, token in zip(drawn, _draw(scores, drawn, choices), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _draw(scores: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> list[int]:
+    def column(values: list[float]) -> torch.Tensor:
+        """[rows, 1], padded as the rows are."""
+        return torch.tensor(_padded(values), dtype=torch.float64, device=scores.device).unsqueeze(1)
+
+    params = [choices[row].params for row in rows]
+    u = column([sample_u(choices[row].params.seed, choices[row].position) for row in rows])
+    index = torch.tensor(_padded(rows), device=scores.device)
+    p = torch.softmax(scores[index] / column([one.temperature for one in params]).to(scores.dtype), -1)
+    if any(one.min_p > 0 for one in params):
+        floor = column([one.min_p for one in params]).to(p.dtype) * p.amax(-1, keepdim=True)
+        p = p.where(p >= floor, 0.0)
+    vocab = scores.shape[1]
+    tokens = [0] * len(rows)
+    cut = [n for n, one in enumerate(params) if 0 < one.top_k < vocab or one.top_p < 1]
+    whole = sorted(set(range(len(rows))) - set(cut))
+    if whole:
+        some = _padded(whole)
+        mass = p[some].cumsum(-1, dtype=torch.float64)
+        found = torch.searchsorted(mass, u[some] * mass[:, -1:], right=True).clamp_(max=vocab - 1).squeeze(1)
+        for n, token in zip(whole, found.tolist(), strict=False):
+            tokens[n] = token
+    width = min(CANDIDATES, vocab)
+    while cut:
+        some = _padded(cut)
+        top_k = column([float(one.top_k) if one.top_k > 0 else float(vocab) for one in params])[some]
+        top_p = column([one.top_p for one in params])[some]
+        found, decided = _among_likeliest(p[some], width, top_k, top_p, u[some])
+        for n, token in zip(cut, found.tolist(), strict=False):
+            tokens[n] = token
+        cut = [n for n, done in zip(cut, decided.tolist(), strict=False) if not done]
+        width = min(16 * width, vocab)
+    return tokens
+
+
+def _among_likeliest(
+    p: torch.Tensor, width: int, top_k: torch.Tensor, top_p: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens drawn from what top_k [N, 1] and then top_p [N, 1] leave of p [N, vocab] at u [N, 1].
+
+    Only the `width` likeliest are looked at. Returns tokens [N], and whether that decided each [N].
     """
-    if params.temperature == 0:
-        return int(logits.argmax())
-    p = torch.softmax(logits.double() / params.temperature, -1)
-    p, order = p.sort(descending=True, stable=True)
-    mass = p.cumsum(-1)
-    nucleus = int((mass < params.top_p).sum()) + 1
-    mass = mass[: min(nucleus, p.shape[0])]
-    u = sample_u(params.seed, position) * float(mass[-1])
-    return int(order[min(int(torch.searchsorted(mass, u, right=True)), mass.shape[0] - 1)])
+    if width == p.shape[1]:
+        values, order = p.sort(descending=True, stable=True)
+    else:
+        values, order = p.topk(width)
+    ranks = torch.arange(width, device=p.device)
+    mass = values.cumsum(-1, dtype=torch.float64)
+    within = top_k <= width
+    last_rank = top_k.clamp(max=width).long() - 1
+    total = torch.where(top_k < p.shape[1], mass.gather(1, last_rank), p.sum(-1, keepdim=True, dtype=torch.float64))
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], 1)
+    kept = ((before < top_p * total) & (ranks < top_k)).sum(-1, keepdim=True).clamp_(min=1)
+    nucleus_within = (top_k >= p.shape[1]) & (mass[:, -1:] >= top_p * total)
+    decided = within | nucleus_within if width < p.shape[1] else torch.ones_like(within)
+    target = u * mass.gather(1, kept - 1)
+    place = torch.searchsorted(mass, target, right=True).minimum(kept - 1)
+    return order.gather(1, place).squeeze(1), decided.squeeze(1)
+
+
+def _padded(values: list[T]) -> list[T]:
+    return values + values[-1:] * (-len(values) % ROWS)

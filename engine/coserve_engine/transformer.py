@@ -1,83 +1,97 @@
 """One layer, forward for a flat batch and backward for a unit of a pass, without autograd.
 
-Forward keeps {x, x2, q, o, lse, gate, up} of finetuning rows; backward rebuilds the rest (norms, the LoRA inputs,
-silu(gate) * up) and never computes a gradient of a frozen weight (FlexLLM's graph pruning).
+Forward keeps of finetuning rows what `kept` plans; backward rebuilds the rest (norms, rotated queries, the LoRA
+inputs, silu(gate) * up) and never computes a gradient of a frozen weight or bias (FlexLLM's graph pruning).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from coserve_engine.attention import attend, attend_backward, causal_bias
-from coserve_engine.batch import BoundBatch, page_row
+from coserve_engine.attention import Attention, Mask
+from coserve_engine.batch import BoundBatch, lora_group
 from coserve_engine.config import ModelConfig
-from coserve_engine.functional import rms_norm, rms_norm_backward, rope_table, rotate, swiglu_backward
-from coserve_engine.lora import linear, linear_backward
+from coserve_engine.functional import encode_heads, encode_heads_backward, rms_norm, rms_norm_backward, swiglu_backward
+from coserve_engine.kv_cache import KVCache
+from coserve_engine.lora import LoraGroup, linear, linear_backward
 from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState, TileSpan
+from coserve_engine.rope import rope_table
 from coserve_engine.weights import Weights
 
+QKV = ("q_proj", "k_proj", "v_proj")
 
-class KVCache:
-    """Paged keys and values: two pools [layers, KVH, pages * page, D]. Zeroed at first: masked tails must be finite."""
 
-    def __init__(
-        self, config: ModelConfig, pages: int, numerics: Numerics, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.layers, config.kv_heads, pages * numerics.page, config.head_size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self._page = numerics.page
+@dataclass(frozen=True, slots=True)
+class UnitRows:
+    """The rows of a pass that one unit of backward takes through one layer."""
 
-    @staticmethod
-    def page_bytes(config: ModelConfig, numerics: Numerics, dtype: torch.dtype) -> int:
-        """Bytes of one page, keys and values of all layers."""
-        return 2 * config.layers * config.kv_heads * config.head_size * numerics.page * dtype.itemsize
+    state: PassState
+    layer: int
+    spans: tuple[TileSpan, ...]
+    """Last tile first: the order of every sum over positions."""
 
-    def write(self, layer: int, index: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k, v [T, KVH, D] at flat positions `index` [T]."""
-        self.k[layer].index_copy_(1, index, k.transpose(0, 1))
-        self.v[layer].index_copy_(1, index, v.transpose(0, 1))
+    @property
+    def start(self) -> int:
+        return self.spans[-1].start
 
-    def read(self, layer: int, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [KVH, length, D] of `pages` [n]."""
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.spans[0].stop)
 
-        def gather(pool: torch.Tensor) -> torch.Tensor:
-            heads, _, size = pool.shape
-            rows = pool.view(heads, -1, self._page, size).index_select(1, pages)
-            return rows.view(heads, -1, size)[:, :length]
+    @property
+    def tiles(self) -> tuple[tuple[int, int], ...]:
+        """Row ranges of the tiles, counted from the unit's first row."""
+        return tuple((span.start - self.start, span.stop - self.start) for span in self.spans)
 
-        return gather(self.k[layer]), gather(self.v[layer])
+    @property
+    def stored(self) -> Mapping[str, torch.Tensor]:
+        """What forward kept of this layer."""
+        return self.state.kept[self.layer]
 
-    def scrub(self, pages: tuple[int, ...]) -> None:
-        """Zero pages that may hold values which are not finite: a masked key still meets 0 * value."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.k.device)
-        for pool in (self.k, self.v):
-            layers, heads, _, size = pool.shape
-            pool.view(layers, heads, -1, self._page, size).index_fill_(2, index, 0.0)
+    def kept(self, name: str) -> torch.Tensor:
+        """What forward kept of these rows."""
+        return self.stored[name][self.rows]
+
+    def groups(self, numerics: Numerics) -> tuple[LoraGroup, ...]:
+        """The adapter of these rows, for what is computed again."""
+        count = self.rows.stop - self.rows.start
+        drop = self.state.drop(self.rows)
+        return (lora_group(self.state.weights, list(range(count)), numerics, self.state.final.device, drop),)
 
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """The model's arithmetic. Stateless but for the KV cache that is passed in."""
+    """The model's arithmetic. Stateless but for the KV cache that is passed in.
+
+    Args:
+        masks: one a layer.
+        rope: `rope_table`.
+    """
 
     config: ModelConfig
     weights: Weights
     numerics: Numerics
-    bias: torch.Tensor
+    attention: Attention
+    masks: tuple[Mask, ...]
     rope: torch.Tensor
 
     @classmethod
     def create(cls, config: ModelConfig, weights: Weights, numerics: Numerics, positions: int) -> Transformer:
         """`positions`: the longest sequence, padding included."""
         dtype, device = weights.embed.dtype, weights.embed.device
-        bias = causal_bias(numerics.tile, dtype, device)
-        return cls(
-            config, weights, numerics, bias, rope_table(config.rope_theta, config.head_size, positions, dtype, device)
-        )
+        windows = tuple(None if window is None or window >= positions else window for window in config.windows)
+        group = config.heads // config.kv_heads
+        masks = {w: Mask.create(numerics, group, positions, w, dtype, device) for w in set(windows)}
+        attention = Attention.select(numerics, device)
+        rope = rope_table(config.rope, config.head_size, positions, dtype, device)
+        return cls(config, weights, numerics, attention, tuple(masks[window] for window in windows), rope)
+
+    # ---- forward ----
 
     def forward(self, batch: BoundBatch, cache: KVCache) -> torch.Tensor:
         """All layers for every row: keys and values to the cache, kept tensors to their passes.
@@ -95,85 +109,142 @@ class Transformer:
     def _layer(
         self, layer: int, x: torch.Tensor, batch: BoundBatch, cache: KVCache, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        config, w, groups = self.config, self.weights.layers[layer], batch.groups
-        xn, _ = rms_norm(x, w.input_norm, config.rms_eps)
-        q, k, v = (linear(xn, w.linears[n], groups, layer, n) for n in ("q_proj", "k_proj", "v_proj"))
-        q = rotate(q.view(-1, config.heads, config.head_size), cos, sin)
-        k = rotate(k.view(-1, config.kv_heads, config.head_size), cos, sin)
-        cache.write(layer, batch.write_index, k, v.view(-1, config.kv_heads, config.head_size))
-        o = torch.zeros_like(q)
-        for call in batch.calls:
-            keys, values = cache.read(layer, call.pages, call.kv_length)
-            rows = q[call.start : call.stop]
-            out, lse = attend(rows, keys, values, self.bias, call.first, call.padded, want_lse=call.keep is not None)
-            o[call.start : call.stop] = out
-            if call.keep is not None and lse is not None:
-                state, first = call.keep
-                span = slice(first, first + call.stop - call.start)
-                state.kept[layer]["q"][span], state.kept[layer]["o"][span] = rows, out
-                state.kept[layer]["lse"][span] = lse
-        x2 = x + linear(o.flatten(1), w.linears["o_proj"], groups, layer, "o_proj")
-        xn2, _ = rms_norm(x2, w.post_norm, config.rms_eps)
-        gate = linear(xn2, w.linears["gate_proj"], groups, layer, "gate_proj")
-        up = linear(xn2, w.linears["up_proj"], groups, layer, "up_proj")
-        y = x2 + linear(functional.silu(gate) * up, w.linears["down_proj"], groups, layer, "down_proj")
-        for kept in batch.kept:
-            if kept.state.training:
-                store = kept.state.kept[layer]
-                span = slice(kept.first, kept.first + kept.stop - kept.start)
-                for name, value in (("x", x), ("x2", x2), ("gate", gate), ("up", up)):
-                    store[name][span] = value[kept.start : kept.stop]
+        w, groups, eps = self.weights.layers[layer], batch.groups, self.config.rms_eps
+        q, k, v = self._project(layer, x, groups)
+        cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
+        o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache)
+        x2 = x + self._linear(layer, "o_proj", o.flatten(1), groups)
+        gate, up = self._gate_up(layer, x2, groups)
+        y = x2 + self._linear(layer, "down_proj", functional.silu(gate) * up, groups)
+        _keep(layer, batch, {"x": x, "q": q, "k": k, "o": o, "lse": lse, "x2": x2, "gate": gate, "up": up})
         return y
+
+    def _linear(self, layer: int, name: str, x: torch.Tensor, groups: tuple[LoraGroup, ...]) -> torch.Tensor:
+        return linear(x, self.weights.layers[layer].linears[name], groups, layer, name)
+
+    def _project(
+        self, layer: int, x: torch.Tensor, groups: tuple[LoraGroup, ...], names: tuple[str, ...] = QKV
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [R, heads, D] of x [R, H], before their norms and rotation."""
+        xn, _ = rms_norm(x, self.weights.layers[layer].input_norm, self.config.rms_eps)
+        parts = (self._linear(layer, name, xn, groups) for name in names)
+        return tuple(part.view(x.shape[0], -1, self.config.head_size) for part in parts)
+
+    def _gate_up(self, layer: int, x2: torch.Tensor, groups: tuple[LoraGroup, ...]) -> tuple[torch.Tensor, ...]:
+        """gate and up [R, I] of x2 [R, H]."""
+        xn2, _ = rms_norm(x2, self.weights.layers[layer].post_norm, self.config.rms_eps)
+        return tuple(self._linear(layer, name, xn2, groups) for name in ("gate_proj", "up_proj"))
+
+    def _attention(
+        self, layer: int, q: torch.Tensor, batch: BoundBatch, cache: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """o [T, heads, D] of encoded queries, and the log-sum-exp [T, heads] of rows that a pass keeps."""
+        mask, o, lse = self.masks[layer], torch.zeros_like(q), q.new_zeros(q.shape[:2])
+        if batch.singles:
+            keys = [cache.read(layer, c.pages, mask.first_key(c.kv_length), c.kv_length) for c in batch.singles]
+            firsts = tuple(call.first for call in batch.singles)
+            o[: len(keys)] = self.attention.attend_singles(q[: len(keys)], keys, mask, firsts)
+        for call in batch.calls:
+            k, v = cache.read(layer, call.pages, mask.first_key(call.kv_length), call.kv_length)
+            rows = slice(call.start, call.stop)
+            o[rows], sums = self.attention.attend(q[rows], k, v, mask, call.first)
+            if call.want_lse:
+                lse[rows] = sums
+        return o, lse
+
+    # ---- backward ----
 
     def backward(self, state: PassState, layer: int, first: int, end: int, cache: KVCache) -> None:
         """Backward of tiles [first, end) of `layer`; turns state.dx of their rows from d(output) into d(input)."""
-        config, w, kept = self.config, self.weights.layers[layer], state.kept[layer]
         if end == len(state.spans):
             state.dkv.zero_()
-        start, stop = state.spans[first].start, state.spans[end - 1].stop
-        spans = tuple(reversed(state.spans[first:end]))
-        tiles = tuple((s.start - start, s.stop - start) for s in spans)
-        rows = slice(start, stop)
-        pairs, grads, scale = state.weights.layers[layer], state.grad_views[layer], state.weights.scale
+        unit = UnitRows(state, layer, tuple(reversed(state.spans[first:end])))
+        dx2 = self._mlp_block_backward(unit, state.dx[unit.rows])
+        dx = self._attention_block_backward(unit, dx2, cache)
+        if dx is not None:
+            state.dx[unit.rows] = dx
 
-        def back(name: str, dy: torch.Tensor, x: torch.Tensor, need_dx: bool = True) -> torch.Tensor | None:
-            weight = w.linears[name]
-            return linear_backward(dy, x, weight, pairs.get(name), grads.get(name), scale, tiles, need_dx=need_dx)
+    def _linear_backward(
+        self, unit: UnitRows, name: str, dy: torch.Tensor, x: torch.Tensor, *, need_dx: bool = True
+    ) -> torch.Tensor | None:
+        state, weight = unit.state, self.weights.layers[unit.layer].linears[name]
+        pair, grads = state.weights.layers[unit.layer].get(name), state.grad_views[unit.layer].get(name)
+        drop = state.drop(unit.rows)
 
-        dy, x, x2, gate, up = state.dx[rows], kept["x"][rows], kept["x2"][rows], kept["gate"][rows], kept["up"][rows]
-        dh = back("down_proj", dy, functional.silu(gate) * up)
-        assert dh is not None
+        def dropped(rows: torch.Tensor) -> torch.Tensor:
+            return rows if drop is None else drop(rows, unit.layer, name)
+
+        scale = state.weights.scale
+        return linear_backward(dy, x, weight, pair, grads, scale, unit.tiles, dropped, need_dx=need_dx)
+
+    def _mlp_block_backward(self, unit: UnitRows, dy: torch.Tensor) -> torch.Tensor:
+        """dx2 of y = x2 + down(silu(gate) * up)."""
+        norm, x2 = self.weights.layers[unit.layer].post_norm, self._middle(unit)
+        if "gate" in unit.stored:
+            gate, up = unit.kept("gate"), unit.kept("up")
+        else:
+            gate, up = self._gate_up(unit.layer, x2, unit.groups(self.numerics))
+        dh = _sum(self._linear_backward(unit, "down_proj", dy, functional.silu(gate) * up))
         dgate, dup = swiglu_backward(dh, gate, up)
-        xn2, rstd2 = rms_norm(x2, w.post_norm, config.rms_eps)
-        dxn2 = _sum(back("gate_proj", dgate, xn2), back("up_proj", dup, xn2))
-        dx2 = dy + rms_norm_backward(dxn2, x2, rstd2, w.post_norm)
-        do = back("o_proj", dx2, kept["o"][rows].flatten(1))
-        assert do is not None
-        dq = self._attention_backward(state, layer, spans, do.view(-1, config.heads, config.head_size), start, cache)
-        cos, sin = self.rope[:, state.positions[rows]].unsqueeze(2)
-        dk = rotate(state.dkv[0][:, rows].transpose(0, 1), cos, -sin).flatten(1)
-        dv = state.dkv[1][:, rows].transpose(0, 1).flatten(1)
-        dq = rotate(dq, cos, -sin).flatten(1)
-        xn, rstd = rms_norm(x, w.input_norm, config.rms_eps)
-        below = layer > 0
-        parts = [back(n, d, xn, below) for n, d in (("q_proj", dq), ("k_proj", dk), ("v_proj", dv))]
-        if below:
-            state.dx[rows] = dx2 + rms_norm_backward(_sum(*parts), x, rstd, w.input_norm)
+        xn2, rstd = rms_norm(x2, norm, self.config.rms_eps)
+        ends = (("gate_proj", dgate), ("up_proj", dup))
+        dxn2 = _sum(*(self._linear_backward(unit, name, d, xn2) for name, d in ends))
+        return dy + rms_norm_backward(dxn2, x2, rstd, norm)
 
-    def _attention_backward(
-        self, state: PassState, layer: int, spans: tuple[TileSpan, ...], do: torch.Tensor, start: int, cache: KVCache
-    ) -> torch.Tensor:
-        kept = state.kept[layer]
-        dq = torch.empty_like(do)
-        for span in spans:
+    def _middle(self, unit: UnitRows) -> torch.Tensor:
+        """The input of the MLP's half, kept or computed again."""
+        if "x2" in unit.stored:
+            return unit.kept("x2")
+        groups = unit.groups(self.numerics)
+        return unit.kept("x") + self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), groups)
+
+    def _queries_keys(self, unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries, and keys where they are normalised, before norm and rotation, kept or computed again."""
+        wants_k = self.config.qk_norm
+        if "q" in unit.stored:
+            return unit.kept("q"), unit.kept("k") if wants_k else None
+        names = ("q_proj", "k_proj") if wants_k else ("q_proj",)
+        q, *k = self._project(unit.layer, unit.kept("x"), unit.groups(self.numerics), names)
+        return q, k[0] if k else None
+
+    def _attention_block_backward(self, unit: UnitRows, dx2: torch.Tensor, cache: KVCache) -> torch.Tensor | None:
+        """dx of x2 = x + o_proj(attention); None in the first layer, below which nothing learns."""
+        w, state, eps = self.weights.layers[unit.layer], unit.state, self.config.rms_eps
+        x, o = unit.kept("x"), unit.kept("o")
+        q, k = self._queries_keys(unit)
+        cos, sin = self.rope[:, state.positions[unit.rows]].unsqueeze(2)
+        do = _sum(self._linear_backward(unit, "o_proj", dx2, o.flatten(1))).view_as(o)
+        dq = self._attention_backward(unit, encode_heads(q, w.q_norm, eps, cos, sin), do, cache)
+        dk, dv = (part[:, unit.rows].transpose(0, 1) for part in state.dkv)
+        dq = encode_heads_backward(dq, q, w.q_norm, eps, cos, sin)
+        dk = encode_heads_backward(dk, k, w.k_norm, eps, cos, sin)
+        xn, rstd = rms_norm(x, w.input_norm, eps)
+        below = unit.layer > 0
+        ends = (("q_proj", dq), ("k_proj", dk), ("v_proj", dv))
+        parts = [self._linear_backward(unit, name, d.flatten(1), xn, need_dx=below) for name, d in ends]
+        return dx2 + rms_norm_backward(_sum(*parts), x, rstd, w.input_norm) if below else None
+
+    def _attention_backward(self, unit: UnitRows, q: torch.Tensor, do: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """dq [R, heads, D] of encoded queries; adds to state.dkv, encoded keys and values, tile by tile."""
+        state, mask, dq = unit.state, self.masks[unit.layer], torch.empty_like(do)
+        o, lse = unit.kept("o"), unit.kept("lse")
+        for span, (start, stop) in zip(unit.spans, unit.tiles, strict=True):
             tile_end = (span.index + 1) * self.numerics.tile
-            pages = page_row(state.page_tables[span.seq], tile_end, self.numerics)
-            k, v = cache.read(layer, torch.tensor(pages, device=do.device), tile_end)
-            rows, local = slice(span.start, span.stop), slice(span.start - start, span.stop - start)
-            dk, dv = state.dkv[:, :, span.base : span.stop]
-            q, o, lse = kept["q"][rows], kept["o"][rows], kept["lse"][rows]
-            dq[local] = attend_backward(do[local], q, o, lse, k, v, self.bias, dk, dv)
+            first_key = mask.first_key(tile_end)
+            k, v = cache.read(unit.layer, state.runs[span], first_key, tile_end)
+            dk, dv = state.dkv[:, :, span.base + first_key : span.stop]
+            rows = slice(start, stop)
+            part = (do[rows], q[rows], o[rows], lse[rows])
+            dq[rows] = self.attention.attend_backward(*part, k, v, mask, dk, dv)
         return dq
+
+
+def _keep(layer: int, batch: BoundBatch, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy what passes of this batch keep of `values` [T, ...]."""
+    for rows in batch.kept:
+        if rows.state.training:
+            for name, store in rows.state.kept[layer].items():
+                store[rows.first : rows.first + rows.stop - rows.start] = values[name][rows.start : rows.stop]
 
 
 def _sum(*parts: torch.Tensor | None) -> torch.Tensor:

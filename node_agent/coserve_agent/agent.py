@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # After the engine ended: time for the last 500s to reach their clients.
 FLUSH_S = 0.5
 
+ENGINE_SHARE = 0.9
+"""Of the time between two tokens that is promised, what the engine may fill; the rest is for the way to the client."""
+
 
 class Agent:
     """One agent process. Build it in a running loop, then `run` it once.
@@ -174,10 +177,12 @@ def engine_config(settings: AgentSettings) -> EngineConfig:
         model_path=str(settings.model_path),
         max_model_length=settings.max_model_length,
         max_batch_tokens=settings.max_batch_tokens,
+        max_waiting=settings.max_waiting,
         kv_cache_bytes=settings.kv_cache_bytes,
         ttft_s=settings.ttft_ms / 1000,
-        tpot_s=settings.tpot_ms / 1000,
+        tpot_s=ENGINE_SHARE * settings.tpot_ms / 1000,
         threads=settings.threads,
         finetuning=settings.finetuning is FinetuningPolicy.ALLOWED,
         max_rank=settings.max_rank,
+        max_slowdown_percent=settings.max_slowdown_percent,
     )

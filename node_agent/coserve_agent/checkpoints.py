@@ -16,12 +16,12 @@ from coserve_agent.trainlog import STATE_FILE
 from coserve_api.job import FailedReason
 from coserve_api.messages import Checkpoint
 from coserve_engine.errors import CheckpointError
-from coserve_engine.folders import verify_folder
+from coserve_engine.folders import restore_folder, verify_folder
 
 log = logging.getLogger(__name__)
 
 _EPOCH, _STEP = re.compile(r"e([1-9][0-9]*)"), re.compile(r"s([0-9]+)")
-_PART = re.compile(r"\.s[0-9]+\.part")
+_PART = re.compile(r"\.s[0-9]+\.(?:part|old)")
 # The operator's status may name the one before the last for a moment, so it must outlive the last one's acceptance.
 MIN_KEEP = 2
 VERIFY_TRIES = 2
@@ -45,6 +45,8 @@ class CheckpointStore:
     job: str
     epoch: int
     keep: int
+    rewound: str = ""
+    """Why the accepted checkpoint was not the one to resume from, for the user."""
     _accepted: list[Folder] = field(default_factory=list)
 
     @property
@@ -76,6 +78,7 @@ class CheckpointStore:
                 "restore the folder, or create the job again",
             )
         log.warning("job %s: going on from the older checkpoint of step %d", self.job, older.step)
+        self.rewound = f"the checkpoint of step {accepted.step} cannot be used: {problem}"
         self._accepted = [Folder(older.epoch, older.step, self.artifacts / older.path)]
         return older
 
@@ -86,7 +89,7 @@ class CheckpointStore:
             if attempt:
                 await asyncio.sleep(VERIFY_PAUSE_S)
             try:
-                await asyncio.to_thread(verify_folder, self.artifacts / accepted.path, accepted.sha256)
+                await asyncio.to_thread(_verify, self.artifacts / accepted.path, accepted.sha256)
                 return None
             except (CheckpointError, OSError) as error:
                 problem = str(error)
@@ -96,7 +99,7 @@ class CheckpointStore:
         older = [folder for folder in self._folders() if folder.step < below_step and folder.epoch <= self.epoch]
         for folder in sorted(older, key=lambda one: (one.step, one.epoch), reverse=True):
             try:
-                sha256 = verify_folder(folder.path)
+                sha256 = _verify(folder.path)
                 step = int(json.loads((folder.path / STATE_FILE).read_text(encoding="utf-8"))["step"])
             except (CheckpointError, OSError, ValueError, KeyError) as error:
                 log.warning("job %s: %s cannot be used either: %s", self.job, folder.path, error)
@@ -131,6 +134,12 @@ class CheckpointStore:
         for epoch, path in _numbered(self.root, _EPOCH):
             for step, folder in _numbered(path, _STEP):
                 yield Folder(epoch, step, folder)
+
+
+def _verify(path: Path, sha256: str | None = None) -> str:
+    """Check a folder; the holder of the lease is its only writer, so it also ends a replacement that was cut short."""
+    restore_folder(path)
+    return verify_folder(path, sha256)
 
 
 def _numbered(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from coserve_agent.concurrency import end
-from coserve_agent.engine_client import JobChannel, JobEvent
+from coserve_agent.engine_client import JobChannel
 from coserve_agent.errors import JobFailedError
 from coserve_agent.inflight import Evaluation, OpenSteps
 from coserve_agent.passes import split_passes, to_seqs
@@ -27,6 +27,7 @@ from coserve_engine.messages import (
     AdapterExported,
     CheckpointDone,
     ExportAdapter,
+    JobEvent,
     JobFailed,
     JobStarted,
     JobStopped,
@@ -142,9 +143,11 @@ class Driver:
             JobFailedError: the engine refuses it.
         """
         spec = self._plan.spec
-        lora = LoraSpec(spec.rank, float(spec.alpha), tuple(str(target) for target in spec.target_modules))
+        targets = tuple(str(target) for target in spec.target_modules)
+        lora = LoraSpec(spec.rank, float(spec.alpha), targets, spec.dropout, spec.use_rslora)
+        folder = None if resume is None else str(resume)
         self._pump = asyncio.create_task(self._read_events())
-        self._channel.submit(StartJob(self._plan.engine_job, lora, spec.seed, None if resume is None else str(resume)))
+        self._channel.submit(StartJob(self._plan.engine_job, lora, spec.seed, folder, spec.weight))
         await self._until(lambda: self._started is not None, stoppable=False)
         assert self._started is not None
         if resume is not None:
@@ -153,15 +156,16 @@ class Driver:
         self._seq = itertools.count(self._started.seq_no + 1)
 
     async def train(self) -> None:
-        """Evaluate, run all steps that are left, evaluate again; the last checkpoint is accepted at the end.
+        """Run all steps that are left, evaluate before the first, after the last and as often between as the job asks;
+        the last checkpoint is accepted at the end.
 
         Raises:
             StopRequested, JobFailedError, EngineGoneError.
         """
         total = self._plan.total_steps
-        if self.state.step == 0:
-            await self._evaluate(initial=True)
         for step in range(self.state.step + 1, total + 1):
+            if self._evaluates_after(step - 1):
+                await self._evaluate(step - 1)
             shard = await self._next_shard(step)
             await self._until(lambda: len(self._open) < STEPS_IN_FLIGHT)
             for command in self._open.begin(step, shard, self._seq):
@@ -169,9 +173,7 @@ class Driver:
             if step % self._plan.spec.checkpoint_every_steps == 0 and step < total:
                 await self._until(lambda: not self._open)
                 await self._save()
-        await self._until(lambda: not self._open)
-        if self.state.eval_loss is None:
-            await self._evaluate(initial=False)
+        await self._evaluate(total)
         if self.accepted_step < self.state.step:
             await self._save()
         await self._settle_acceptance(stoppable=True)
@@ -240,8 +242,17 @@ class Driver:
                 f"{self._plan.max_length}; set dataset.maxSequenceLength to that, with onInvalid: Skip if need be",
             )
 
-    async def _evaluate(self, *, initial: bool) -> None:
-        """The mean loss over the held-out samples; nothing where there are none."""
+    def _evaluates_after(self, step: int) -> bool:
+        every = self._plan.spec.eval_every_steps
+        return step == 0 or (every > 0 and step % every == 0)
+
+    async def _evaluate(self, step: int) -> None:
+        """The mean loss over the held-out samples once `step` steps are done; nothing where there are none, or where a
+        checkpoint brought it back.
+        """
+        await self._until(lambda: not self._open)
+        if self.state.eval_step == step:
+            return
         samples = await self._shards.eval_samples()
         if not samples:
             return
@@ -251,12 +262,12 @@ class Driver:
         for micro, part in enumerate(split_passes(samples)):
             await self._until(lambda: len(self._eval.pending) < EVAL_PASSES_IN_FLIGHT)
             seqs = to_seqs(part, 1.0)
-            work = Pass(next(self._pass_ids), self._plan.engine_job, self.state.step, micro, seqs, PassMode.EVAL)
+            work = Pass(next(self._pass_ids), self._plan.engine_job, step, micro, seqs, PassMode.EVAL)
             self._channel.submit(self._eval.begin(work, next(self._seq)))
         await self._until(lambda: not self._eval.pending)
         loss = self._eval.mean_loss
-        self._log.note_eval(loss, initial=initial)
-        log.info("job %s: eval loss %.4f at step %d", self._plan.spec.job_name, loss, self.state.step)
+        self._log.note_eval(loss)
+        log.info("job %s: eval loss %.4f at step %d", self._plan.spec.job_name, loss, step)
 
     # ---- checkpoints ----
 
@@ -330,7 +341,7 @@ class Driver:
         if self.state.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise JobFailedError(
                 FailedReason.TRAINING_DIVERGED,
-                f"the gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step {record.step}; "
+                f"loss or gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step {record.step}; "
                 "lower training.learningRate, raise warmupSteps, or look at the data",
             )
 

@@ -14,26 +14,21 @@ from typing import Protocol
 
 from coserve_agent.errors import AgentError, EngineGoneError
 from coserve_engine.messages import (
-    AdapterExported,
     AdapterFailed,
     AdapterLoaded,
     AdapterVersion,
     AddRequest,
     Cancel,
-    CheckpointDone,
     Command,
     EngineFailed,
     EngineReady,
     Event,
     IterationDone,
-    JobFailed,
-    JobStarted,
-    JobStopped,
+    JobEvent,
     LoadAdapter,
     LoadReport,
-    PassDone,
+    PromptDone,
     RequestFailed,
-    StepDone,
     Token,
     TokenBatch,
     UnloadAdapter,
@@ -42,8 +37,6 @@ from coserve_engine.messages import (
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
-
-JobEvent = JobStarted | PassDone | StepDone | CheckpointDone | AdapterExported | JobStopped | JobFailed
 
 
 class EngineProcess(Protocol):
@@ -60,11 +53,12 @@ class EngineProcess(Protocol):
 
 
 class RefusedError(AgentError):
-    """The engine refuses one request; `code` is one of RequestFailed's."""
+    """The engine refuses one request; `code` and `field` are RequestFailed's."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.field = field
 
 
 class AdapterLoadError(AgentError):
@@ -81,6 +75,8 @@ class TokenStream:
         self._tokens: list[Token] = []
         self._error: Exception | None = None
         self._arrived = asyncio.Event()
+        self.prompt: PromptDone | None = None
+        """What the engine says of the prompt; there before the first token."""
         self.started = False
         self.finished = False
 
@@ -282,9 +278,12 @@ class EngineClient:
                 for token in event.tokens:
                     if (stream := self._streams.get(token.request_id)) is not None:
                         stream.deliver(token)
+            case PromptDone():
+                if (stream := self._streams.get(event.request_id)) is not None:
+                    stream.prompt = event
             case RequestFailed():
                 if (stream := self._streams.get(event.request_id)) is not None:
-                    stream.fail(RefusedError(event.code, event.message))
+                    stream.fail(RefusedError(event.code, event.message, event.field))
             case IterationDone():
                 self._on_iteration(event)
             case LoadReport():

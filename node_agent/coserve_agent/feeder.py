@@ -57,6 +57,12 @@ class Material:
             settings.dataset_path, tokenizer, settings.format, settings.max_sequence_length, settings.on_invalid
         )
         parts = split(dataset.ids, settings.eval_percent, settings.seed)
+        if settings.eval_percent and not parts.eval:
+            raise DatasetError(
+                FailedReason.INVALID_DATASET,
+                f"{settings.dataset_path}: of {len(dataset.ids)} usable lines none is left to hold out, and "
+                f"dataset.evalPercent is {settings.eval_percent}; add lines, or set dataset.evalPercent to 0",
+            )
         order = StepOrder(parts.train, settings.batch_size, settings.seed, settings.epochs, settings.max_steps)
         return cls(dataset, order, parts.eval, tokenizer.digest)
 

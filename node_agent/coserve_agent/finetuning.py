@@ -32,7 +32,6 @@ from coserve_api.store import Store
 log = logging.getLogger(__name__)
 
 LEAVE_S = 2.0
-MAX_JOBS = 1
 
 
 class Finetuning:
@@ -69,6 +68,7 @@ class Finetuning:
             store=store,
             metrics=metrics,
             artifacts=settings.artifacts,
+            endpoint_uid=settings.endpoint_uid,
             model_name=settings.model_name,
             digest=tokenizer.digest,
             max_model_length=settings.max_model_length,
@@ -101,7 +101,7 @@ class Finetuning:
             ready=self._lifecycle.not_ready() is None,
             draining=self._lifecycle.draining,
             model_loaded=self._lifecycle.model_loaded,
-            max_jobs=MAX_JOBS if settings.finetuning is FinetuningPolicy.ALLOWED else 0,
+            max_jobs=settings.max_concurrent_jobs if settings.finetuning is FinetuningPolicy.ALLOWED else 0,
             load=Load(
                 saturation_percent=self._metrics.load_average.percent() or 0.0,
                 waiting=load.waiting if load else 0,

@@ -52,7 +52,7 @@ class OpenSteps:
         for micro, part in enumerate(split_passes(shard.samples)):
             seq_no = next(seq)
             current.passes.add(seq_no)
-            work = Pass(next(self._pass_ids), self._job, step, micro, to_seqs(part, divisor))
+            work = Pass(next(self._pass_ids), self._job, step, micro, to_seqs(part, divisor, shard.epoch))
             commands.append(ForwardBackward(self._job, seq_no, work))
         current.optim_seq = next(seq)
         commands.append(
@@ -60,6 +60,9 @@ class OpenSteps:
                 self._job,
                 current.optim_seq,
                 lr,
+                beta1=spec.adam_beta1,
+                beta2=spec.adam_beta2,
+                eps=spec.adam_epsilon,
                 weight_decay=spec.weight_decay,
                 max_grad_norm=spec.max_grad_norm,
             )

@@ -46,6 +46,7 @@ class Surroundings:
     store: Store
     metrics: Metrics
     artifacts: Path
+    endpoint_uid: str
     model_name: str
     digest: str
     max_model_length: int
@@ -194,7 +195,10 @@ class JobRun:
         spec = self._spec
         if spec.publish is PublishPolicy.NEVER:
             return None
-        path = f"adapters/{spec.adapter_name}/v{spec.adapter_number}"
+        if spec.publish is PublishPolicy.IF_EVAL_IMPROVES and not driver.state.improved:
+            log.info("job %s: not published: the evaluation loss did not fall", self.name)
+            return None
+        path = f"adapters/{self._around.endpoint_uid}/{spec.adapter_name}/v{spec.adapter_number}"
         sha256 = await driver.export(self._around.artifacts / path)
         return AdapterFiles(name=spec.adapter_name, number=spec.adapter_number, path=path, sha256=sha256)
 
@@ -244,7 +248,7 @@ class JobRun:
 
     async def _report(self, driver: Driver, reader: ShardReader, meter: ProgressMeter) -> None:
         while True:
-            progress = meter.report(driver.state, reader.last_read)
+            progress = meter.report(driver.state, reader.last_read, self._checkpoints.rewound[:2048])
             await self._lease.write_now(partial(self._around.fencing.report_progress, self.job, progress))
             await asyncio.sleep(PROGRESS_S)
 

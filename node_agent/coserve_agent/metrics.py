@@ -74,18 +74,33 @@ class Metrics:
         self._tokens = counter("coserve_tokens", "Tokens by kind", "kind")
         self._finetune_tokens = counter("coserve_finetune_tokens", "Tokens of finished optimizer steps", "job")
         self._requests = counter("coserve_requests", "Requests by result", "result")
+        self._prefix_queries = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the KV cache", "model_name"
+        ).labels(model_name)
+        self._prefix_hits = counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the KV cache", "model_name"
+        ).labels(model_name)
+        self._preemptions = counter("vllm:num_preemptions", "Times a request gave its pages back", "model_name").labels(
+            model_name
+        )
         self._job_step = Gauge("coserve_job_step", "Finished optimizer steps", ["job"], registry=self.registry)
         self._job_loss = Gauge("coserve_job_loss", "Loss of the last finished step", ["job"], registry=self.registry)
         self.ttft = self._histogram("coserve_time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS_S)
         self.gap = self._histogram("coserve_inter_token_seconds", "Between tokens of a request", GAP_BUCKETS_S)
+        self._iterations_done = Counter("coserve_iterations", "Iterations of the engine", registry=self.registry)
+        self._over_bound = Counter(
+            "coserve_iterations_over_bound", "Iterations that ended after their bound", registry=self.registry
+        )
         self._iteration = self._histogram("coserve_iteration_seconds", "Duration of an iteration", ITERATION_BUCKETS_S)
         self._overrun = self._histogram("coserve_iteration_overrun_seconds", "Duration past its bound", GAP_BUCKETS_S)
 
     def on_iteration(self, event: IterationDone) -> None:
         self.iterations.add(event)
         self._iteration.observe(event.duration_s)
+        self._iterations_done.inc()
         late_s = event.started_s + event.duration_s - event.until_s
         if late_s > 0:
+            self._over_bound.inc()
             self._overrun.observe(late_s)
         self._tokens.labels("decode").inc(event.decode_tokens)
         self._tokens.labels("prefill").inc(event.prefill_tokens)
@@ -93,6 +108,10 @@ class Metrics:
         self._tokens.labels("backward").inc(event.backward_tokens)
 
     def on_load(self, event: LoadReport) -> None:
+        last = self.last_load
+        self._prefix_queries.inc(event.prefix_queries - (last.prefix_queries if last else 0))
+        self._prefix_hits.inc(event.prefix_hits - (last.prefix_hits if last else 0))
+        self._preemptions.inc(event.preemptions - (last.preemptions if last else 0))
         self.last_load = event
         self.load_average.add(event.at_s, event.saturation_percent)
 

@@ -31,8 +31,9 @@ def weight_sum(samples: Sequence[Sample]) -> float:
     return sum(sum(sample.weights[1:]) for sample in samples)
 
 
-def to_seqs(samples: Sequence[Sample], divisor: float) -> tuple[TrainSeq, ...]:
+def to_seqs(samples: Sequence[Sample], divisor: float, epoch: int = 0) -> tuple[TrainSeq, ...]:
     """Samples for the engine, which only sums: the weights are divided by `divisor` here."""
     return tuple(
-        TrainSeq(sample.id, sample.tokens, tuple(weight / divisor for weight in sample.weights)) for sample in samples
+        TrainSeq(sample.id, sample.tokens, tuple(weight / divisor for weight in sample.weights), epoch)
+        for sample in samples
     )

@@ -33,7 +33,8 @@ class ProgressMeter:
         while len(self._steps) > 2 and self._steps[0][0] < now_s - WINDOW_S:
             self._steps.popleft()
 
-    def report(self, state: DriverState, cursor: int) -> Progress:
+    def report(self, state: DriverState, cursor: int, rewound: str = "") -> Progress:
+        """What is said of the job; `rewound` says why it went on from an older checkpoint, if it did."""
         tokens_per_second = eta_s = None
         if len(self._steps) > 1:
             (begin_s, begin_step, begin_tokens), (end_s, end_step, end_tokens) = self._steps[0], self._steps[-1]
@@ -52,4 +53,5 @@ class ProgressMeter:
             eval_loss=state.eval_loss,
             tokens_per_second=tokens_per_second,
             eta_seconds=eta_s,
+            rewound=rewound,
         )

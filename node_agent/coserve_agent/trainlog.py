@@ -34,7 +34,9 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class DriverState:
-    """Totals after `step` optimizer steps; `skipped_in_row` counts the last ones whose gradient was not finite."""
+    """Totals after `step` optimizer steps; `skipped_in_row` counts the last ones whose loss or gradient was not finite,
+    `eval_step` is the one after which `eval_loss` (or the initial one) was measured.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -42,6 +44,13 @@ class DriverState:
     loss: float | None = None
     eval_loss_initial: float | None = None
     eval_loss: float | None = None
+    eval_step: int | None = None
+
+    @property
+    def improved(self) -> bool:
+        """Whether the evaluation loss fell."""
+        before, after = self.eval_loss_initial, self.eval_loss
+        return before is not None and after is not None and after < before
 
 
 @dataclass
@@ -63,9 +72,11 @@ class TrainingLog:
             loss=self.state.loss if record.loss is None else record.loss,
         )
 
-    def note_eval(self, loss: float, *, initial: bool) -> None:
-        value = finite(loss)
-        self.state = replace(self.state, eval_loss_initial=value) if initial else replace(self.state, eval_loss=value)
+    def note_eval(self, loss: float) -> None:
+        """The evaluation loss after the steps so far; that after none is the initial one."""
+        state, value = replace(self.state, eval_step=self.state.step), finite(loss)
+        initial = state.step == 0
+        self.state = replace(state, eval_loss_initial=value) if initial else replace(state, eval_loss=value)
 
     def text(self) -> str:
         return "".join(self._lines)

@@ -282,7 +282,9 @@ CHANGES: dict[str, tuple[Any, Any]] = {  # field -> before the start, after it
     "adapter": ({"rank": 16}, {"targetModules": ["q_proj"]}),
     "training": ({"seed": 7}, {"seed": None}),
     "checkpoint": ({"keep": 3}, {"keep": 4}),
+    "evaluation": ({"everySteps": 5}, {"everySteps": 6}),
     "publish": ({"policy": "Never"}, None),
+    "priority": (1, 2),
     "backoffLimit": (7, None),
 }
 

@@ -150,3 +150,35 @@ def test_a_bad_value_is_answered_with_what_to_write() -> None:
     spec = example("job.yaml")["spec"]
     with pytest.raises(ValidationError, match=r"training\.learningRate\n.*'fast' must be a decimal string above 0"):
         JobSpec.model_validate({**spec, "training": {"maxSteps": 1, "learningRate": "fast"}})
+
+
+def test_a_policy_that_asks_for_an_evaluation_needs_samples_for_it() -> None:
+    spec = example("job.yaml")["spec"]
+    wanted = {**spec, "publish": {"policy": "IfEvalImproves"}}
+    assert JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 5}})
+    with pytest.raises(ValidationError, match=r"needs dataset.evalPercent above 0"):
+        JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 0}})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("adapter", "dropout", "0.95"),
+        ("adapter", "dropout", 0.1),
+        ("adapter", "useRslora", True),
+        ("training", "adamBeta1", "1"),
+        ("training", "adamBeta2", "1.5"),
+        ("training", "adamEpsilon", "0"),
+        ("evaluation", "everySteps", -1),
+    ],
+)
+def test_values_outside_their_bounds_are_refused(part: str, field: str, value: object) -> None:
+    spec = example("job.yaml")["spec"]
+    with pytest.raises(ValidationError, match=field):
+        JobSpec.model_validate({**spec, part: {**spec.get(part, {}), field: value}})
+
+
+@pytest.mark.parametrize("priority", [-5, 5])
+def test_a_priority_is_bounded(priority: int) -> None:
+    with pytest.raises(ValidationError, match="priority"):
+        JobSpec.model_validate({**example("job.yaml")["spec"], "priority": priority})

@@ -50,8 +50,9 @@ def job(name: str, **spec: Any) -> dict[str, Any]:
 
 
 def version_folder(cluster: Cluster, body: dict[str, Any]) -> Path:
-    adapter = body["status"]["adapter"]
-    return cluster.volumes / "artifacts" / "adapters" / adapter["name"] / f"v{adapter['version']}"
+    store, path = str(body["status"]["adapter"]["uri"]).split("pvc://coserve-artifacts/")
+    assert store == ""
+    return cluster.volumes / "artifacts" / path
 
 
 def base_url(cluster: Cluster) -> str:

@@ -6,13 +6,17 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
 from coserve_engine.batch import SequenceRows
@@ -40,6 +44,7 @@ from coserve_engine.plan import Kind, Segment, Unit
 E = TypeVar("E")
 VOCAB = 128
 PLAIN: dict[str, Any] = {
+    "model_type": "llama",
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -55,6 +60,30 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "wide": {"head_dim": 32, "num_key_value_heads": 1},
+    "llama31": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", "head_dim": 24, "sliding_window": 50},
+    "qwen2": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 70,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
     "smol": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -64,7 +93,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.04,
     },
 }
-"""plain: grouped queries, a head of its own; wide: heads * head size is not the hidden size; smol: real widths."""
+"""plain: grouped queries, a head of its own; wide: heads * head size is not the hidden size; llama31: biases, stretched
+rotary embedding; mistral: windows shorter than a tile; qwen2: biases of q, k, v, a window in the second layer only;
+qwen3: norms of queries and keys; smol: real widths.
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,21 +106,34 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of one of MODELS. Weights are large enough, and norms uneven enough, for a mistake to show."""
+def save_model() -> Callable[..., None]:
+    """Write a random model of PLAIN's fields but for those given; its `model_type` says which architecture.
+
+    Weights and biases are large enough, and norms uneven enough, for a mistake to show.
+    """
+
+    def save(folder: Path, seed: int = 0, **fields: Any) -> None:
+        config = AutoConfig.for_model(**{**PLAIN, **fields})
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "norm" in key or "bias" in key:
+                    value.add_(0.2 * torch.randn_like(value))
+        model.save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory, save_model: Callable[..., None]) -> Callable[[str], str]:
+    """Folder of one of MODELS."""
     made: dict[str, str] = {}
 
     def make(name: str = "plain") -> str:
         if name not in made:
-            config = LlamaConfig(**{**PLAIN, **MODELS[name]})
-            torch.manual_seed(len(made))
-            model = LlamaForCausalLM(config)
-            with torch.no_grad():
-                for key, value in model.named_parameters():
-                    if "norm" in key:
-                        value.add_(0.2 * torch.randn_like(value))
             folder = tmp_path_factory.mktemp(name)
-            model.save_pretrained(folder)
+            save_model(folder, len(made), **MODELS[name])
             made[name] = str(folder)
         return made[name]
 
@@ -107,7 +152,8 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 # ---- adapters ----
@@ -139,14 +185,14 @@ def random_adapter() -> Callable[..., Adapter]:
     return make
 
 
-def wrap_in_peft(base: LlamaForCausalLM, config: LoraConfig) -> PeftModel:
+def wrap_in_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 @pytest.fixture(scope="session")
-def peft_model() -> Callable[[LlamaForCausalLM, LoraConfig], PeftModel]:
+def peft_model() -> Callable[[PreTrainedModel, LoraConfig], PeftModel]:
     return wrap_in_peft
 
 
@@ -197,7 +243,7 @@ def reference() -> Callable[[Executor, Adapter], Reference]:
 
     def make(executor: Executor, adapter: Adapter) -> Reference:
         spec = adapter.layout.spec
-        base = LlamaForCausalLM.from_pretrained(executor.config.model_path, dtype=executor.dtype)
+        base = AutoModelForCausalLM.from_pretrained(executor.config.model_path, dtype=executor.dtype)
         config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets), lora_dropout=0.0)
         made = Reference(wrap_in_peft(base, config), adapter)
         made.set_weights()
@@ -229,8 +275,8 @@ class Rig:
         self.sequences.clear()
 
     def forward(self, *segments: Segment) -> dict[int, torch.Tensor]:
-        slots, logits = self.executor.forward(segments, self.sequences)
-        return dict(zip(slots, logits, strict=True))
+        forwarded = self.executor.forward(segments, self.sequences)
+        return dict(zip(forwarded.slots, forwarded.logits, strict=True))
 
     def rows(
         self, slot: int, sizes: Iterable[int], start: int = 0, beside: Callable[[], Sequence[Segment]] = tuple
@@ -244,10 +290,10 @@ class Rig:
             seen[start - 1] = logits[slot]
         return seen
 
-    def open(self, work: Pass, adapter: Adapter) -> PassState:
+    def open(self, work: Pass, adapter: Adapter, **how: Any) -> PassState:
         lengths = tuple(len(seq.tokens) for seq in work.seqs)
         pages = self.executor.ledger.reserve(f"pass:{work.id}", pages_of_pass(lengths, self.executor.numerics))
-        return self.executor.open_pass(work, adapter.weights, adapter.layout, pages)
+        return self.executor.open_pass(work, adapter.weights, adapter.layout, pages, **how)
 
     def window(self, state: PassState, tiles: int) -> Segment:
         """The next `tiles` tiles of a pass in forward, fewer at its end."""
@@ -312,8 +358,11 @@ class Driver:
         self.events: list[Event] = []
 
     def submit(self, *commands: Command) -> None:
+        """A job's state is read before this returns: what follows does not depend on the pace of a thread."""
         for command in commands:
             self.engine.submit(command)
+            if isinstance(command, StartJob):
+                self.engine._files._thread.submit(int).result()
 
     def step(self, interrupted: Callable[[], bool] = lambda: False) -> list[Event]:
         events = self.engine.step(interrupted)
@@ -325,7 +374,8 @@ class Driver:
         for _ in range(limit):
             if self.engine.idle:
                 return self
-            self.step(interrupted)
+            if not self.step(interrupted) and not self.engine._files.idle:
+                self.engine._files._thread.submit(int).result()  # a loop that spins would starve the thread
         raise AssertionError(f"the engine did not come to rest; last events {self.events[-5:]}")
 
     def of(self, kind: type[E]) -> list[E]:

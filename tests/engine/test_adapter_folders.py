@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from coserve_engine.messages import (
     AddRequest,
     ExportAdapter,
     LoadAdapter,
+    LoraSpec,
     RequestFailed,
     SamplingParams,
     UnloadAdapter,
@@ -98,12 +100,17 @@ def test_pefts_folder_gives_pefts_logits(
     assert (found - without).abs().max() > 1e-2, "the adapter did nothing"
 
 
+@pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_what_a_job_exports(
-    driver: Any, rig: Any, plain: str, draw_tokens: Any, training: Any, start_job: Any, tmp_path: Path
+    driver: Any, rig: Any, plain: str, draw_tokens: Any, training: Any, start_job: Any, tmp_path: Path, rslora: bool
 ) -> None:
     d, path, tokens = driver(), tmp_path / "adapter", draw_tokens(1, 70)
-    d.submit(start_job(rank=6), *training(steps=3), ExportAdapter("job", 99, str(path), plain))
+    lora = LoraSpec(6, 12.0, LINEARS, dropout=0.25, use_rslora=rslora)
+    start = replace(start_job(), lora=lora)
+    d.submit(start, *training(steps=3), ExportAdapter("job", 99, str(path), plain))
     assert d.run().one(AdapterExported).path == str(path)
+    written = LoraConfig.from_pretrained(path)
+    assert (written.lora_dropout, written.use_rslora, written.r, written.lora_alpha) == (0.25, rslora, 6, 12.0)
     expected = peft_logits(plain, path, tokens)
     assert (engine_logits(rig(), path, tokens) - expected[-1]).abs().max() < 1e-4
     r = rig()
@@ -240,3 +247,16 @@ def test_a_rank_above_the_endpoints(driver: Any, folder: Path) -> None:
     message = refusal(driver(max_rank=4), folder)
     assert "r is 6" in message
     assert "1 to 4" in message
+
+
+def test_unloaded_before_it_was_loaded(driver: Any, draw_tokens: Any, good: Path) -> None:
+    """Whatever the files' thread does meanwhile."""
+    d = driver()
+    d.submit(LoadAdapter(VERSION, str(good)), UnloadAdapter(VERSION))
+    assert "unloaded" in d.run().one(AdapterFailed).message
+    d.submit(AddRequest("r", draw_tokens(2, 30), SamplingParams(2), 0.0, VERSION))
+    assert d.run().one(RequestFailed).code == "unknown_adapter"
+    d.submit(LoadAdapter(VERSION, str(good)), UnloadAdapter(VERSION), LoadAdapter(VERSION, str(good)))
+    d.run()
+    d.submit(AddRequest("r", draw_tokens(2, 30), SamplingParams(2, ignore_eos=True), 0.0, VERSION))
+    assert len(d.run().tokens()["r"]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve_engine import engine as engine_module
-from coserve_engine import transformer
+from coserve_engine import serving
+from coserve_engine.attention import Attention, Mask
 from coserve_engine.messages import AddRequest, IterationDone, Pass, SamplingParams, TokenBatch, TrainSeq
 from coserve_engine.plan import Kind, Segment
 
@@ -121,23 +122,84 @@ def test_other_sequences_in_the_batch(
     assert differing(shared.rows(slot, sizes, beside=beside), one_by_one) == 0
 
 
+FEWER = settings(EXAMPLES, max_examples=8)
+OTHERS = ("llama31", "mistral", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request: pytest.FixtureRequest, rig: Any, model_path: Any, draw_tokens: Any) -> Any:
+    """A rig of another architecture, and its logits when every token is decoded alone."""
+    path = model_path(request.param)
+    r = rig(path)
+    return rig(path), r.rows(r.add(draw_tokens(5, LENGTH)), [1] * LENGTH)
+
+
+@FEWER
+@given(sizes=chunkings(), seed=st.integers(0, 1 << 16))
+def test_other_architectures(other: Any, draw_tokens: Any, random_adapter: Any, sizes: list[int], seed: int) -> None:
+    """Chunks of prefill, with finetuning beside them."""
+    r, expected = other
+    r.clear()
+    tuning = Finetuning(r, random_adapter(r.executor), random.Random(seed), draw_tokens)
+    found = r.rows(r.add(draw_tokens(5, LENGTH)), sizes, beside=tuning.window)
+    tuning.close()
+    assert differing(found, expected) == 0
+
+
+def test_key_ranges_that_begin_with_the_rows_break_it(
+    rig: Any, save_model: Any, tmp_path: Path, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thin version of a window: keys from the first that any row of the call sees."""
+    save_model(tmp_path, model_type="mistral", sliding_window=200)
+    r, tokens = rig(str(tmp_path)), draw_tokens(5, 300)
+    one_by_one, fives = [240] + [1] * 60, [240] + [5] * 12
+    right = r.rows(r.add(tokens), one_by_one)
+    assert differing(r.rows(r.add(tokens), fives), right) == 0
+    attend = Attention.attend
+
+    def attend_cut(
+        self: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = (mask.part(first, q.shape[0] * mask.group, k.shape[1])[0, 0] == 0).any(0)
+        start = int(seen.nonzero()[0])
+        return attend(self, q, k[:, start:], v[:, start:], mask, first)
+
+    monkeypatch.setattr(Attention, "attend", attend_cut)
+    monkeypatch.setattr(Attention, "attend_singles", one_by_one_singles(attend_cut))
+    alone = r.rows(r.add(tokens), one_by_one)
+    assert max(float((row - right[at]).abs().max()) for at, row in alone.items()) < 1e-4, "it computes attention"
+    assert differing(r.rows(r.add(tokens), fives), alone) > 0
+
+
+def one_by_one_singles(attend: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """`Attention.attend_singles` that attends row by row."""
+
+    def singles(self: Attention, q: torch.Tensor, keys: Any, mask: Mask, firsts: tuple[int, ...]) -> torch.Tensor:
+        parts = zip(q.split(1), keys, firsts, strict=True)
+        return torch.cat([attend(self, row, k, v, mask, first)[0] for row, (k, v), first in parts])
+
+    return singles
+
+
 def attend_raw(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, first: int, padded: int, *, want_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    self: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The thin version: just the rows there are, over just the keys they see."""
     count, heads, size = q.shape
-    length = k.shape[1] - bias.shape[0] + first + count
-    group = heads // k.shape[0]
-    keys, values = (x[:, :length].repeat_interleave(group, 0) for x in (k, v))
+    tile = self.numerics.tile
+    length = k.shape[1] - tile + first + count
+    keys, values = (x[:, :length].repeat_interleave(heads // k.shape[0], 0) for x in (k, v))
     scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2)) / math.sqrt(size)
-    scores[..., length - first - count :] += bias[first : first + count, : first + count]
+    causal = torch.full((count, count), float("-inf")).triu(1)
+    scores[..., length - count :] += causal
     out = torch.bmm(torch.softmax(scores, -1), values).transpose(0, 1)
-    return out, torch.logsumexp(scores, -1).transpose(0, 1) if want_lse else None
+    return out, torch.logsumexp(scores, -1).transpose(0, 1)
 
 
 def test_raw_kv_lengths_break_it(rig: Any, draw_tokens: Any, one_by_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     r = rig()
-    monkeypatch.setattr(transformer, "attend", attend_raw)
+    monkeypatch.setattr(Attention, "attend", attend_raw)
+    monkeypatch.setattr(Attention, "attend_singles", one_by_one_singles(attend_raw))
     alone = r.rows(r.add(draw_tokens(5, LENGTH)), [1] * LENGTH)
     chunked = r.rows(r.add(draw_tokens(5, LENGTH)), [50] * 3)
     assert max(float((row - one_by_one[at]).abs().max()) for at, row in alone.items()) < 1e-4, "it computes attention"
@@ -151,13 +213,13 @@ def test_raw_kv_lengths_break_it(rig: Any, draw_tokens: Any, one_by_one: Any, mo
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Every row of logits that the engine samples from, keyed later by its token's place."""
     rows: list[torch.Tensor] = []
-    sample = engine_module.sample
+    choose = serving.choose
 
-    def spy(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-        rows.append(logits.clone())
-        return sample(logits, params, position)
+    def spy(logits: torch.Tensor, choices: Any) -> list[int]:
+        rows.extend(logits.clone())
+        return choose(logits, choices)
 
-    monkeypatch.setattr(engine_module, "sample", spy)
+    monkeypatch.setattr(serving, "choose", spy)
     return rows
 
 

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
-from coserve_engine.cost import ForwardWork, UnitWork
-from coserve_engine.numerics import Numerics
-from coserve_engine.probe import probe_row_invariance
+from coserve_engine.work import ForwardWork, UnitWork
 
 
 @pytest.mark.parametrize("finetuning", (True, False))
@@ -33,15 +30,3 @@ def test_what_follows_is_not_changed_by_calibration(driver: Any, training: Any, 
         d.submit(start_job(), *training(steps=2))
         d.run()
     assert torch.equal(fresh.parameters(), calibrated.parameters())
-
-
-def test_rows_do_not_depend_on_their_number_here() -> None:
-    assert probe_row_invariance(torch.device("cpu"), torch.float32, Numerics()) == ()
-
-
-def test_a_machine_where_they_do_is_noticed() -> None:
-    def other_order_below_16_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, w) if x.shape[0] >= 16 else functional.linear(x.flip(1), w.flip(1))
-
-    found = probe_row_invariance(torch.device("cpu"), torch.float32, Numerics(), other_order_below_16_rows)
-    assert found == (4, 8, 12)

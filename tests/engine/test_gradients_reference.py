@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine import transformer
+from coserve_engine.attention import Attention
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.numerics import Numerics
 from coserve_engine.plan import Kind, Segment
@@ -45,8 +45,8 @@ class Decoding:
         self._at += 1
 
 
-def float64_rig(rig: Any, tile: int) -> Any:
-    return rig(dtype="float64", numerics=Numerics(tile=tile), kv_cache_bytes=8 << 20)
+def float64_rig(rig: Any, tile: int, path: str | None = None) -> Any:
+    return rig(path, dtype="float64", numerics=Numerics(tile=tile), kv_cache_bytes=8 << 20)
 
 
 def error(r: Any, draw_tokens: Any, random_adapter: Any, reference: Any, **how: Any) -> float:
@@ -73,6 +73,15 @@ def test_gradients_are_pefts(rig: Any, draw_tokens: Any, random_adapter: Any, re
     assert all(torch.equal(row, expected[n % len(tokens)]) for n, row in enumerate(request.found))
 
 
+@pytest.mark.parametrize("model", ("wide", "llama31", "mistral", "qwen2", "qwen3"))
+@pytest.mark.parametrize("tile", TILES[:3])
+def test_gradients_of_other_architectures(
+    rig: Any, model_path: Any, draw_tokens: Any, random_adapter: Any, reference: Any, model: str, tile: int
+) -> None:
+    r = float64_rig(rig, tile, model_path(model))
+    assert error(r, draw_tokens, random_adapter, reference) < 1e-10
+
+
 def test_some_linears_only(rig: Any, draw_tokens: Any, random_adapter: Any, reference: Any) -> None:
     r = float64_rig(rig, 64)
     adapter = random_adapter(r.executor, targets=("v_proj", "up_proj"))
@@ -87,16 +96,16 @@ def test_some_linears_only(rig: Any, draw_tokens: Any, random_adapter: Any, refe
 def test_without_key_value_gradients_of_later_tiles_it_fails(
     rig: Any, draw_tokens: Any, random_adapter: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, tile: int
 ) -> None:
-    backward = transformer.attend_backward
+    backward = Attention.attend_backward
 
-    def forgetful(*args: torch.Tensor) -> torch.Tensor:
-        *rest, k, v, bias, dk, dv = args
-        own = slice(k.shape[1] - bias.shape[0], dk.shape[1])
+    def forgetful(self: Attention, *args: Any) -> torch.Tensor:
+        *rest, k, v, mask, dk, dv = args
+        own = slice(k.shape[1] - tile, dk.shape[1])
         all_dk, all_dv = torch.zeros_like(dk), torch.zeros_like(dv)
-        dq = backward(*rest, k, v, bias, all_dk, all_dv)
+        dq = backward(self, *rest, k, v, mask, all_dk, all_dv)
         dk[:, own] += all_dk[:, own]
         dv[:, own] += all_dv[:, own]
         return dq
 
-    monkeypatch.setattr(transformer, "attend_backward", forgetful)
+    monkeypatch.setattr(Attention, "attend_backward", forgetful)
     assert error(float64_rig(rig, tile), draw_tokens, random_adapter, reference) > 1e-6

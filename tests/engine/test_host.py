@@ -74,8 +74,8 @@ def ready(host: EngineHost) -> EngineReady:
 
 
 def test_ready_comes_first(ready: EngineReady) -> None:
-    assert (ready.vocab_size, ready.max_model_length, ready.page_tokens) == (128, 256, 16)
-    assert ready.kv_total_pages == (2 << 20) // 8192 - 1
+    assert (ready.vocab_size, ready.max_model_length, ready.page_tokens) == (128, 256, 64)
+    assert ready.kv_total_pages == (2 << 20) // 32768 - 1
     assert any("calibrated" in note for note in ready.notes)
     assert not any("not bit-exact" in note for note in ready.notes)
 
@@ -159,3 +159,43 @@ def test_it_does_not_outlive_its_parent(plain: str, tmp_path: Path) -> None:
         assert runs(pid)
         os.kill(parent.pid, 9)
     assert gone(pid)
+
+
+BROKEN = """
+import sys
+from coserve_engine import engine, host
+from coserve_engine.config import EngineConfig
+from coserve_engine.messages import AdapterVersion, AddRequest, LoadAdapter, SamplingParams
+
+def broken(*_):
+    raise ZeroDivisionError("on purpose")
+
+if sys.argv[2] == "step":
+    engine.Engine._view = broken
+else:
+    engine.read_peft_config = broken
+
+if __name__ == "__main__":
+    started = host.EngineHost.start(EngineConfig(sys.argv[1], max_model_length=256, kv_cache_bytes=2 << 20))
+    started.submit(LoadAdapter(AdapterVersion("a", 1), "/nowhere"))
+    found = []
+    while not found or type(found[-1]).__name__ != "EngineFailed":
+        found += started.events(1.0)
+    print(found[-1].message, flush=True)
+    started._process.join()
+    print(started.alive)
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "files"])
+def test_a_mistake_is_said_before_the_process_ends(plain: str, tmp_path: Path, where: str) -> None:
+    """A spawned process imports its parent's script, and with it the mistake."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    ended = subprocess.run(
+        [sys.executable, script, plain, where], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    said, alive = ended.stdout.splitlines()
+    assert "ZeroDivisionError('on purpose')" in said
+    assert alive == "False"
+    assert "Traceback" in ended.stderr

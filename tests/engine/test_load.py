@@ -6,24 +6,31 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coserve_engine import engine as engine_module
-from coserve_engine.cost import CostModel, ForwardWork
-from coserve_engine.load import Demand, saturation_percent
+from coserve_engine.cost import CostModel
+from coserve_engine.load import Demand, ServingTime, alone, saturation_percent
 from coserve_engine.messages import AddRequest, LoadReport, SamplingParams
+from coserve_engine.work import ForwardWork
 
 NOTHING = Demand((), (), (), 0.0, 0, 100)
 
 
 class Linear(CostModel):
-    """A millisecond a row; calls, keys and pairs are free."""
+    """A millisecond a row, and `fixed_s` a forward; calls, keys and pairs are free."""
+
+    def __init__(self, fixed_s: float = 0.0) -> None:
+        super().__init__()
+        self._fixed_s = fixed_s
 
     def forward_s(self, work: ForwardWork) -> float:
-        return 1e-3 * (work.decode + work.prefill + work.finetune)
+        return self._fixed_s + 1e-3 * work.rows
 
 
-def percent(demand: Demand) -> float:
-    return saturation_percent(demand, Linear(), ttft_s=1.0, tpot_s=0.2, tile=64)
+def percent(demand: Demand, fixed_s: float = 0.0) -> float:
+    return saturation_percent(demand, Linear(fixed_s), ttft_s=1.0, tpot_s=0.2, tile=64)
 
 
 def test_no_demand_is_zero() -> None:
@@ -52,21 +59,52 @@ def test_the_largest_of_the_three() -> None:
 
 
 @pytest.mark.parametrize("share", (0.0, 0.25, 0.5, 0.75))
-def test_finetuning_in_the_slack_changes_nothing(share: float) -> None:
-    """By Little's law a share s of time for finetuning makes requests stay, and pages be held, 1 / (1 - s) as long."""
-    alone = Demand((100,) * 60, (), (), 0.0, 24, 1000)
-    stretched = Demand((100,) * round(60 / (1 - share)), (), (), share, round(24 / (1 - share)), 1000)
-    assert percent(stretched) == pytest.approx(percent(alone))
-    pages = replace(NOTHING, held_pages=30)
-    assert percent(replace(pages, finetune_share=share, held_pages=round(30 / (1 - share)))) == pytest.approx(
-        percent(pages)
-    )
+@pytest.mark.parametrize("rate", (20.0, 60.0, 300.0))
+def test_finetuning_in_the_slack_changes_nothing(share: float, rate: float) -> None:
+    """`rate` tokens a second: by Little's law n = rate * T(n) / (1 - s) decode at once, where T(n) = 20 ms + 1 ms n."""
+
+    def here(part: float) -> float:
+        return rate * 0.02 / (1 - part - rate * 1e-3)
+
+    if share + rate * 1e-3 >= 1 or here(0.0) < 1:
+        return
+    fixed_s, rows_s = 0.02, 1e-3 * here(share)
+    assert alone(1, fixed_s, 1e-3, 0.0) == 1
+    scaled = here(share) * fixed_s * (1 - share) / (fixed_s + share * rows_s)
+    assert scaled == pytest.approx(here(0.0))
+
+
+@given(count=st.integers(0, 100), fixed_s=st.floats(0, 0.1), row_s=st.floats(1e-5, 0.01), share=st.floats(0, 1))
+def test_alone_is_the_fixed_point(count: int, fixed_s: float, row_s: float, share: float) -> None:
+    found = alone(count, fixed_s, count * row_s, share)
+    assert 0 <= found <= count
+    if count and share:
+        many, few = fixed_s + row_s * count, fixed_s + row_s * max(1.0, found)
+        assert found == pytest.approx(min(count * (1 - share) * few / many, count), abs=1e-9) or found == 1.0
+
+
+def test_fewer_are_also_faster() -> None:
+    """The control: without T(n') / T(n) a share of a half would only halve the requests."""
+    assert alone(60, 0.02, 0.06, 0.5) == pytest.approx(60 * 0.5 * 0.02 / (0.02 + 0.03))
+    assert alone(60, 0.02, 0.06, 0.5) < 0.9 * 30
 
 
 def test_the_share_matters() -> None:
     """The control: without taking finetuning out, the same requests look heavier."""
-    stretched = Demand((100,) * 120, (), (), 0.5, 0, 100)
-    assert percent(stretched) == pytest.approx(percent(replace(stretched, finetune_share=0.0)) / 2)
+    stretched = Demand((100,) * 120, (), (), 0.5, 60, 100)
+    assert percent(stretched, 0.02) < 0.5 * percent(replace(stretched, finetune_share=0.0), 0.02)
+
+
+def test_the_share_is_of_the_time_between_tokens() -> None:
+    """What is done while nobody is here makes nobody stay, and prompts take their time with or without finetuning."""
+    time = ServingTime()
+    time.add(1.0, 0.0, 1.0, busy=False)
+    assert (time.share, time.finetune_s) == (0.0, 1.0)
+    time.add(0.3, 0.4, 1.0, busy=True)
+    assert time.share == pytest.approx(0.5)
+    for _ in range(20):
+        time.add(0.0, 0.0, 1.0, busy=True)
+    assert time.share < 0.02
 
 
 # ---- the engine's reports ----
@@ -109,7 +147,6 @@ def mean_saturation(d: Any, draw_tokens: Any, seconds: float = 20.0) -> float:
 def test_reports_leave_a_job_in_the_slack_out(
     driver: Any, draw_tokens: Any, training: Any, start_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Little's law takes most of it out; not all, since larger batches are also more efficient."""
     alone, both = driver(), driver()
     for d in (alone, both):
         timed(d, monkeypatch)
@@ -124,6 +161,6 @@ def test_reports_leave_a_job_in_the_slack_out(
     both.submit(start_job(), *training(steps=150, micros=2))
     with_job = mean_saturation(both, draw_tokens)
     assert not both.engine.jobs["job"].idle
-    assert both.engine._finetune.total_s > 10.0, "finetuning took a share of the time"
-    assert sum(counted) / len(counted) > without + 25.0, "counted as demand, it would bring a new replica"
-    assert abs(with_job - without) < 10.0
+    assert both.engine._accounts.time.finetune_s > 10.0, "finetuning took a share of the time"
+    assert sum(counted) / len(counted) > without + 20.0, "counted as demand, it would bring a new replica"
+    assert abs(with_job - without) < 7.0

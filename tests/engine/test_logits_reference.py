@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from coserve_engine import transformer
+from coserve_engine import functional
 from coserve_engine.messages import AddRequest, SamplingParams
 from coserve_engine.plan import Kind, Segment
 
-MODELS = ("plain", "tied", "wide")
+MODELS = ("plain", "tied", "wide", "llama31", "mistral", "qwen2", "qwen3")
 GREEDY = SamplingParams(32, ignore_eos=True)
 
 
 def expected_logits(path: str, tokens: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.no_grad():
-        return LlamaForCausalLM.from_pretrained(path, dtype=dtype)(torch.tensor([tokens])).logits[0]
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)(torch.tensor([tokens])).logits[0]
 
 
 def largest_error(rig: Any, path: str, tokens: tuple[int, ...]) -> float:
@@ -44,7 +44,7 @@ def test_float64_logits_are_transformers(rig: Any, model_path: Any, draw_tokens:
 def test_logits_differ_without_rotary_embedding(
     rig: Any, plain: str, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformer, "rotate", lambda x, cos, sin: x)
+    monkeypatch.setattr(functional, "rotate", lambda x, cos, sin: x)
     assert largest_error(rig(), plain, draw_tokens(1, 80)) > 1e-2
 
 
@@ -55,7 +55,7 @@ def test_greedy_tokens_are_transformers(driver: Any, model_path: Any, draw_token
     d = driver(path)
     d.submit(*(AddRequest(name, prompt, GREEDY, 0.0) for name, prompt in prompts.items()))
     found = d.run().tokens()
-    hf = LlamaForCausalLM.from_pretrained(path)
+    hf = AutoModelForCausalLM.from_pretrained(path)
     for name, prompt in prompts.items():
         whole = (*prompt, *found[name])
         with torch.no_grad():

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine.config import LINEARS, read_model_config
+from coserve_engine.config import LINEARS
 from coserve_engine.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
+from coserve_engine.model_folder import read_model_config
 
 
 @pytest.mark.parametrize(("rank", "stored"), [(1, 8), (4, 8), (5, 8), (8, 8), (9, 16), (16, 16)])
@@ -49,8 +50,9 @@ def test_fresh_parameters_are_pefts(plain: str) -> None:
 
 def test_padding_of_the_rank_stays_zero(driver: Any, training: Any, start_job: Any) -> None:
     d = driver()
-    d.submit(start_job(rank=6), *training(steps=4))
-    before = d.engine.jobs["job"].weights.layers
+    d.submit(start_job(rank=6))
+    before = d.run().engine.jobs["job"].weights.layers
+    d.submit(*training(steps=4))
     d.run()
     for layer in before:
         for a, b in layer.values():

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from coserve_engine.config import EngineConfig, read_model_config
+from coserve_engine.config import EngineConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.executor import Executor
+from coserve_engine.model_folder import read_model_config
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS = "model.safetensors"
@@ -81,13 +82,10 @@ def test_a_field_that_is_no_number(folder: Path, field: str, value: Any) -> None
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": ...}, "None"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": ...}, "llama3"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"architectures": ["MistralForCausalLM"]}, "model_type"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
@@ -152,6 +150,96 @@ def test_a_tensor_of_another_shape(folder: Path) -> None:
     assert "(64, 64)" in message
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("name", (Q0, "lm_head.weight", "model.norm.weight"))
+def test_a_value_that_is_not_finite(folder: Path, name: str, value: float) -> None:
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[-1].fill_(value))
+    message = refusal(folder)
+    assert str(folder / WEIGHTS) in message
+    assert repr(name) in message
+    assert "not finite" in message
+
+
+def test_a_value_too_large_for_the_engines_type(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({Q0: torch.full((64, 64), 1e300, dtype=torch.float64)}))
+    assert "not finite as torch.float32" in refusal(folder)
+    Executor(EngineConfig(str(folder), max_model_length=256, dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.mlp.up_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "score.weight",
+    ),
+)
+def test_a_tensor_without_a_place(folder: Path, name: str) -> None:
+    """It would change what the model computes, had config.json not left it out."""
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    message = refusal(folder)
+    assert str(folder / WEIGHTS) in message
+    assert repr(name) in message
+    assert "copy config.json and weights from the same model" in message
+
+
+def test_old_tables_of_rotary_embedding_are_ignored(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(8)}))
+    Executor(EngineConfig(str(folder), max_model_length=256))
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e4m3fn))
+def test_a_quantized_tensor(folder: Path, dtype: torch.dtype) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({Q0: torch.zeros(64, 64, dtype=dtype)}))
+    message = refusal(folder)
+    assert str(folder / WEIGHTS) in message
+    assert repr(Q0) in message
+    assert "unquantized" in message
+
+
+def test_a_missing_bias(model_path: Callable[[str], str], tmp_path: Path) -> None:
+    folder, name = (
+        Path(shutil.copytree(model_path("qwen2"), tmp_path / "model")),
+        "model.layers.1.self_attn.k_proj.bias",
+    )
+    change_tensors(folder, lambda tensors: tensors.pop(name))
+    assert repr(name) in refusal(folder)
+
+
+def test_a_head_beside_a_tied_embedding(model_path: Callable[[str], str], tmp_path: Path) -> None:
+    """A copy of it is harmless; one of its own says that the model is not tied."""
+    folder = Path(shutil.copytree(model_path("tied"), tmp_path / "model"))
+    embedding = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(Executor(EngineConfig(str(folder), max_model_length=256)).transformer.weights.embed, embedding)
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * embedding}))
+    message = refusal(folder)
+    assert "'lm_head.weight'" in message
+    assert "tie_word_embeddings" in message
+
+
+def test_weights_do_not_change_with_their_file(folder: Path) -> None:
+    """The tensors of a file that is mapped into memory would."""
+    weights = Executor(EngineConfig(str(folder), max_model_length=256)).transformer.weights
+    before = weights.embed.clone()
+    size = (folder / WEIGHTS).stat().st_size
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.seek(1 << 14)
+        file.write(bytes(size - (1 << 14)))
+    assert torch.equal(weights.embed, before)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_weights_of_other_types(folder: Path, dtype: torch.dtype) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
+    embed = Executor(EngineConfig(str(folder), max_model_length=256)).transformer.weights.embed
+    assert embed.dtype is torch.float32
+    assert torch.equal(embed, load_file(folder / WEIGHTS)["model.embed_tokens.weight"].float())
+
+
 # ---- shards ----
 
 
@@ -167,15 +255,27 @@ def test_shards_are_the_same_model(sharded: Path, plain: str) -> None:
     config = read_model_config(sharded)
     one, many = (Executor(EngineConfig(str(f), max_model_length=256)).transformer.weights for f in (plain, sharded))
     assert len(many.layers) == config.layers
-    assert torch.equal(one.head, many.head)
+    x = {n: torch.randn(8, n) for n in (config.hidden, config.intermediate)}
+    assert torch.equal(one.head.forward(x[config.hidden]), many.head.forward(x[config.hidden]))
     for a, b in zip(one.layers, many.layers, strict=True):
-        assert all(torch.equal(a.linears[name], b.linears[name]) for name in a.linears)
+        for name in a.linears:
+            rows = x[config.linear_shape(name)[1]]
+            assert torch.equal(a.linears[name].forward(rows), b.linears[name].forward(rows))
 
 
 def test_a_missing_shard(sharded: Path) -> None:
     lost = sorted(sharded.glob("model-*.safetensors"))[1]
     lost.unlink()
     assert str(lost) in refusal(sharded)
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value}, second)
+    message = refusal(sharded)
+    assert str(second) in message
+    assert repr(name) in message
 
 
 @pytest.mark.parametrize("text", ("{", "{}", "[]", '{"weight_map": 3}'))

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from coserve_engine import executor, losses
+from coserve_engine.kv_cache import KVCache
+from coserve_engine.losses import LOSSES
 from coserve_engine.messages import (
     AdapterVersion,
     AddRequest,
     Cancel,
     ForwardBackward,
+    LossName,
     OptimStep,
     Pass,
     RequestFailed,
@@ -22,11 +26,10 @@ from coserve_engine.messages import (
     TrainSeq,
 )
 from coserve_engine.plan import Kind, Segment
-from coserve_engine.transformer import KVCache
 
 GREEDY = SamplingParams(8, ignore_eos=True)
-ONE_AT_A_TIME = {"kv_cache_bytes": 18 * 8192}
-"""17 pages: whoever comes next gets the pages of the one before."""
+ONE_AT_A_TIME = {"kv_cache_bytes": 6 * 32768}
+"""5 pages: whoever comes next gets pages of the one before."""
 
 
 @pytest.mark.parametrize("weight", (float("nan"), float("inf")))
@@ -61,6 +64,52 @@ def test_a_skipped_step_changes_nothing(driver: Any, start_job: Any) -> None:
     assert torch.equal(d.parameters(), before)
 
 
+@pytest.mark.parametrize("kind", ("loss", "gradient"))
+def test_such_a_step_touches_nothing_else(
+    driver: Any,
+    training: Any,
+    start_job: Any,
+    draw_tokens: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """A loss may be NaN where its gradient is finite, and a gradient infinite where the loss is finite."""
+    d, alone = driver(), driver()
+    other = [start_job("other", rank=6, seed=2), *training("other", seed=2, steps=2)]
+    alone.submit(*other)
+    expected = alone.run().parameters("other")
+    d.submit(start_job(), *training(steps=2))
+    d.run()
+    job = d.engine.jobs["job"]
+    before = job._state.copy()
+
+    def broken(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, slope = LOSSES[LossName.CROSS_ENTROPY].coefficient(*args)
+        return (loss * float("nan"), slope) if kind == "loss" else (loss, slope * float("inf"))
+
+    monkeypatch.setattr(
+        losses,
+        "LOSSES",
+        {**LOSSES, LossName.IMPORTANCE_SAMPLING: replace(LOSSES[LossName.CROSS_ENTROPY], coefficient=broken)},
+    )
+    monkeypatch.setattr(executor, "LOSSES", losses.LOSSES)
+    work = Pass(0, "job", 0, 0, (TrainSeq(0, draw_tokens(1, 30), (0.1,) * 30, 0, (0.0,) * 30, (1.0,) * 30),))
+    bad = ForwardBackward("job", 90, work, LossName.IMPORTANCE_SAMPLING)
+    d.submit(*other, bad, OptimStep("job", 91, 1e-2, weight_decay=0.1))
+    d.submit(AddRequest("r", draw_tokens(4, 70), GREEDY, 0.0))
+    d.run()
+    assert [step.skipped for step in d.of(StepDone) if step.job == "job"] == [False, False, True]
+    after = job._state
+    assert torch.equal(after.param, before.param)
+    assert torch.equal(after.adam.m, before.adam.m)
+    assert torch.equal(after.adam.v, before.adam.v)
+    assert after.adam.updates == before.adam.updates
+    assert torch.equal(d.parameters("other"), expected)
+    alone.submit(AddRequest("r", draw_tokens(4, 70), GREEDY, 0.0))
+    assert d.tokens() == alone.run().tokens()
+    assert d.failures == []
+
+
 # ---- pages ----
 
 
@@ -91,6 +140,7 @@ def no_scrub(monkeypatch: pytest.MonkeyPatch) -> None:
 def diverged_job(d: Any, start_job: Any, draw_tokens: Any) -> None:
     """A pass with an adapter that overflows; the pass's pages are all there are."""
     d.submit(start_job())
+    d.run()
     job = d.engine.jobs["job"]
     job._state.param.mul_(1e30).add_(1e30)
     seqs = (TrainSeq(0, draw_tokens(1, 250), (0.01,) * 250),)
@@ -156,6 +206,6 @@ def test_a_poisoned_page_reaches_a_masked_tail(rig: Any, draw_tokens: Any) -> No
     """Why pages are scrubbed: a key after a row's position is masked, but 0 * NaN is NaN."""
     r = rig()
     slot = r.add(draw_tokens(1, 60))
-    r.executor.cache.v[:, :, r.sequences[slot].pages[-1] * 16 + 5] = float("nan")
+    r.executor.cache.v[:, :, r.sequences[slot].pages[-1] * 64 + 62] = float("nan")
     logits = r.forward(Segment(Kind.PREFILL, slot, 0, 10, sample=True))[slot]
     assert torch.isnan(logits).all()

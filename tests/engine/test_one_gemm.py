@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coserve_engine.config import LINEARS
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.plan import Kind, Segment
 
-GEMMS = ("mm", "addmm", "linear", "bmm", "baddbmm", "matmul")
+GEMMS = ("mm", "addmm", "linear", "bmm", "baddbmm", "matmul", "_linear_pointwise")
 
 
 class Gemms(TorchDispatchMode):
@@ -26,15 +25,15 @@ class Gemms(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in GEMMS:
             for argument in args:
-                if isinstance(argument, torch.Tensor) and argument.data_ptr() in self._weights:
-                    self.count[self._weights[argument.data_ptr()]] += 1
+                if id(argument) in self._weights:
+                    self.count[self._weights[id(argument)]] += 1
         return func(*args, **(kwargs or {}))
 
 
 def frozen(executor: Any) -> dict[int, str]:
     weights = executor.transformer.weights
-    names = {layer.linears[n].data_ptr(): f"{i}.{n}" for i, layer in enumerate(weights.layers) for n in LINEARS}
-    return {**names, weights.head.data_ptr(): "head"}
+    linears = {f"{i}.{n}": layer.linears[n] for i, layer in enumerate(weights.layers) for n in LINEARS}
+    return {id(linear._forward): name for name, linear in {**linears, "head": weights.head}.items()}
 
 
 def test_one_gemm_a_linear(rig: Any, draw_tokens: Any, random_adapter: Any) -> None:

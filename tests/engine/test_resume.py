@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
 from coserve_engine.jobs import Job
 from coserve_engine.messages import (
     CheckpointDone,
@@ -83,6 +87,60 @@ def test_a_checkpoint_anywhere_in_the_stream(
     assert torch.equal(resumed.run().parameters(), undisturbed)
 
 
+def with_checkpoints(commands: list[Any], folder: Path) -> list[Any]:
+    """A checkpoint after every optimizer step."""
+    stream: list[Any] = []
+    for command in commands:
+        stream.append(command)
+        if isinstance(command, OptimStep):
+            stream.append(SaveCheckpoint("job", 0, str(folder / f"s{len(stream)}")))
+    return [replace(command, seq_no=number) for number, command in enumerate(stream, 1)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_between_two_units(
+    driver: Any, training: Any, start_job: Any, undisturbed: torch.Tensor, tmp_path: Path, seed: int
+) -> None:
+    """Nothing is said to the job: the last checkpoint is all that is left, again and again."""
+    source, resume = random.Random(seed), None
+    stream = with_checkpoints(training(steps=STEPS, micros=MICROS), tmp_path)
+    for _ in range(3):
+        d = driver(jitter_s=0.004, seed=seed)
+        d.submit(start_job(resume=resume), *stream)
+        units = 0
+        limit = source.randint(10, 40)
+        while units < limit and not d.engine.idle:
+            one_unit = iter((False, True))
+            d.step(lambda left=one_unit: next(left, True))
+            units += 1
+        saved = d.of(CheckpointDone)
+        resume = saved[-1].path if saved else resume
+        d.engine._files._thread.shutdown()
+    assert resume is not None
+    d = driver()
+    d.submit(start_job(resume=resume), *stream)
+    assert torch.equal(d.run().parameters(), undisturbed)
+
+
+def test_a_killed_process(
+    plain: str, driver: Any, training: Any, start_job: Any, undisturbed: torch.Tensor, tmp_path: Path
+) -> None:
+    stream = with_checkpoints(training(steps=STEPS, micros=MICROS), tmp_path)
+    host = EngineHost.start(EngineConfig(plain, max_model_length=256, kv_cache_bytes=2 << 20))
+    for command in (start_job(), *stream):
+        host.submit(command)
+    saved: list[CheckpointDone] = []
+    while len(saved) < 2 and host.alive:
+        saved += [event for event in host.events(0.2) if isinstance(event, CheckpointDone)]
+    assert host.pid is not None
+    os.kill(host.pid, signal.SIGKILL)
+    host.close()
+    d = driver()
+    d.submit(start_job(resume=saved[-1].path), *stream)
+    assert torch.equal(d.run().parameters(), undisturbed)
+    assert d.one(JobStarted).step >= 2
+
+
 def test_without_the_moments_it_fails(
     driver: Any, training: Any, start_job: Any, undisturbed: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -94,6 +152,7 @@ def test_without_the_moments_it_fails(
     d.run()
     resumed = driver()
     resumed.submit(start_job(resume=str(tmp_path / "c")))
+    resumed.run()
     job: Job = resumed.engine.jobs["job"]
     job._state.adam.m.zero_()
     resumed.submit(*commands)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.messages import AddRequest, SamplingParams
-from coserve_engine.sampling import sample, sample_u
+from coserve_engine.sampling import Choice, choose, sample_u
 
 DRAWS = 20_000
 
@@ -76,10 +76,16 @@ def expected(temperature: float, top_p: float) -> list[float]:
     return [value / mass for value in kept]
 
 
+def draws(logits: torch.Tensor, params: SamplingParams, positions: Sequence[int]) -> list[int]:
+    """A token for each position, from the same logits [vocab]."""
+    rows = logits.expand(len(positions), -1)
+    return choose(rows, [Choice(params, position) for position in positions])
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.7, 1.0), (1.0, 0.8), (0.7, 0.5)])
 def test_distribution(temperature: float, top_p: float) -> None:
     params = SamplingParams(1, temperature=temperature, top_p=top_p, seed=5)
-    counts = Counter(sample(LOGITS, params, position) for position in range(DRAWS))
+    counts = Counter(draws(LOGITS, params, range(DRAWS)))
     p = expected(temperature, top_p)
     allowed = [token for token, value in enumerate(p) if value > 0]
     assert set(counts) <= set(allowed)
@@ -88,24 +94,26 @@ def test_distribution(temperature: float, top_p: float) -> None:
 
 def test_another_temperature_is_noticed() -> None:
     params = SamplingParams(1, temperature=1.0, seed=5)
-    counts = Counter(sample(LOGITS, params, position) for position in range(DRAWS))
+    counts = Counter(draws(LOGITS, params, range(DRAWS)))
     p = expected(1.1, 1.0)
     assert chi_square([counts[t] for t in range(8)], p) > chi_square_limit(7)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert {sample(LOGITS, SamplingParams(1, seed=s), s) for s in range(50)} == {0}
+    choices = [Choice(SamplingParams(1, seed=s), s) for s in range(50)]
+    assert set(choose(LOGITS.expand(50, -1), choices)) == {0}
 
 
 @pytest.mark.parametrize("top_p", (0.0, 1e-9))
 def test_a_tiny_nucleus_keeps_the_likeliest(top_p: float) -> None:
-    assert {sample(LOGITS, SamplingParams(1, 1.0, top_p, seed=s), s) for s in range(50)} == {0}
+    assert set(draws(LOGITS, SamplingParams(1, 1.0, top_p, seed=1), range(50))) == {0}
 
 
 def test_impossible_tokens_never_come() -> None:
     logits = torch.full((64,), float("-inf"))
     logits[[7, 40]] = 0.0
-    assert {sample(logits, SamplingParams(1, 1.0, seed=3), n) for n in range(200)} == {7, 40}
+    for params in (SamplingParams(1, 1.0, seed=3), SamplingParams(1, 1.0, 0.99, seed=3)):
+        assert set(draws(logits, params, range(200))) == {7, 40}
 
 
 def test_a_seed_names_the_whole_output(driver: Any, draw_tokens: Any) -> None:

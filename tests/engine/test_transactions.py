@@ -10,10 +10,11 @@ import torch
 
 from coserve_engine.jobs import Job
 from coserve_engine.messages import AddRequest, ForwardBackward, PassDone, SamplingParams, StepDone
+from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState
 
 STEPS = 8
-TIGHT = {"kv_cache_bytes": 45 * 8192, "max_model_length": 256}
+TIGHT = {"kv_cache_bytes": 45 * 8192, "max_model_length": 256, "numerics": Numerics(page=16)}
 """44 pages of 16 tokens: a pass of 30 pages and a request of 15 do not fit together."""
 
 

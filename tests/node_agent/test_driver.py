@@ -23,13 +23,14 @@ from transformers import LlamaForCausalLM, get_scheduler
 from coserve_agent.driver import STEPS_IN_FLIGHT, Driver, Plan, Saved, StopRequested
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import JobFailedError
+from coserve_agent.inflight import OpenSteps
 from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
 from coserve_api.messages import BindingSpec
 from coserve_api.shards import Sample, Shard
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost
-from coserve_engine.messages import ForwardBackward, OptimStep
+from coserve_engine.messages import ForwardBackward, OptimStep, PassMode, StartJob
 
 TOTAL = 8
 
@@ -69,6 +70,7 @@ class Rig:
     steps: list[StepRecord] = field(default_factory=list)
     accepted: list[Saved] = field(default_factory=list)
     commands: list[Any] = field(default_factory=list)
+    started: list[StartJob] = field(default_factory=list)
     fifth_step: asyncio.Event = field(default_factory=asyncio.Event)
 
     def path(self, step: int) -> Path:
@@ -140,6 +142,8 @@ def rig(tmp_path: Path) -> MakeRig:
         submit = channel.submit
         channel.submit = lambda command: (made.commands.append(command), submit(command))[1]  # type: ignore[method-assign]
         await driver.start(resume)
+        made.started = [command for command in made.commands if isinstance(command, StartJob)]
+        made.commands.clear()
         try:
             yield made
         finally:
@@ -304,3 +308,59 @@ def step_loss(model: Any, samples: tuple[Sample, ...]) -> torch.Tensor:
         total = total + (nll * torch.tensor(one.weights[1:])).sum()
         count += sum(one.weights[1:])
     return total / count
+
+
+async def test_evaluations_come_as_often_as_asked(model_folder: Path, rig: MakeRig) -> None:
+    """They change nothing, and one that a checkpoint covers is not done again."""
+    async with running(model_folder) as client:
+        async with rig(client) as plain:
+            await plain.driver.train()
+        async with rig(client, eval_every_steps=3) as job:
+            await job.driver.train()
+        async with rig(client, resume=job.path(8), eval_every_steps=3) as done:
+            await done.driver.train()
+        async with rig(client, resume=job.path(6), eval_every_steps=3) as resumed:
+            await resumed.driver.train()
+    assert evaluated(plain) == [0, TOTAL]
+    assert evaluated(job) == [0, 3, 6, TOTAL]
+    assert evaluated(done) == []
+    assert evaluated(resumed) == [6, TOTAL]
+    assert job.driver.state == plain.driver.state == done.driver.state == resumed.driver.state
+    assert [record.loss for record in job.steps] == [record.loss for record in plain.steps]
+
+
+def test_an_evaluation_improves_only_where_it_fell() -> None:
+    assert DriverState(eval_loss_initial=2.0, eval_loss=1.9).improved
+    assert not DriverState(eval_loss_initial=2.0, eval_loss=2.0).improved
+    assert not DriverState(eval_loss_initial=2.0).improved
+    assert not DriverState(eval_loss=2.0).improved
+
+
+def evaluated(job: Rig) -> list[int]:
+    """After which steps the driver evaluated."""
+    passes = [command.work for command in job.commands if isinstance(command, ForwardBackward)]
+    return sorted({work.step for work in passes if work.mode is PassMode.EVAL})
+
+
+async def test_the_engine_is_told_all_that_the_job_says(model_folder: Path, rig: MakeRig) -> None:
+    changes: dict[str, Any] = {
+        "dropout": 0.1,
+        "use_rslora": True,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "priority": -2,
+    }
+    async with running(model_folder) as client, rig(client, **changes) as job:
+        await job.driver.train()
+    started: StartJob = job.started[0]
+    assert (started.lora.dropout, started.lora.use_rslora, started.priority) == (0.1, True, 0.25)
+    step = next(command for command in job.commands if isinstance(command, OptimStep))
+    assert (step.beta1, step.beta2, step.eps) == (0.8, 0.95, 1e-6)
+
+
+def test_a_steps_sequences_carry_its_epoch() -> None:
+    steps = OpenSteps("job", spec(), TOTAL, itertools.count(1))
+    commands = steps.begin(3, Shard(3, 2, "0" * 64, shard(3).samples), itertools.count(1))
+    passes = [command.work for command in commands if isinstance(command, ForwardBackward)]
+    assert [seq.epoch for work in passes for seq in work.seqs] == [2] * 4

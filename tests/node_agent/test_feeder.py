@@ -15,6 +15,7 @@ import pytest
 from redis.asyncio import Redis
 
 from coserve_agent.concurrency import end
+from coserve_agent.errors import DatasetError
 from coserve_agent.feeder import Feeder, Material, feed
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
@@ -218,7 +219,12 @@ async def test_a_changed_data_set_is_refused(
 
 @pytest.mark.parametrize(
     ("content", "reason", "line"),
-    [(None, "DatasetNotFound", None), ('{"text": "one"}\n{"text": 5}\n', "InvalidDataset", 2)],
+    [
+        (None, "DatasetNotFound", None),
+        ('{"text": "one"}\n{"text": 5}\n', "InvalidDataset", 2),
+        ("", "InvalidDataset", None),
+        ('{"text": "one"}\n', "InvalidDataset", None),
+    ],
 )
 async def test_the_program_says_what_is_wrong_with_the_data(
     store: Store,
@@ -264,3 +270,11 @@ def test_a_broken_model_folder_is_explained(programs: Any, variables: dict[str, 
     program = programs.start("feeder", **variables | {"model_path": tmp_path})
     assert program.process.wait(60) == 1
     assert f"{tmp_path}/tokenizer.json: no such file" in program.log
+
+
+def test_one_line_cannot_be_held_out(variables: dict[str, object], tokenizer: Tokenizer, data: Path) -> None:
+    write(data, '{"text": "one"}\n')
+    with pytest.raises(DatasetError, match=r"of 1 usable lines none .* dataset.evalPercent is 10; add lines"):
+        Material.prepare(FeederSettings(**variables), tokenizer)  # type: ignore[arg-type]
+    alone = Material.prepare(FeederSettings(**variables | {"eval_percent": 0}), tokenizer)  # type: ignore[arg-type]
+    assert alone.status().samples == 1

@@ -26,10 +26,12 @@ def environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment(monkeypatch, {"MODEL_PATH": "/models/m", "REDIS_URL": "", "FINETUNING": "Disabled"})
+    blank = {"REDIS_URL": "", "MAX_SLOWDOWN_PERCENT": ""}
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", "FINETUNING": "Disabled", **blank})
     settings = read(AgentSettings)
     assert settings.model_path == Path("/models/m")
     assert settings.redis_url is None
+    assert settings.max_slowdown_percent is None
     assert (settings.http_port, settings.admin_port, settings.finetuning) == (8000, 8001, "Disabled")
 
 
@@ -39,6 +41,7 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TTFT_MS", "soon", ["COSERVE_TTFT_MS", "'soon'", "integer"]),
         ("TTFT_MS", "0", ["COSERVE_TTFT_MS", "greater"]),
         ("FINETUNING", "Maybe", ["COSERVE_FINETUNING", "'Maybe'", "Allowed"]),
+        ("MAX_SLOWDOWN_PERCENT", "-1", ["COSERVE_MAX_SLOWDOWN_PERCENT", "greater"]),
         ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
         ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
         ("REDIS_URL", "redis-host", ["REDIS_URL", "redis://"]),

@@ -82,7 +82,7 @@ def checkpoint(step: int, epoch: int = 1, job: str = "j-1") -> Checkpoint:
 
 
 def completed(name: str, epoch: int, step: int = 10, number: int = 1) -> Completed:
-    files = AdapterFiles(name=name, number=number, path=f"adapters/{name}/v{number}", sha256=SHA)
+    files = AdapterFiles(name=name, number=number, path=f"adapters/e-1/{name}/v{number}", sha256=SHA)
     return Completed(epoch=epoch, step=step, tokens=100, adapter=files, loss=0.5, eval_loss=0.6)
 
 

@@ -284,7 +284,7 @@ def test_an_adapter_is_published_when_every_ready_agent_has_it(it, make) -> None
     assert "p1" in verdict.message or "p1" in verdict.published[2]
     assert verdict.actions == (Unbind("j-1", "uid-p1.b1", 1),), "the agent is free for the next job"
     status = it.write(verdict)
-    assert status.adapter.uri == "pvc://artifacts/store/adapters/adapter-1/v1"
+    assert status.adapter.uri == "pvc://artifacts/store/adapters/e-1/adapter-1/v1"
     it.record = JobRecord()  # Redis was emptied: the status remembers
     it.agents["uid-p1.b1"] = make.heartbeat("p1", adapters={"adapter-1": 1})
     verdict = it.judge()
@@ -355,3 +355,55 @@ def test_progress_is_told_in_the_units_of_the_status(it, make) -> None:
         "step": 5, "totalSteps": 10, "percent": 50, "tokens": 1000, "loss": "1.23457", "tokensPerSecond": 100,
         "eta": "2m12s",
     }  # fmt: skip
+
+
+def test_a_corrupt_checkpoint_is_told_once_and_leaves_the_status(it, make) -> None:
+    store = "pvc://artifacts/store/jobs/j-1/e1"
+    it.bound(epoch=2, checkpoint={"step": 40, "cursor": 40, "epoch": 1, "uri": f"{store}/s40", "sha256": "0" * 64})
+    why = "the checkpoint of step 40 cannot be used: optimizer.safetensors: its checksum differs"
+    it.record = JobRecord(
+        fence=Fence(2, "uid-p1.b1"),
+        feed=make.feed(),
+        checkpoint=make.checkpoint(20, 1),
+        progress=make.progress(2, 21, rewound=why),
+    )
+    before, verdict = it.see(), it.judge()
+    status = it.write(verdict)
+    assert (status.checkpoint.step, status.checkpoint.uri) == (20, f"{store}/s20")
+    (notice,) = [one for one in job_status.notices(before, verdict, status) if one.reason == "CheckpointCorrupt"]
+    assert notice.warning
+    assert why in notice.message
+    assert "step 20" in notice.message
+    again = it.judge()
+    assert job_status.notices(it.see(), again, it.write(again)) == []
+    it.bound(epoch=3, checkpoint={"step": 40, "cursor": 40, "epoch": 1, "uri": f"{store}/s40", "sha256": "0" * 64})
+    it.record = JobRecord(
+        fence=Fence(3, "uid-p1.b1"), feed=make.feed(), checkpoint=make.checkpoint(20, 1),
+        progress=make.progress(2, 21, rewound=why),
+    )  # fmt: skip
+    assert it.write(it.judge()).checkpoint.step == 40, "what another binding said does not count"
+
+
+def test_an_adapter_that_did_not_improve_is_not_published(it, make) -> None:
+    it.bound()
+    it.body["spec"]["publish"] = {"policy": "IfEvalImproves"}
+    it.record = JobRecord(result=make.completed("adapter-1", 1).model_copy(update={"adapter": None}))
+    verdict = it.judge()
+    assert (verdict.state, verdict.published[0], verdict.published[1]) == ("Complete", False, "NotImproved")
+    it.record = JobRecord(result=make.completed("adapter-1", 1))
+    assert it.judge().reason == "Publishing"
+
+
+def test_an_agent_is_told_all_of_a_jobs_settings(it, make) -> None:
+    it.body["spec"] |= {
+        "adapter": {"name": "adapter-1", "dropout": "0.05", "useRslora": "Enabled"},
+        "training": {"epochs": 1, "adamBeta1": "0.8", "adamBeta2": "0.95", "adamEpsilon": "1e-6"},
+        "evaluation": {"everySteps": 7},
+        "priority": 3,
+    }
+    agents = {"uid-p1.b1": make.heartbeat("p1")}
+    (action,) = jobs.give(it.see(), it.judge(), agents, "uid-p1.b1", 0).actions
+    told = action.binding.spec
+    assert (told.dropout, told.use_rslora) == (0.05, True)
+    assert (told.adam_beta1, told.adam_beta2, told.adam_epsilon) == (0.8, 0.95, 1e-6)
+    assert (told.eval_every_steps, told.priority, told.weight) == (7, 3, 8.0)

@@ -325,14 +325,14 @@ async def test_a_jobs_life_over_a_lost_agent_an_emptied_redis_and_a_killed_opera
     assert cluster.status("ftj", "job-1")["restarts"] == 1
 
     # done: published once every ready agent has it
-    files = AdapterFiles(name="adapter-1", number=1, path="adapters/adapter-1/v1", sha256=SHA)
+    files = AdapterFiles(name="adapter-1", number=1, path="adapters/e-1/adapter-1/v1", sha256=SHA)
     result = Completed(epoch=2, step=10, tokens=500, adapter=files, loss=0.5, eval_loss=0.75)
     assert await second.fencing.finish(uid, result) is None
     second.jobs.clear()
     await eventually(lambda: cluster.condition("ftj", "job-1", "Complete")["status"] == "True")
     status = cluster.status("ftj", "job-1")
     assert (status["state"], status["progress"]["percent"], status["progress"]["evalLoss"]) == ("Complete", 100, "0.75")
-    assert status["adapter"]["uri"] == "pvc://artifacts/store/adapters/adapter-1/v1"
+    assert status["adapter"]["uri"] == "pvc://artifacts/store/adapters/e-1/adapter-1/v1"
     assert cluster.condition("ftj", "job-1", "Published")["status"] == "True"
 
     def served_everywhere() -> bool:

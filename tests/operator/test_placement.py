@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve_operator.reconcile.placement import Waiting, place
@@ -32,6 +32,7 @@ def test_an_agent_that_still_runs_a_job_gets_no_other(make) -> None:
     assert place(_waiting(1), {"a": make.heartbeat("p1")}, {"j-9": "a"}, set()) == {}
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_agent_is_given_more_jobs_than_it_takes_and_no_room_is_left_unused(make, data: st.DataObject) -> None:
     ids = [f"a{number}" for number in range(data.draw(st.integers(0, 5)))]
@@ -57,3 +58,20 @@ def test_no_agent_is_given_more_jobs_than_it_takes_and_no_room_is_left_unused(ma
     assert list(placed) == order[: len(placed)]
     if len(placed) < len(waiting):
         assert place(waiting[:0] + _waiting(999), agents, bound | placed, leaving) == {}
+
+
+def test_jobs_are_spread_over_agents_with_several_places(make) -> None:
+    agents = {
+        "a": make.heartbeat("p1", max_jobs=3, saturation=5.0),
+        "b": make.heartbeat("p2", max_jobs=2, saturation=90.0, jobs={"j-9": (4, 10)}),
+    }
+    placed = place(_waiting(1, 2, 3, 4, 5), agents, {"j-9": "b"}, set())
+    assert placed == {"j-1": "a", "j-2": "a", "j-3": "b", "j-4": "a"}
+
+
+def test_an_agent_with_more_places_left_but_more_jobs_comes_second(make) -> None:
+    agents = {
+        "a": make.heartbeat("p1", max_jobs=8, jobs={"j-8": (1, 1), "j-9": (1, 1)}),
+        "b": make.heartbeat("p2", max_jobs=1),
+    }
+    assert place(_waiting(1), agents, {}, set()) == {"j-1": "b"}

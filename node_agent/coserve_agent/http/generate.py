@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from coserve_agent.detokenize import Detokenizer, StopStrings
 from coserve_agent.engine_client import EngineClient, RefusedError, TokenStream
 from coserve_agent.errors import EngineGoneError
 from coserve_agent.http.errors import ApiError, bad_request
+from coserve_agent.http.logprobs import ScoredToken
 from coserve_agent.http.params import ChatRequest, Common
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import Metrics
 from coserve_agent.slo import RequestMeter, SloMeter
 from coserve_agent.tokenizer import Tokenizer
-from coserve_engine.messages import AdapterVersion, AddRequest, FinishReason, SamplingParams, Token
+from coserve_engine.messages import (
+    AdapterVersion,
+    AddRequest,
+    FinishReason,
+    SamplingParams,
+    Token,
+    TokenLogprobs,
+)
 
 RETRY_AFTER_S = 1
 SMALL_TEXT_CHARS = 8192
@@ -44,6 +52,14 @@ class Models(Protocol):
     def listing(self) -> list[Served]: ...
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What came next of an answer: characters, and the tokens behind them where their log-probabilities are wanted."""
+
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+
+
 class Generation:
     """One running request. Close it in the end, whatever happened."""
 
@@ -57,36 +73,41 @@ class Generation:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.finish_reason: str | None = None
-        self.failed = False
+        self.failure: str | None = None
+        """How the engine gave it up, as a result in the metrics: failed or refused."""
+        self._scored: list[ScoredToken] = []
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
 
-    async def next_text(self) -> str:
-        """The next characters; may be empty once `finish_reason` is set.
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the engine had computed before."""
+        return 0 if self._stream.prompt is None else self._stream.prompt.cached_tokens
+
+    @property
+    def prompt_scores(self) -> tuple[TokenLogprobs | None, ...]:
+        """One for each token of the prompt, if they were asked for; there with the first piece."""
+        return (self._stream.prompt and self._stream.prompt.logprobs) or ()
+
+    async def next_piece(self) -> Piece:
+        """What the next tokens gave: no characters while they end inside one, or in what may be a stop string.
 
         Raises:
             ApiError: the engine refuses the request, or ended.
         """
-        text = ""
-        while not text and not self.done:
-            try:
-                text = self._consume(await self._stream.next_tokens())
-            except RefusedError as error:
-                self.failed = True
-                raise _refusal(error) from None
-            except EngineGoneError as error:
-                self.failed = True
-                message = f"the engine stopped: {error}; send the request again"
-                raise ApiError(500, message, code="engine_stopped") from None
-        return text
-
-    async def whole_text(self) -> str:
-        parts = []
-        while not self.done:
-            parts.append(await self.next_text())
-        return "".join(parts)
+        try:
+            text = self._consume(await self._stream.next_tokens())
+        except RefusedError as error:
+            self.failure = "refused" if error.code == "overloaded" else "failed"
+            raise _refusal(error) from None
+        except EngineGoneError as error:
+            self.failure = "failed"
+            message = f"the engine stopped: {error}; send the request again"
+            raise ApiError(500, message, code="engine_stopped") from None
+        scored, self._scored = tuple(self._scored), []
+        return Piece(text, scored)
 
     def close(self) -> None:
         self._stream.close()
@@ -95,6 +116,8 @@ class Generation:
         text = ""
         for token in tokens:
             text += self._push(token.token, token.finish)
+            if token.logprobs is not None and token.finish is not FinishReason.STOP:
+                self._scored.append(ScoredToken(token.token, token.logprobs))
             if self.done:
                 break
         return text
@@ -167,8 +190,10 @@ class Generator:
 
     def begin(
         self, request_id: str, prompt: Sequence[int], request: Common, max_tokens: int | None, arrival_s: float
-    ) -> Generation:
-        """Hand the request to the engine. From resolving the name on nothing waits, so it keeps the version it got.
+    ) -> list[Generation]:
+        """Hand the request to the engine, once for each choice it asks for.
+
+        From resolving the name on nothing waits, so it keeps the version it got.
 
         Raises:
             ApiError: 400 if it does not fit the context, 404, 429 if too many wait, 503.
@@ -178,33 +203,62 @@ class Generator:
         max_tokens = self._check_length(
             len(prompt), max_tokens, "messages" if isinstance(request, ChatRequest) else "prompt"
         )
-        if self._engine.waiting() >= self._max_waiting:
-            raise self._refused(429, f"{self._max_waiting} requests are waiting already; try again later", "overloaded")
-        params = SamplingParams(
+        choices = request.n or 1
+        if self._engine.waiting() + choices > self._max_waiting:
+            raise self._refused(
+                429,
+                f"{self._engine.waiting()} requests are waiting and at most {self._max_waiting} may; try again later",
+                "overloaded",
+            )
+        params = self._params(request, max_tokens)
+        begun: list[Generation] = []
+        try:
+            for n in range(choices):  # the choices of a seed are those of the seeds that follow it
+                command = AddRequest(
+                    f"{request_id}-{n}", tuple(prompt), replace(params, seed=params.seed + n), arrival_s, served.version
+                )
+                begun.append(self._begin(command, request.stop or ()))
+        except ApiError:
+            for generation in begun:
+                self.end(generation)
+            raise
+        return begun
+
+    def _begin(self, command: AddRequest, stop: Sequence[str]) -> Generation:
+        meter = self._meter.request(command.arrival_s)
+        try:
+            stream = self._engine.generate(command, meter.token)
+        except EngineGoneError as error:
+            raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
+        detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
+        return Generation(stream, meter, detokenizer, StopStrings(stop), len(command.prompt))
+
+    def _params(self, request: Common, max_tokens: int) -> SamplingParams:
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=secrets.randbits(62) if request.seed is None else request.seed,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=self._stop_token_ids(request),
+            top_k=max(0, request.top_k or 0),
+            min_p=request.min_p or 0.0,
+            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=tuple((request.logit_bias or {}).items()),
+            min_tokens=request.min_tokens or 0,
+            logprobs=request.output_logprobs,
+            prompt_logprobs=request.prompt_logprobs,
         )
-        meter = self._meter.request(arrival_s)
-        try:
-            stream = self._engine.generate(
-                AddRequest(request_id, tuple(prompt), params, arrival_s, served.version), meter.token
-            )
-        except EngineGoneError as error:
-            raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
-        detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
-        return Generation(stream, meter, detokenizer, StopStrings(request.stop or ()), len(prompt))
 
     def end(self, generation: Generation) -> None:
         """Free the request in the engine if it runs still, and judge it."""
         generation.close()
         meter = generation.meter
-        if generation.failed:
+        if generation.failure is not None:
             meter.fail()
-            self._metrics.on_request("failed")
+            self._metrics.on_request(generation.failure)
         elif not generation.done:
             meter.cancel()
             self._metrics.on_request("cancelled")
@@ -250,4 +304,8 @@ def _refusal(error: RefusedError) -> ApiError:
         return bad_request(str(error), "messages", error.code)
     if error.code == "invalid_token":
         return bad_request(str(error), "prompt", error.code)
+    if error.code == "invalid_parameter":
+        return bad_request(str(error), error.field, "invalid_value")
+    if error.code == "overloaded":
+        return ApiError(429, str(error), code=error.code, retry_after_s=RETRY_AFTER_S)
     return ApiError(500, f"the engine could not run the request: {error}", code=error.code)

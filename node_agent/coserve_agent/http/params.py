@@ -13,13 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from coserve_agent.http.errors import ApiError, bad_request
+from coserve_engine.messages import MAX_LOGPROBS
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_SEED = (1 << 63) - 1
+MAX_CHOICES = 16
+MAX_BIASES = 1024
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[StrictInt, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Base(BaseModel):
@@ -33,7 +38,7 @@ class StreamOptions(_Base):
 
 
 class Common(_Base):
-    """What both kinds of completion share. Token counts; temperature 0 is greedy."""
+    """What both kinds of completion share. Token counts; temperature 0 is greedy. Names beyond OpenAI's are vLLM's."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -41,7 +46,17 @@ class Common(_Base):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[Count], Field(max_length=64)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    min_tokens: Count | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = None
@@ -50,6 +65,16 @@ class Common(_Base):
     @classmethod
     def _one_stop(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @property
+    def output_logprobs(self) -> int | None:
+        """None, or how many of the likeliest tokens to report beside each chosen one."""
+        raise NotImplementedError
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
 
 
 class ChatMessage(BaseModel):
@@ -73,10 +98,31 @@ class ChatMessage(BaseModel):
 class ChatRequest(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def output_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(Common):
     prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: StrictBool | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_for_false(cls, value: object) -> object:
+        return None if value is False else value
+
+    @property
+    def output_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 def _neutral(*values: object) -> Callable[[object], bool]:
@@ -103,21 +149,12 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "priority": _anything,
     "request_id": _anything,
     # they would change the answer
-    "n": _neutral(1),
     "best_of": _neutral(1),
-    "logprobs": _OFF,
     "top_logprobs": _neutral(0),
     "prompt_logprobs": _OFF,
     "echo": _OFF,
     "suffix": _EMPTY,
-    "logit_bias": _EMPTY,
-    "presence_penalty": _neutral(0),
-    "frequency_penalty": _neutral(0),
-    "repetition_penalty": _neutral(1),
     "length_penalty": _neutral(1),
-    "top_k": _neutral(0, -1),
-    "min_p": _neutral(0),
-    "min_tokens": _neutral(0),
     "use_beam_search": _OFF,
     "tools": _EMPTY,
     "tool_choice": _neutral("none", "auto"),
@@ -173,9 +210,16 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     try:
-        return ChatRequest.model_validate(check_supported(body, frozenset(ChatRequest.model_fields)))
+        parsed = ChatRequest.model_validate(check_supported(body, frozenset(ChatRequest.model_fields)))
     except ValidationError as error:
         raise explain(error) from None
+    if parsed.top_logprobs and not parsed.logprobs:
+        raise bad_request(
+            f"top_logprobs is {parsed.top_logprobs} but logprobs is not true; set logprobs to true",
+            "top_logprobs",
+            "invalid_value",
+        )
+    return parsed
 
 
 def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:

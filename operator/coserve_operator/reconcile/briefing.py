@@ -1,7 +1,7 @@
 """What an agent is told of a job, and from where it goes on."""
 
 from coserve_api.endpoint import InferenceEndpoint
-from coserve_api.job import FinetuneJob
+from coserve_api.job import FinetuneJob, RsloraPolicy
 from coserve_api.messages import Binding, BindingSpec, Checkpoint, Desired
 from coserve_api.store import JobRecord
 from coserve_api.uris import relative_path
@@ -22,7 +22,7 @@ def binding_of(
         epoch=epoch,
         desired=desired,
         restarts=restarts,
-        resume=newer_checkpoint(job, endpoint, record.checkpoint),
+        resume=newer_checkpoint(job, endpoint, record, epoch),
         spec=BindingSpec(
             job_uid=job.metadata.uid,
             job_name=job.metadata.name,
@@ -42,14 +42,24 @@ def binding_of(
             checkpoint_every_steps=spec.checkpoint.every_steps,
             checkpoint_keep=spec.checkpoint.keep,
             publish=spec.publish.policy,
+            dropout=float(spec.adapter.dropout),
+            use_rslora=spec.adapter.use_rslora is RsloraPolicy.ENABLED,
+            adam_beta1=float(spec.training.adam_beta1),
+            adam_beta2=float(spec.training.adam_beta2),
+            adam_epsilon=float(spec.training.adam_epsilon),
+            eval_every_steps=spec.evaluation.every_steps,
+            priority=spec.priority,
         ),
     )
 
 
-def newer_checkpoint(job: FinetuneJob, endpoint: InferenceEndpoint, accepted: Checkpoint | None) -> Checkpoint | None:
-    """Return the one of more steps: the status's, or the one that Redis accepted."""
-    recorded = job.status.checkpoint
-    if recorded is None or (accepted is not None and accepted.step >= recorded.step):
+def newer_checkpoint(job: FinetuneJob, endpoint: InferenceEndpoint, record: JobRecord, epoch: int) -> Checkpoint | None:
+    """Return the one of more steps: the status's, or the one that Redis accepted, which alone counts once the agent
+    that is bound under `epoch` found the other corrupt.
+    """
+    recorded, accepted = job.status.checkpoint, record.checkpoint
+    rewound = record.progress is not None and record.progress.epoch == epoch and record.progress.rewound != ""
+    if recorded is None or (accepted is not None and (accepted.step >= recorded.step or rewound)):
         return accepted
     path = relative_path(endpoint.spec.artifact_store.uri, recorded.uri)
     return Checkpoint(

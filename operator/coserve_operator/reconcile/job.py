@@ -296,6 +296,9 @@ def _completed(sight: Sight, base: Verdict, endpoint: InferenceEndpoint, redis: 
         adapter = PublishedAdapter(name=files.name, version=files.number, uri=uri, sha256=files.sha256)
     if spec.publish.policy is PublishPolicy.NEVER:
         return replace(done, published=(False, "NotRequested", "spec.publish.policy is Never"))
+    if adapter is None and spec.publish.policy is PublishPolicy.IF_EVAL_IMPROVES:
+        message = "spec.publish.policy is IfEvalImproves, and the evaluation loss did not fall"
+        return replace(done, published=(False, "NotImproved", message))
     if adapter is None:
         message = "the agent finished without an adapter; this is a fault of the agent: see its log"
         return _end(sight, base, FailedReason.INTERNAL_ERROR, message)

@@ -28,7 +28,7 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
         reason=verdict.reason,
         progress=_progress(sight, verdict),
         binding=binding,
-        checkpoint=_checkpoint(sight),
+        checkpoint=_checkpoint(sight, verdict),
         adapter=verdict.adapter,
         restarts=verdict.restarts,
         observed_generation=sight.job.metadata.generation,
@@ -38,11 +38,11 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
     )
 
 
-def _checkpoint(sight: Sight) -> CheckpointStatus | None:
+def _checkpoint(sight: Sight, verdict: Verdict) -> CheckpointStatus | None:
     if sight.endpoint is None:
         return sight.job.status.checkpoint
     store = sight.endpoint.spec.artifact_store.uri
-    newest = newer_checkpoint(sight.job, sight.endpoint, sight.record.checkpoint)
+    newest = newer_checkpoint(sight.job, sight.endpoint, sight.record, verdict.epoch)
     if newest is None:
         return None
     uri = artifact_uri(store, newest.path)
@@ -141,6 +141,10 @@ def notices(sight: Sight, verdict: Verdict, new: JobStatus) -> list[Notice]:
         told.append(Notice("Bound", f"bound to agent {after.agent} on node {after.node}, epoch {after.epoch}"))
     elif before is not None and before.agent and new.state in _WAITING and new.restarts == old.restarts:
         told.append(Notice("Released", f"agent {before.agent} gave the job back"))
+    if old.checkpoint is not None and new.checkpoint is not None and new.checkpoint.step < old.checkpoint.step:
+        why = sight.record.progress.rewound if sight.record.progress else ""
+        message = f"{why}; training goes on from the checkpoint of step {new.checkpoint.step}"
+        told.append(Notice("CheckpointCorrupt", message, warning=True))
     if new.state != old.state or new.reason != old.reason:
         told += _change(verdict, new)
     if new.adapter is not None and verdict.published is not None and verdict.published[0]:

@@ -39,7 +39,8 @@ def place(
         if not candidates:
             break
         chosen = min(
-            candidates, key=lambda agent: (len(agents[agent].jobs), agents[agent].load.saturation_percent, agent)
+            candidates,
+            key=lambda agent: (agents[agent].max_jobs - free[agent], agents[agent].load.saturation_percent, agent),
         )
         free[chosen] -= 1
         placed[job.uid] = chosen

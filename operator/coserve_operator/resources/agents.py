@@ -63,6 +63,7 @@ def deployment(
 
 def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, Any]]:
     spec, meta = endpoint.spec, endpoint.metadata
+    slowdown = spec.finetuning.max_slowdown_percent
     settings: dict[str, str | int] = {
         "ENDPOINT_UID": meta.uid,
         "ENDPOINT_NAME": meta.name,
@@ -74,6 +75,8 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "TPOT_MS": duration_ms(spec.slo.time_per_output_token),
         "FINETUNING": spec.finetuning.policy.value,
         "MAX_RANK": spec.finetuning.max_rank,
+        "MAX_CONCURRENT_JOBS": spec.finetuning.max_concurrent_jobs,
+        "MAX_SLOWDOWN_PERCENT": "" if slowdown is None else slowdown,
         "MAX_BATCH_TOKENS": spec.engine.max_batch_tokens,
         "KV_CACHE_BYTES": quantity_bytes(spec.engine.kv_cache_memory),
         "THREADS": spec.engine.threads,

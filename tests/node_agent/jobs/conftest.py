@@ -64,6 +64,7 @@ class Cluster:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     epochs: dict[str, int] = field(default_factory=dict)
     steps: int = STEPS
+    endpoint_uid: str = ENDPOINT
 
     async def until(self, condition: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
         """The first true value of `condition`."""

@@ -121,6 +121,10 @@ async def test_a_corrupt_checkpoint_falls_back_to_the_one_before(cluster: Any) -
     assert isinstance(result, Completed), result
     cluster.check_adapter(result, material)
     assert "going on from the older checkpoint of step" in second.log
+    progress = (await cluster.record(cluster.a)).progress
+    assert progress is not None
+    assert "cannot be used" in progress.rewound
+    assert "optimizer.safetensors" in progress.rewound
 
 
 async def test_a_job_without_a_whole_checkpoint_fails_and_says_so(cluster: Any) -> None:

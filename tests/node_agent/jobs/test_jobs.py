@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from coserve_api.job import PublishPolicy
 from coserve_api.messages import AdapterRecord, Completed, Failed
 
 
@@ -33,7 +34,7 @@ async def test_a_job_becomes_an_adapter_that_answers(cluster: Any) -> None:
     result = await cluster.result(cluster.a)
     assert isinstance(result, Completed), result
     assert result.adapter is not None
-    assert (result.step, result.adapter.path) == (cluster.steps, "adapters/tuned/v1")
+    assert (result.step, result.adapter.path) == (cluster.steps, f"adapters/{cluster.endpoint_uid}/tuned/v1")
     assert result.eval_loss is not None
     assert result.eval_loss_initial is not None
     assert result.eval_loss < result.eval_loss_initial
@@ -57,6 +58,29 @@ async def test_a_job_becomes_an_adapter_that_answers(cluster: Any) -> None:
     assert "three" in tuned.choices[0].text
     metrics = await cluster.metrics(agent)
     assert 'coserve_tokens_total{kind="backward"}' in metrics
+
+
+async def test_two_jobs_of_one_agent_are_each_as_if_alone(cluster: Any) -> None:
+    """One of twice the share, both of the same data and seed: the same adapter, whatever came between their steps."""
+    agent = await cluster.agent(max_concurrent_jobs=2)
+    assert (await cluster.beat(agent)).max_jobs == 2
+    changes: dict[str, Any] = {"dropout": 0.1, "eval_every_steps": 7, "publish": PublishPolicy.IF_EVAL_IMPROVES}
+    material = await cluster.feed_some(cluster.a, 4)
+    await cluster.feed_some(cluster.b, 4)
+    await cluster.bind(cluster.a, agent, priority=1, **changes)
+    await cluster.bind(cluster.b, agent, adapter_name="other", **changes)
+
+    async def both() -> bool:
+        return (await cluster.beat(agent)).jobs.keys() == {cluster.a, cluster.b}
+
+    await cluster.until(both)
+    cluster.feed(cluster.a)
+    cluster.feed(cluster.b)
+    results = [await cluster.result(job) for job in (cluster.a, cluster.b)]
+    assert all(isinstance(result, Completed) for result in results), results
+    first, second = (cluster.check_adapter(result, material) for result in results)
+    assert first == second
+    assert results[0].adapter.path != results[1].adapter.path
 
 
 async def test_a_rank_above_the_endpoints_is_refused(cluster: Any) -> None:

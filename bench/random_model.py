@@ -1,0 +1,29 @@
+"""A Llama of about 32 million parameters with random weights, for benchmarks: speed does not depend on the values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 8192
+
+
+def write_random_model(folder: Path, *, layers: int = 8, positions: int = 2048) -> Path:
+    """Write a Hugging Face folder: hidden 512, intermediate 1,408, 8 heads of 64 over 4 key-value heads, float32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=positions,
+        eos_token_id=None,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

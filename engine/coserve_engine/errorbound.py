@@ -1,0 +1,82 @@
+"""A bound on the error of predictions that keeps its promise: a share `miss_rate` of what follows may exceed it."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+
+QUANTILE = 0.99
+YOUNG = 256
+"""Ratios below which the empirical quantile is a maximum, and one outlier would decide it."""
+
+
+class ErrorBound:
+    """An upper bound on actual / predicted.
+
+    A quantile of the last ratios, moved by adaptive conformal inference (Gibbs, Candes: Adaptive Conformal Inference
+    Under Distribution Shift, 2021): up by step * (1 - miss_rate) at a miss, down by step * miss_rate otherwise, which
+    makes the share of misses tend to `miss_rate` however the errors are distributed. A stall counts as one miss and
+    one ratio, whatever its length.
+    """
+
+    def __init__(self, miss_rate: float, window: int = 512, step: float = 0.02, ceiling: float = 3.0) -> None:
+        self._miss_rate, self._step, self._ceiling = miss_rate, step, ceiling
+        self._recent: deque[float] = deque(maxlen=window)
+        self._sorted: list[float] = []
+        self._shift = 0.06
+        self.ratio = 1.5
+        """Actual / predicted stays below; 1.02 at least."""
+
+    def update(self, ratio: float) -> None:
+        """Learn one actual / predicted."""
+        missed = ratio > self.ratio
+        self._shift += self._step * (missed - self._miss_rate)
+        self._shift = min(1.0, max(-0.05, self._shift))
+        if len(self._recent) == self._recent.maxlen:
+            self._sorted.pop(bisect.bisect_left(self._sorted, self._recent[0]))
+        self._recent.append(ratio)
+        bisect.insort(self._sorted, ratio)
+        self.ratio = min(self._ceiling, max(1.02, self._quantile() + self._shift))
+
+    @property
+    def spread(self) -> float:
+        """Half of what the middle two thirds of the last ratios span: their standard deviation without outliers."""
+        ranked, count = self._sorted, len(self._sorted)
+        return (ranked[int(0.84 * count)] - ranked[int(0.16 * count)]) / 2 if count else 0.0
+
+    def _quantile(self) -> float:
+        ranked, count = self._sorted, len(self._sorted)
+        if count < 8:
+            return max(1.4, min(2.0, ranked[-1]))
+        top = ranked[min(count - 1, int(QUANTILE * count))]
+        if count >= YOUNG:
+            return top
+        middle = ranked[count // 2]
+        return min(top, middle + 6 * (ranked[int(0.84 * count)] - middle) + 0.05)
+
+
+class Highest:
+    """A quantile of the last seconds of something that depends on nothing, 1 ms before the first."""
+
+    def __init__(self, quantile: float = 0.98, window: int = 128) -> None:
+        self._quantile = quantile
+        self._recent: deque[float] = deque(maxlen=window)
+        self._sorted: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        if not self._sorted:
+            return 1e-3
+        return self._sorted[int(self._quantile * (len(self._sorted) - 1))]
+
+    @property
+    def median_s(self) -> float:
+        """What it mostly takes."""
+        return self._sorted[len(self._sorted) // 2] if self._sorted else 1e-3
+
+    def update(self, seconds: float) -> None:
+        """Learn one measurement."""
+        if len(self._recent) == self._recent.maxlen:
+            self._sorted.pop(bisect.bisect_left(self._sorted, self._recent[0]))
+        self._recent.append(seconds)
+        bisect.insort(self._sorted, seconds)

@@ -1,0 +1,61 @@
+"""Which requests can run at all: what a request may ask for, and how it is told what is wrong."""
+
+from __future__ import annotations
+
+import math
+
+from coserve_engine.errors import RequestError
+from coserve_engine.messages import MAX_LOGPROBS, AddRequest, SamplingParams
+
+
+def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
+    """Raises RequestError for a request that cannot run on a model of this size, whatever else runs."""
+    prompt, params = command.prompt, command.params
+    if not prompt:
+        raise RequestError("invalid_token", "the prompt has no tokens; send at least one")
+    if params.max_tokens < 1:
+        raise RequestError("invalid_token", f"max_tokens is {params.max_tokens}; it must be at least 1")
+    if len(prompt) + params.max_tokens > max_model_length:
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
+            f"context of {max_model_length}; shorten the prompt or lower max_tokens",
+        )
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise RequestError("invalid_token", f"the prompt has a token outside the vocabulary of {vocab_size}")
+    for name, seconds in (("ttft_s", command.ttft_s), ("tpot_s", command.tpot_s)):
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise RequestError("invalid_slo", f"{name} is {seconds}; it must be a positive number of seconds")
+    _check_numbers(params)
+    for name, tokens in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", tuple(token for token, _ in params.logit_bias)),
+    ):
+        wrong = [token for token in tokens if not 0 <= token < vocab_size]
+        if wrong:
+            raise _refused(name, f"has token {wrong[0]}; it must be from 0 to {vocab_size - 1}")
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    allowed = (
+        ("temperature", params.temperature, 0.0, math.inf),
+        ("top_p", params.top_p, 0.0, 1.0),
+        ("min_p", params.min_p, 0.0, 1.0),
+        ("top_k", params.top_k, 0, math.inf),
+        ("repetition_penalty", params.repetition_penalty, math.ulp(0.0), math.inf),
+        ("presence_penalty", params.presence_penalty, -math.inf, math.inf),
+        ("frequency_penalty", params.frequency_penalty, -math.inf, math.inf),
+        ("min_tokens", params.min_tokens, 0, params.max_tokens),
+        ("logprobs", params.logprobs or 0, 0, MAX_LOGPROBS),
+        ("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS),
+    )
+    for name, value, low, high in allowed:
+        if not (math.isfinite(value) and low <= value <= high):
+            raise _refused(name, f"is {value}; it must be a finite number from {low:g} to {high:g}")
+    for token, value in params.logit_bias:
+        if not math.isfinite(value):
+            raise _refused("logit_bias", f"of token {token} is {value}; it must be a finite number")
+
+
+def _refused(field: str, what: str) -> RequestError:
+    return RequestError("invalid_parameter", f"{field} {what}", field)

@@ -1,0 +1,72 @@
+"""Which rows of which prompts an iteration computes: earliest deadline first, never past a deadline of those that
+decode.
+"""
+
+from __future__ import annotations
+
+from coserve_engine.cost import CostModel
+from coserve_engine.plan import Kind, Segment, SequenceView, View
+from coserve_engine.work import ForwardWork, prefill_work
+
+CUT = 16
+"""Where a prompt is cut: at a multiple of so many positions."""
+PATIENCE = 4.0
+"""A request counts as due after so many times the time to first token, however late the deadline it asked for."""
+
+
+def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
+    """Sorts prompts: by deadline, but none waits for others for ever."""
+    return min(sequence.deadline, sequence.arrival + PATIENCE * ttft_s), sequence.arrival, sequence.slot
+
+
+def chunks(
+    view: View, cost: CostModel, work: ForwardWork, left_s: float
+) -> tuple[list[Segment], ForwardWork, bool, float]:
+    """Chunks of prompts beside `work`, in a forward that may take `left_s` (bound; infinite if nobody decodes).
+
+    A prompt is cut where it does not fit. One whose deadline passed a time to first token ago gets `CUT` rows in every
+    iteration, whatever it delays, so that nobody waits for ever.
+
+    Returns:
+        segments, the counts of the forward, whether every prompt is planned to its end, and the seconds until the
+        earliest deadline of a prompt that is (infinite if none).
+    """
+    segments: list[Segment] = []
+    due_s = float("inf")
+    prompts = sorted((s for s in view.sequences if not s.decoding), key=lambda s: urgency(s, view.ttft_s))
+    for sequence in prompts:
+        rest = sequence.known - sequence.done
+        room = view.max_batch_tokens - work.rows
+        overdue = view.now > sequence.deadline + view.ttft_s
+        length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view.tile)
+        if length < min(rest, CUT) and (overdue and not segments):
+            length = max(length, min(rest, room, CUT))
+        if length <= 0:
+            return segments, work, False, due_s
+        segments.append(Segment(Kind.PREFILL, sequence.slot, sequence.done, length, sample=length == rest))
+        work = work.plus(prefill_work(sequence.done, length, view.tile))
+        if length < rest:
+            return segments, work, False, due_s
+        if sequence.deadline > view.now + cost.forward_bound_s(work):
+            due_s = min(due_s, sequence.deadline - view.now)
+    return segments, work, True, due_s
+
+
+def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, tile: int) -> int:
+    """The most rows, at most `most`, that fit; a cut lies at a multiple of CUT positions."""
+
+    def fits(length: int) -> bool:
+        return cost.forward_bound_s(work.plus(prefill_work(sequence.done, length, tile))) <= left_s
+
+    if most <= 0:
+        return 0
+    whole = sequence.known - sequence.done
+    if most == whole and fits(most):
+        return most
+    low, high = sequence.done // CUT, (sequence.done + most) // CUT
+    if fits(high * CUT - sequence.done):
+        return max(0, high * CUT - sequence.done)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * CUT - sequence.done) else (low, middle)
+    return max(0, low * CUT - sequence.done)

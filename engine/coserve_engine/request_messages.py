@@ -1,0 +1,136 @@
+"""Messages of one request: what it asks for, and what comes of it. `messages` says what holds for all messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_LOGPROBS = 20
+"""How many of the likeliest tokens a request may ask to be reported, as in OpenAI's API and vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """An immutable set of adapter weights: `uid` names the lineage (a job or a published name), `number` grows."""
+
+    uid: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens, in vLLM's terms and, as there, applied in this order: penalties, bias, `min_tokens`,
+    temperature, `min_p`, `top_k`, `top_p`.
+
+    Args:
+        temperature: 0 is greedy.
+        top_p, min_p, top_k: what is left to draw from: the smallest set of the likeliest with this mass; those with
+        at least this share of the likeliest one's probability; so many of the likeliest (0: all).
+        seed: addresses the randomness, together with the token's position.
+        ignore_eos: the model's end-of-text ends nothing.
+        repetition_penalty: of tokens in prompt or output, as in transformers (1: none).
+        presence_penalty, frequency_penalty: subtracted for tokens of the output, once and for each time, as in
+        OpenAI's API.
+        logit_bias: (token, what is added to its logit).
+        min_tokens: no token that would end the output is chosen before so many.
+        logprobs: None, or how many of the likeliest tokens to report beside the chosen one, 0 to MAX_LOGPROBS.
+        prompt_logprobs: the same for the tokens of the prompt.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """Generate from `prompt` under `params`; `arrival_s` starts the clock of the time to first token.
+
+    `ttft_s` and `tpot_s` are this request's own promise; None: the engine's.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    arrival_s: float
+    adapter: AdapterVersion | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Forget a request and free what it holds. No further event names it. Unknown ids are ignored."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities where one token was chosen, of the model's own distribution (nothing of SamplingParams is
+    applied): the token's, and the likeliest tokens' with theirs, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDone:
+    """A request's prompt is computed; comes once, before its first token.
+
+    `cached_tokens` of it were found in the KV cache. `logprobs`, if asked for, has one entry a token of the prompt;
+    the first token follows nothing and has None.
+    """
+
+    request_id: str
+    cached_tokens: int
+    logprobs: tuple[TokenLogprobs | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token of a request; `finish` is set on its last. `emitted_s` is when the engine had it."""
+
+    request_id: str
+    token: int
+    finish: FinishReason | None
+    emitted_s: float
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """All tokens of one iteration."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """A request that cannot run; `code` is stable: unknown_adapter, context_length_exceeded, invalid_token,
+    invalid_parameter, invalid_slo, overloaded (too many are waiting), internal_error. `field` of SamplingParams is at
+    fault, if one is.
+    """
+
+    request_id: str
+    code: str
+    message: str
+    field: str | None = None

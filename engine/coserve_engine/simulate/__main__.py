@@ -1,0 +1,128 @@
+"""`python -m coserve_engine.simulate`: policies compared on a trace."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from coserve_engine.simulate.bound import capacity
+from coserve_engine.simulate.compare import Case, Row, table
+from coserve_engine.simulate.errors import SimulationError
+from coserve_engine.simulate.machine import read_machine
+from coserve_engine.simulate.policies import named
+from coserve_engine.simulate.trace import Arrival, drawn, read_trace
+from coserve_engine.simulate.world import Setup, alone_tokens_per_s
+
+SLOWDOWNS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and write the plot. Returns the exit status: 2 for a flag or a trace that cannot be used."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        cases = _cases(options)
+        names = options.policies or list(named(1.0, lambda rows: rows))
+        unknown = [name for name in names if name not in named(1.0, lambda rows: rows)]
+        if unknown:
+            raise SimulationError(f"--policies names {unknown}; there are {list(named(1.0, lambda rows: rows))}")
+        if options.plot is not None:
+            from coserve_engine.simulate import plot  # noqa: PLC0415  (a development dependency)
+    except SimulationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: --plot needs {error.name}; install the extra 'dev' or leave --plot away", file=sys.stderr)
+        return 2
+    with ProcessPoolExecutor(options.processes) as pool:
+        rows = list(pool.map(_run, [(case, name, None) for case in cases for name in names]))
+        print(table(rows))
+        frontier: list[Row] = []
+        if options.frontier:
+            frontier = list(pool.map(_run, [(case, "ours", limit) for case in cases for limit in SLOWDOWNS]))
+            print("\nours with finetuning.maxSlowdownPercent 0, 25, 50, 100, 200, 400, 800, none")
+            print(table(frontier))
+    if options.plot is not None:
+        plot.draw(rows, frontier, options.plot)
+    return 0
+
+
+def _run(job: tuple[Case, str, float | None]) -> Row:
+    case, name, limit = job
+    return case.run(name, limit)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m coserve_engine.simulate", description=__doc__)
+    parser.add_argument("--trace", type=Path, help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    parser.add_argument("--drawn", type=float, metavar="CV", help="instead: gamma gaps of this variation, 1 = Poisson")
+    parser.add_argument("--slo-ms", type=float, nargs="+", default=[100.0, 200.0], help="time per output token")
+    parser.add_argument("--ttft-ms", type=float, default=1000.0, help="time to first token")
+    parser.add_argument("--load", type=float, nargs="+", default=[30.0, 50.0, 70.0], help="percent of serving capacity")
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--prompt-divisor", type=float, default=8.0)
+    parser.add_argument("--output-divisor", type=float, default=4.0)
+    parser.add_argument("--cost", default="cpu", help="cpu, h200, or a JSON file")
+    parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of log(actual / true)")
+    parser.add_argument("--kv-pages", type=int, default=1024, help="of 64 tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--frontier", action="store_true", help="also ours at several maxSlowdownPercent")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--processes", type=int, default=1)
+    return parser
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    for flag, values in (
+        ("--slo-ms", options.slo_ms),
+        ("--load", options.load),
+        ("--ttft-ms", [options.ttft_ms]),
+        ("--prompt-divisor", [options.prompt_divisor]),
+        ("--output-divisor", [options.output_divisor]),
+        ("--processes", [options.processes]),
+        ("--kv-pages", [options.kv_pages]),
+    ):
+        for value in values:
+            if not value > 0:
+                raise SimulationError(f"{flag} is {value}; it must be above zero")
+    if not 0 <= options.noise < 1:
+        raise SimulationError(f"--noise is {options.noise}; it must lie in [0, 1)")
+    if options.requests < 2:
+        raise SimulationError(f"--requests is {options.requests}; at least 2 are needed")
+    machine = read_machine(options.cost)
+    arrivals = _arrivals(options)
+    cases = []
+    for slo_ms in options.slo_ms:
+        setup = Setup(
+            machine,
+            ttft_s=options.ttft_ms / 1e3,
+            tpot_s=slo_ms / 1e3,
+            noise=options.noise,
+            seed=options.seed,
+            kv_pages=options.kv_pages,
+        )
+        most = capacity(setup, arrivals)
+        if most == 0:
+            raise SimulationError(f"--slo-ms is {slo_ms}: serving alone never keeps it here; choose a longer one")
+        alone = alone_tokens_per_s(setup)
+        print(f"SLO {slo_ms:.0f} ms: load 100 % is {most:.2f} requests/s; finetuning alone {alone:.0f} tokens/s")
+        cases += [Case(setup, tuple(arrivals), most, alone, load) for load in options.load]
+    return cases
+
+
+def _arrivals(options: argparse.Namespace) -> list[Arrival]:
+    if (options.trace is None) == (options.drawn is None):
+        raise SimulationError("give exactly one of --trace FILE and --drawn CV")
+    if options.trace is not None:
+        return read_trace(options.trace, options.requests, options.prompt_divisor, options.output_divisor)
+    if not options.drawn > 0:
+        raise SimulationError(f"--drawn is {options.drawn}; the coefficient of variation must be above zero")
+    prompt, output = round(1155 / options.prompt_divisor), round(211 / options.output_divisor)
+    return drawn(options.requests, 1.0, options.drawn, prompt, output, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Policies side by side on one trace, SLO and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from coserve_engine.simulate.bound import part, work_conserving_bound
+from coserve_engine.simulate.policies import named
+from coserve_engine.simulate.trace import Arrival, at_rate
+from coserve_engine.simulate.world import Setup, World
+from coserve_engine.work import ForwardWork
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run. Percentages: attainment strict and by mean, finetuning of alone and of the bound, iterations over."""
+
+    policy: str
+    slo_ms: float
+    load_percent: float
+    strict: float
+    by_mean: float
+    finetuning: float
+    of_bound: float
+    median_gap_ms: float
+    p99_gap_ms: float
+    over: float
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An engine, its trace, `capacity` requests a second, and tokens a second of finetuning alone."""
+
+    setup: Setup
+    arrivals: tuple[Arrival, ...]
+    capacity: float
+    alone: float
+    load_percent: float
+
+    def run(self, name: str, max_slowdown: float | None = None) -> Row:
+        """Run one policy."""
+        setup = replace(self.setup, max_slowdown=max_slowdown)
+        machine = setup.machine
+        entry = named(setup.tpot_s, lambda rows: machine.forward_s(ForwardWork(prefill=rows)))[name]
+        rate = self.capacity * self.load_percent / 100
+        arrivals = at_rate(list(self.arrivals), rate)
+        used = setup if entry.share is None else part(setup, entry.share)
+        result = World(used, arrivals, entry.policy, finetuning=entry.finetuning, stops=entry.stops).run()
+        got = 1.0 - entry.share if entry.share is not None else result.finetune_tokens_per_s / self.alone
+        bound = work_conserving_bound(setup, arrivals, rate)
+        return Row(
+            policy=name,
+            slo_ms=1e3 * setup.tpot_s,
+            load_percent=self.load_percent,
+            strict=result.strict_percent,
+            by_mean=result.mean_percent,
+            finetuning=100 * got,
+            of_bound=100 * got / bound if bound > 0 else float("nan"),
+            median_gap_ms=result.gap_ms(50),
+            p99_gap_ms=result.gap_ms(99),
+            over=result.over_percent,
+        )
+
+
+HEAD = ("SLO ms", "load %", "strict %", "mean %", "FT % alone", "% bound", "gap P50 ms", "gap P99 ms", "over %")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Rows as aligned text."""
+
+    def line(r: Row) -> str:
+        return (
+            f"{r.policy:<20}{r.slo_ms:>11.0f}{r.load_percent:>11.0f}{r.strict:>11.2f}{r.by_mean:>11.2f}"
+            f"{r.finetuning:>11.1f}{r.of_bound:>11.1f}{r.median_gap_ms:>11.1f}{r.p99_gap_ms:>11.1f}{r.over:>11.3f}"
+        )
+
+    return "\n".join([f"{'policy':<20}" + "".join(f"{name:>11}" for name in HEAD), *map(line, rows)])

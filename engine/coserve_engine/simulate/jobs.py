@@ -1,0 +1,83 @@
+"""A finetuning job as counts: passes that open, go through forward and backward, and end an optimizer step together."""
+
+from __future__ import annotations
+
+from coserve_engine.errors import OutOfPagesError
+from coserve_engine.pages import PageLedger
+from coserve_engine.plan import Kind, PassShape, PassView, Segment, Unit
+
+MAX_LIVE = 2
+
+
+class Job:
+    """An endless stream of like passes, `passes_per_step` of them in an optimizer step; two are live at most.
+
+    The next step's passes open once all of this step's are done, since they need its parameters.
+    """
+
+    def __init__(
+        self, ledger: PageLedger, layers: int, tile: int, page: int, tokens: int, passes_per_step: int
+    ) -> None:
+        self._ledger, self._layers, self._per_step = ledger, layers, passes_per_step
+        count, rest = divmod(tokens, tile)
+        rows = [tile] * count + [rest] * (rest > 0)
+        self._tiles = tuple((n, (index + 1) * tile) for index, n in enumerate(rows))
+        self._pages = -(-tokens // page)
+        self._opened = 0
+        self._units_of_pass = (layers + 1) * len(self._tiles)
+        self.tokens = tokens
+        self.passes: dict[int, PassView] = {}
+        self.done = 0
+        """Passes that came to their end."""
+
+    def advance(self, *, may_open: bool) -> None:
+        """Close what is done, open what may."""
+        for number, view in list(self.passes.items()):
+            if view.layer < 0:
+                del self.passes[number]
+                self._ledger.free(f"pass:{number}")
+                self.done += 1
+        while may_open and len(self.passes) < MAX_LIVE and self._next_step() == self.done // self._per_step:
+            try:
+                self._ledger.reserve(f"pass:{self._opened}", self._pages)
+            except OutOfPagesError:
+                return
+            shape = PassShape(self._opened, self._tiles, self._layers, training=True)
+            self.passes[self._opened] = PassView(shape, 0, self._layers, len(self._tiles))
+            self._opened += 1
+
+    def _next_step(self) -> int:
+        return (self.done + len(self.passes)) // self._per_step
+
+    def drop_youngest(self) -> bool:
+        """Give a pass up for its pages; it starts again later."""
+        if not self.passes:
+            return False
+        number, _ = self.passes.popitem()
+        self._ledger.free(f"pass:{number}")
+        return True
+
+    def window(self, segment: Segment) -> None:
+        """A forward window has run."""
+        assert segment.kind is Kind.FINETUNE
+        view = self.passes[segment.slot]
+        done = sum(start < segment.start + segment.length for start in view.shape.starts)
+        self.passes[segment.slot] = view._replace(fwd_tile=done)
+
+    def backward(self, unit: Unit) -> None:
+        """A unit has run."""
+        view = self.passes[unit.pass_id]
+        if (unit.layer, unit.end) != (view.layer, view.end_tile) or not view.forward_done:
+            raise ValueError(f"{unit} does not go on from {view}")
+        layer, end = (unit.layer, unit.first) if unit.first else (unit.layer - 1, len(self._tiles))
+        self.passes[unit.pass_id] = view._replace(layer=layer, end_tile=end)
+
+    @property
+    def progress_tokens(self) -> float:
+        """Tokens trained: those of finished passes, and of live ones by the share of their work (forward: a third)."""
+        tiles = len(self._tiles)
+        part = 0.0
+        for view in self.passes.values():
+            backward = (self._layers - view.layer) * tiles + tiles - view.end_tile
+            part += view.fwd_tile / tiles / 3 + 2 * backward / self._units_of_pass / 3
+        return self.tokens * (self.done + part)

@@ -1,0 +1,148 @@
+"""What a forward and a unit take on the simulated machine: the truth that the latency model has to find out."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from coserve_engine.cost import CostModel
+from coserve_engine.simulate.errors import SimulationError
+from coserve_engine.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCost:
+    """Milliseconds: fixed, a row of each kind, an attention call, 1,000 keys gathered, 100,000 query-key pairs."""
+
+    fixed_ms: float
+    decode_ms: float
+    prefill_ms: float
+    finetune_ms: float
+    call_ms: float = 0.0
+    kv_ms: float = 0.0
+    pairs_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """Milliseconds of a backward unit: fixed, a row, a tile, 100,000 query-key pairs."""
+
+    fixed_ms: float
+    row_ms: float
+    tile_ms: float = 0.0
+    pairs_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Costs, `layers` of the model, and `turnaround_ms` from the end of an iteration to the next plan."""
+
+    forward: ForwardCost
+    unit: UnitCost
+    head: UnitCost
+    layers: int
+    turnaround_ms: float = 1.0
+
+    def forward_s(self, work: ForwardWork) -> float:
+        """Seconds of a forward without noise."""
+        c = self.forward
+        ms = c.fixed_ms + c.decode_ms * work.decode + c.prefill_ms * work.prefill + c.finetune_ms * work.finetune
+        ms += c.call_ms * work.calls + c.kv_ms * work.kv_rows / 1e3 + c.pairs_ms * work.pairs / 1e5
+        return ms / 1e3
+
+    def unit_s(self, work: UnitWork) -> float:
+        """Seconds of a unit without noise."""
+        c = self.head if work.head else self.unit
+        return (c.fixed_ms + c.row_ms * work.rows + c.tile_ms * work.tiles + c.pairs_ms * work.pairs / 1e5) / 1e3
+
+    def slower(self, factor: float) -> Machine:
+        """A part of the machine: everything takes `factor` times as long."""
+
+        def scaled(cost: ForwardCost | UnitCost) -> dict[str, float]:
+            return {name: factor * value for name, value in asdict(cost).items()}
+
+        return replace(
+            self,
+            forward=ForwardCost(**scaled(self.forward)),
+            unit=UnitCost(**scaled(self.unit)),
+            head=UnitCost(**scaled(self.head)),
+        )
+
+
+CPU = Machine(ForwardCost(15.5, 1.32, 0.66, 0.66), UnitCost(2.0, 0.157), UnitCost(1.0, 0.2), layers=8)
+"""A Llama of 32 M parameters in fp32 on one AVX2 core: measured (units of 64, 128, 256 rows take 12, 22, 42 ms)."""
+H200 = Machine(
+    ForwardCost(3.49, 0.019, 0.0185, 0.0185, kv_ms=0.0305),
+    UnitCost(0.1, 0.00066),
+    UnitCost(0.25, 0.003),
+    layers=32,
+    turnaround_ms=0.5,
+)
+"""Llama-3.1-8B in bf16, from floors: 15 GB of weights at 4.3 TB/s, 54,000 rows/s, 128 KiB of keys and values a token;
+rows are taken to add to the weights' reading, which overstates small batches.
+"""
+MACHINES = {"cpu": CPU, "h200": H200}
+
+
+def read_machine(name: str) -> Machine:
+    """One of MACHINES, or a JSON file {"forward": {...}, "unit": {...}, "head": {...}, "layers": n}.
+
+    Raises:
+        SimulationError: neither, or a field is missing, unknown or not a number of at least zero.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    try:
+        raw = json.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SimulationError(
+            f"cost {name!r} is neither {' nor '.join(MACHINES)} nor a file ({error.strerror})"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise SimulationError(f"cost file {name} is no JSON: {error}") from None
+    try:
+        parts: dict[str, ForwardCost | UnitCost] = {"forward": ForwardCost(**raw["forward"])}
+        for part in ("unit", "head"):
+            parts[part] = UnitCost(**raw[part])
+        for part, cost in parts.items():
+            for field in fields(cost):
+                value = getattr(cost, field.name)
+                if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    field_name = f"{part}.{field.name}"
+                    raise SimulationError(f"cost file {name}: {field_name} is {value!r}; it must be a number >= 0")
+        return Machine(**{**raw, **parts})
+    except KeyError as error:
+        raise SimulationError(f"cost file {name}: {error.args[0]!r} is missing") from None
+    except TypeError as error:
+        raise SimulationError(f"cost file {name}: {error}") from None
+
+
+def machine_of(cost: CostModel, layers: int) -> Machine:
+    """The machine that an engine's latency model has learned."""
+    forward, unit, head = ([1e3 * c for c in coefficients] for coefficients in cost.coefficients)
+    return Machine(ForwardCost(*forward), UnitCost(*unit), UnitCost(*head), layers, 1e3 * cost.median_turnaround_s)
+
+
+def calibrated(machine: Machine, tile: int, noise: float, source: random.Random) -> CostModel:
+    """A latency model after the start-up run of an engine on this machine."""
+    cost = CostModel()
+
+    def error() -> float:
+        return math.exp(source.gauss(0.0, noise))
+
+    for _ in range(2):
+        for work in (
+            *(decode_work([at] * n, tile) for n in (1, 4, 12) for at in (48, 383)),
+            *(prefill_work(0, n, tile) for n in (16, 192, 384)),
+            *(ForwardWork(finetune=tile, calls=1, kv_rows=kv, pairs=tile * kv) for kv in range(tile, 385, tile)),
+        ):
+            cost.observe(work, machine.forward_s(work) * error(), ())
+        for head in (False, True):
+            for tiles in (1, 2, 3) * 3:
+                unit = UnitWork(head, tiles * tile, tiles, 0 if head else tiles * tile * 192)
+                cost.observe(NO_WORK, 0.0, [(unit, machine.unit_s(unit) * error())])
+    cost.forget_errors()
+    return cost

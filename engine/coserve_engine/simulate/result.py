@@ -1,0 +1,73 @@
+"""What users saw in a run, and what finetuning got."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from coserve_engine.messages import IterationDone
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """A request's arrival, the time to its first token, and the gaps between its tokens, in seconds."""
+
+    arrival_s: float
+    first_s: float = math.inf
+    gaps_s: list[float] = field(default_factory=list)
+
+    def strict(self, ttft_s: float, tpot_s: float) -> bool:
+        """First token in time, and the P99 of the gaps: at most one in a hundred is late."""
+        return self.first_s <= ttft_s and sum(gap > tpot_s for gap in self.gaps_s) <= len(self.gaps_s) // 100
+
+    def by_mean(self, ttft_s: float, tpot_s: float) -> bool:
+        """First token in time, and the mean gap (FlexLLM's measure, which hides stalls)."""
+        return self.first_s <= ttft_s and sum(self.gaps_s) <= tpot_s * len(self.gaps_s)
+
+
+@dataclass(slots=True)
+class Result:
+    """A finished run."""
+
+    ttft_s: float
+    tpot_s: float
+    requests: list[RequestTimes] = field(default_factory=list)
+    saturation: list[float] = field(default_factory=list)
+    """Percent, a report each 250 ms."""
+    iterations: int = 0
+    over_bound: int = 0
+    seconds: float = 0.0
+    finetune_tokens: float = 0.0
+
+    def iteration(self, done: IterationDone) -> None:
+        """Count an iteration."""
+        self.iterations += 1
+        self.over_bound += done.started_s + done.duration_s > done.until_s
+
+    @property
+    def strict_percent(self) -> float:
+        return self._share([r.strict(self.ttft_s, self.tpot_s) for r in self.requests])
+
+    @property
+    def mean_percent(self) -> float:
+        return self._share([r.by_mean(self.ttft_s, self.tpot_s) for r in self.requests])
+
+    @property
+    def over_percent(self) -> float:
+        """Iterations that ended after their bound."""
+        return 100.0 * self.over_bound / max(1, self.iterations)
+
+    @property
+    def finetune_tokens_per_s(self) -> float:
+        return self.finetune_tokens / self.seconds if self.seconds else 0.0
+
+    def gap_ms(self, percent: float) -> float:
+        """A percentile of all gaps between tokens (nearest rank)."""
+        ranked = sorted(gap for r in self.requests for gap in r.gaps_s)
+        if not ranked:
+            return math.nan
+        return 1e3 * ranked[max(0, math.ceil(percent / 100 * len(ranked)) - 1)]
+
+    @staticmethod
+    def _share(kept: list[bool]) -> float:
+        return 100.0 * sum(kept) / len(kept) if kept else math.nan

@@ -1,0 +1,209 @@
+"""A run of an engine on a simulated machine: admit, view, decide, move the clock, commit, learn."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, replace
+
+from coserve_engine.errors import OutOfPagesError
+from coserve_engine.iteration import Accounts, run_units
+from coserve_engine.load import Demand, saturation_percent
+from coserve_engine.pages import PageLedger
+from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
+from coserve_engine.schedule import decide
+from coserve_engine.simulate.errors import SimulationError
+from coserve_engine.simulate.jobs import Job
+from coserve_engine.simulate.machine import Machine, calibrated
+from coserve_engine.simulate.result import RequestTimes, Result
+from coserve_engine.simulate.trace import Arrival
+
+REPORT_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """An engine and its machine. `noise` is the standard deviation of log(actual / true) of each forward and unit."""
+
+    machine: Machine
+    ttft_s: float = 1.0
+    tpot_s: float = 0.1
+    noise: float = 0.05
+    seed: int = 0
+    max_slowdown: float | None = None
+    max_requests: int = 64
+    max_batch_tokens: int = 512
+    kv_pages: int = 1024
+    pass_tokens: int = 512
+    passes_per_step: int = 4
+    tile: int = 64
+    page: int = 64
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request here: `done` tokens in the cache, `known` of prompt and output, `end` when it is finished."""
+
+    slot: int
+    arrival_s: float
+    known: int
+    end: int
+    times: RequestTimes
+    finetune_s: float
+    done: int = 0
+    last_s: float | None = None
+
+
+class World:
+    """`finetuning`: whether there is a job. Without `stops` no arrival ends the units early (an ablation)."""
+
+    def __init__(
+        self, setup: Setup, arrivals: list[Arrival], policy: Policy, *, finetuning: bool = True, stops: bool = True
+    ) -> None:
+        self.setup, self.arrivals, self.policy = setup, arrivals, policy
+        self.finetuning, self.stops = finetuning, stops
+        self.now = 0.0
+        self._next = 0
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[int, _Request] = {}
+        self._noise = random.Random(setup.seed)
+        self._ledger = PageLedger(setup.kv_pages)
+        self._job = Job(
+            self._ledger, setup.machine.layers, setup.tile, setup.page, setup.pass_tokens, setup.passes_per_step
+        )
+
+    def run(self, seconds: float = math.inf) -> Result:
+        """Until the last request is done, or for so long. Raises SimulationError for one that needs too many pages."""
+        s = self.setup
+        cost = calibrated(s.machine, s.tile, s.noise, self._noise)
+        accounts = Accounts(cost)
+        result, plan_id, last_report = Result(s.ttft_s, s.tpot_s), 0, 0.0
+        while self.now < seconds and (self._next < len(self.arrivals) or self._waiting or self._running):
+            self._admit(result, accounts)
+            if self.finetuning:
+                self._job.advance(may_open=not self._waiting)
+            view = self._view()
+            plan = self.policy(view, cost, plan_id)
+            plan_id += 1
+            if not plan.segments and not plan.units:
+                self._wait_for_the_next(accounts, result, seconds, idle_plans=not self._running)
+                continue
+            if plan.segments:
+                self.now += s.machine.forward_s(plan.work) * self._error()
+            forward_end = self.now
+            self._commit(plan)
+            units = run_units(plan, view, cost, lambda: self.now, self._backward, self._interrupted)
+            done = accounts.close(plan, view, forward_end, units, s.machine.layers)
+            result.iteration(done)
+            self.now += s.machine.turnaround_ms / 1e3
+            if self.now - last_report >= REPORT_S:
+                last_report = self.now
+                result.saturation.append(saturation_percent(self._demand(accounts), cost, s.ttft_s, s.tpot_s, s.tile))
+        result.seconds, result.finetune_tokens = self.now, self._job.progress_tokens
+        return result
+
+    def _error(self) -> float:
+        return math.exp(self._noise.gauss(0.0, self.setup.noise))
+
+    def _interrupted(self) -> bool:
+        return self.stops and self._next < len(self.arrivals) and self.arrivals[self._next].at_s <= self.now
+
+    def _wait_for_the_next(self, accounts: Accounts, result: Result, seconds: float, *, idle_plans: bool) -> None:
+        if not idle_plans or self._next == len(self.arrivals):
+            raise SimulationError("the policy plans nothing although requests are running")
+        until = min(seconds, max(self.now, self.arrivals[self._next].at_s))
+        for _ in range(int((until - self.now) / REPORT_S)):
+            result.saturation.append(0.0)
+        self.now = until
+        accounts.rest()
+
+    def _admit(self, result: Result, accounts: Accounts) -> None:
+        while self._next < len(self.arrivals) and self.arrivals[self._next].at_s <= self.now:
+            a = self.arrivals[self._next]
+            self._next += 1
+            times = RequestTimes(a.at_s)
+            result.requests.append(times)
+            end = a.prompt + a.output
+            if self._pages(end) > self._ledger.total:
+                raise SimulationError(f"a request of {end} tokens needs more than the {self._ledger.total} KV pages")
+            self._waiting.append(_Request(self._next, a.at_s, a.prompt, end, times, accounts.time.finetune_s))
+        while self._waiting and len(self._running) < self.setup.max_requests:
+            request = self._waiting[0]
+            try:
+                self._ledger.reserve(f"request:{request.slot}", self._pages(request.end))
+            except OutOfPagesError:
+                if not self._job.drop_youngest():
+                    return
+                continue
+            self._running[request.slot] = self._waiting.popleft()
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.setup.page)
+
+    def _view(self) -> View:
+        s = self.setup
+        ttft_s, tpot_s = s.ttft_s, s.tpot_s
+        return View(
+            self.now,
+            tuple(
+                SequenceView(
+                    r.slot,
+                    r.done,
+                    r.known,
+                    r.arrival_s + ttft_s if r.last_s is None else r.last_s + tpot_s,
+                    r.arrival_s,
+                    tpot_s,
+                )
+                for r in self._running.values()
+            ),
+            tuple(self._job.passes.values()),
+            len(self._waiting),
+            ttft_s,
+            tpot_s,
+            s.max_batch_tokens,
+            s.tile,
+            s.max_slowdown,
+        )
+
+    def _commit(self, plan: Plan) -> None:
+        for segment in plan.segments:
+            if segment.kind is Kind.FINETUNE:
+                self._job.window(segment)
+                continue
+            request = self._running[segment.slot]
+            request.done += segment.length
+            if not segment.sample:
+                continue
+            request.known += 1
+            if request.last_s is None:
+                request.times.first_s = self.now - request.arrival_s
+            else:
+                request.times.gaps_s.append(self.now - request.last_s)
+            request.last_s = self.now
+            if request.known >= request.end:
+                del self._running[segment.slot]
+                self._ledger.free(f"request:{segment.slot}")
+
+    def _backward(self, unit: Unit) -> None:
+        shape = self._job.passes[unit.pass_id].shape
+        self.now += self.setup.machine.unit_s(shape.backward(unit.layer, unit.first, unit.end)) * self._error()
+        self._job.backward(unit)
+
+    def _demand(self, accounts: Accounts) -> Demand:
+        first = [r for r in (*self._running.values(), *self._waiting) if r.last_s is None]
+        return Demand(
+            contexts=tuple(r.done for r in self._running.values() if r.last_s is not None),
+            prompts=tuple(r.known - r.done for r in first),
+            waits_s=tuple(max(0.0, self.now - r.arrival_s - (accounts.time.finetune_s - r.finetune_s)) for r in first),
+            finetune_share=accounts.time.share,
+            held_pages=self._ledger.held_by("request:"),
+            total_pages=self._ledger.total,
+        )
+
+
+def alone_tokens_per_s(setup: Setup, seconds: float = 60.0) -> float:
+    """Tokens a second of finetuning with nobody to serve."""
+    far = [Arrival(seconds, 1, 1)]
+    result = World(replace(setup, noise=0.0), far, decide).run(seconds)
+    return result.finetune_tokens / result.seconds

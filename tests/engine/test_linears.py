@@ -1,0 +1,66 @@
+"""The fast product of a frozen weight is the plain one, keeps a row's bits, and gives way where it would not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coserve_engine import linears
+from coserve_engine.linears import PROBED_ROWS, LinearChoice, PackedLinear, PlainLinear, differing_rows
+from coserve_engine.numerics import Numerics
+
+CPU = torch.device("cpu")
+SHAPES = ((64, 48), (512, 256), (96, 1408))
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", (False, True))
+def test_packed_is_plain(shape: tuple[int, int], biased: bool) -> None:
+    weight, bias = draw(*shape), draw(shape[0], seed=1) if biased else None
+    packed, plain = PackedLinear(weight, bias), PlainLinear(weight.double(), None if bias is None else bias.double())
+    x, dy = draw(20, shape[1], seed=2), draw(20, shape[0], seed=3)
+    assert (packed.forward(x) - plain.forward(x.double())).abs().max() < 1e-4
+    assert (packed.backward(dy) - plain.backward(dy.double())).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_chosen_keeps_a_rows_bits(shape: tuple[int, int]) -> None:
+    made = LinearChoice(CPU, torch.float32, Numerics(), backward=True).make(draw(*shape))
+    x, dy = draw(PROBED_ROWS[-1], shape[1], seed=2), draw(PROBED_ROWS[-1], shape[0], seed=3)
+    assert differing_rows(made.forward, x, Numerics()) == []
+    assert differing_rows(made.backward, dy, Numerics()) == []
+
+
+def test_a_product_whose_bits_depend_on_the_rows_shows() -> None:
+    x = draw(PROBED_ROWS[-1], 64)
+    w = draw(32, 64, seed=1)
+
+    def halves(rows: torch.Tensor) -> torch.Tensor:
+        if rows.shape[0] > 48:
+            return rows @ w.t()
+        return rows[:, :13] @ w.t()[:13] + rows[:, 13:] @ w.t()[13:]
+
+    assert differing_rows(halves, x, Numerics()) == [rows for rows in PROBED_ROWS if rows <= 48]
+
+
+def test_it_gives_way_to_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "differing_rows", lambda *_: [8])
+    choice = LinearChoice(CPU, torch.float32, Numerics(), backward=True)
+    assert isinstance(choice.make(draw(64, 48)), PlainLinear)
+    assert list(choice.notes()) == ["linear 64 x 48 by BLAS (packed, rows differ for [8] rows)"]
+
+
+def test_float64_is_plain() -> None:
+    choice = LinearChoice(CPU, torch.float64, Numerics(), backward=True)
+    assert isinstance(choice.make(draw(64, 48).double()), PlainLinear)
+    assert list(choice.notes()) == ["linears by BLAS (float64 on cpu)"]
+
+
+def test_serving_alone_keeps_one_layout() -> None:
+    made = LinearChoice(CPU, torch.float32, Numerics(), backward=False).make(draw(64, 48))
+    with pytest.raises(ValueError, match="serving only"):
+        made.backward(draw(4, 64))
