@@ -35,6 +35,7 @@ def calibrate(executor: Executor, cost: CostModel, clock: Callable[[], float]) -
         for model in (warm_up, cost, cost):
             for length in (min(64, longest), longest):
                 _pass(executor, model, clock, length)
+        executor.buffers.clear()
     cost.forget_errors()
     decode = decode_work([256] * 8, executor.numerics.tile)
     return (

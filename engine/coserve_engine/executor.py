@@ -13,6 +13,7 @@ import torch
 
 from coserve_engine import head
 from coserve_engine.batch import SequenceRows, bind
+from coserve_engine.buffers import Buffers
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.kv_cache import KVCache
@@ -71,6 +72,7 @@ class Executor:
             )
         self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
         self.ledger = PageLedger(pages, self.cache.scrub)
+        self.buffers = Buffers(self.dtype, self.device)
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
@@ -89,19 +91,21 @@ class Executor:
         want_logprobs: bool = False,
     ) -> PassState:
         """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
-        where = (self.numerics, self.dtype, self.device)
-        terms = LossTerms(LOSSES[loss], work, *where, want_logprobs=want_logprobs)
-        state = PassState(work, weights, layout, pages, self.model, *where, terms, seed, self.config.pass_bytes)
+        terms = LossTerms(LOSSES[loss], work, self.numerics, self.dtype, self.device, want_logprobs=want_logprobs)
+        state = PassState(
+            work, weights, layout, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
+        )
         self.passes[work.id] = state
         return state
 
     def close_pass(self, pass_id: int) -> None:
-        """Forget a live pass and free its pages."""
+        """Forget a live pass; its pages and buffers are the next one's."""
         state = self.passes.pop(pass_id)
         pages = tuple(page for table in state.page_tables for page in table)
         if not torch.isfinite(state.final).all():
             self.cache.scrub(pages)
         self.ledger.free(f"pass:{pass_id}")
+        self.buffers.release(pass_id)
 
     def forward(self, segments: tuple[Segment, ...], sequences: Mapping[int, SequenceRows]) -> Forwarded:
         """Run a batch."""

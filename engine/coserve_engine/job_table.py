@@ -114,6 +114,8 @@ class JobTable:
         self._fair.leave(job_id)
         while job is not None and job.drop_youngest():
             pass
+        if not self.running:
+            self._executor.buffers.clear()
 
     # ---- an iteration ----
 

@@ -29,7 +29,7 @@ def adamw(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[float, bool]:
-    """One update of `param` [size] in place; `grad` is scaled in place when it is clipped (max_grad_norm 0: never).
+    """One update of `param` [size] in place; `grad` is clipped to the norm (max_grad_norm 0: never) and used up.
 
     Returns:
         The gradient's norm before clipping, and False where it was not finite: then nothing has changed.
@@ -45,6 +45,6 @@ def adamw(
     state.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     correction1 = 1 - beta1**state.updates
     correction2 = 1 - beta2**state.updates
-    denominator = (state.v.sqrt() / correction2**0.5).add_(eps)
+    denominator = torch.sqrt(state.v, out=grad).div_(correction2**0.5).add_(eps)
     param.addcdiv_(state.m, denominator, value=-lr / correction1)
     return norm, True

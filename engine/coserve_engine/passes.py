@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from coserve_engine.buffers import Buffers
 from coserve_engine.config import ModelConfig
 from coserve_engine.dropout import row_keys
 from coserve_engine.kept import plan_kept
@@ -64,15 +65,15 @@ class PassState:
         pages: tuple[int, ...],
         config: ModelConfig,
         numerics: Numerics,
-        dtype: torch.dtype,
-        device: torch.device,
+        buffers: Buffers,
         terms: LossTerms,
         seed: int,
         kept_bytes: int | None,
     ) -> None:
-        """`terms` are of its loss; `seed` addresses dropout; `kept_bytes` bounds what is kept for backward (None:
-        everything is).
+        """`buffers` are leased to `work.id`; `terms` are of its loss; `seed` addresses dropout; `kept_bytes` bounds
+        what is kept for backward (None: everything is).
         """
+        dtype, device = buffers.dtype, buffers.device
         self.work, self.weights, self.layout, self.terms = work, weights, layout, terms
         lengths = tuple(len(seq.tokens) for seq in work.seqs)
         self.lengths = tuple(map(numerics.pad, lengths))
@@ -118,18 +119,17 @@ class PassState:
         """Backward of tiles [end_tile, all) of `layer` is done."""
         self.losses = [0.0] * len(self.spans)
 
-        def rows(*shape: int) -> torch.Tensor:
-            return torch.empty(self.rows, *shape, dtype=dtype, device=device)
-
-        self.final = rows(config.hidden)
-        self.kept: tuple[dict[str, torch.Tensor], ...] = ()
+        plan = plan_kept(config, self.rows * dtype.itemsize, kept_bytes) if self.training else ()
+        shapes: list[tuple[int, ...]] = [(self.rows, config.hidden)]
         if self.training:
-            plan = plan_kept(config, self.rows * dtype.itemsize, kept_bytes)
-            self.kept = tuple({name: rows(*shape) for name, shape in layer.items()} for layer in plan)
-            self.dx = rows(config.hidden)
-            self.dkv = torch.zeros(2, config.kv_heads, self.rows, config.head_size, dtype=dtype, device=device)
-            self.grads = torch.zeros(layout.size, dtype=dtype, device=device)
-            self.grad_views = layout.views(self.grads)
+            shapes += [(self.rows, config.hidden), (2, config.kv_heads, self.rows, config.head_size), (layout.size,)]
+        shapes += [(self.rows, *shape) for layer in plan for shape in layer.values()]
+        self.final, *leased = buffers.lease(work.id, shapes)
+        if self.training:
+            self.dx, self.dkv, self.grads, *leased = leased
+            self.grad_views = layout.views(self.grads.zero_())
+        rest = iter(leased)
+        self.kept = tuple({name: next(rest) for name in layer} for layer in plan)
         drops = self.training and layout.spec.dropout > 0.0
         self._row_keys = self._hashed(seed) if drops else None
 

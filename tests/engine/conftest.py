@@ -321,6 +321,8 @@ class Rig:
         while not state.done:
             self.executor.backward(self.unit(state, unit()))
             between()
+        if state.training:
+            state.grads = state.grads.clone()  # its buffers are the next pass's
         self.executor.close_pass(work.id)
         return state
 

@@ -70,9 +70,9 @@ def run(r: Any, adapter: Any, loss: LossName, seqs: tuple[TrainSeq, ...]) -> tup
         r.forward(r.window(state, 1))
     while not state.done:
         executor.backward(r.unit(state, 1))
-    logprobs = state.terms.logprobs()
+    logprobs, grads = state.terms.logprobs(), state.grads.clone()
     executor.close_pass(work.id)
-    return state.loss_sum(), state.grads, logprobs
+    return state.loss_sum(), grads, logprobs
 
 
 @pytest.fixture

@@ -1,0 +1,58 @@
+"""Memory that outlives a pass. A kernel zeroes each page that is mapped anew, so fresh buffers for every pass cost tens
+of milliseconds, all of it between two tokens of a request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+ALIGN = 16
+"""Values; every buffer begins on a cache line, as torch's own do: a product's bits can depend on addresses."""
+
+
+def _aligned(shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) // ALIGN) * ALIGN
+
+
+class Buffers:
+    """Leases buffers to owners out of one block each. A block that is given back waits for the next owner whom it
+    fits, so there are never more blocks than owners at once; `clear` frees those that wait.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._free: list[torch.Tensor] = []
+        self._leased: dict[int, torch.Tensor] = {}
+
+    def lease(self, owner: int, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        """Contiguous buffers of these shapes, whose values are anybody's, until `release` of the same owner."""
+        sizes = [_aligned(shape) for shape in shapes]
+        self._leased[owner] = block = self._block(sum(sizes))
+        parts = zip(torch.split(block[: sum(sizes)], sizes), shapes, strict=True)
+        return [part[: math.prod(shape)].view(shape) for part, shape in parts]
+
+    def release(self, owner: int) -> None:
+        """The owner will not touch its buffers again."""
+        self._free.append(self._leased.pop(owner))
+
+    def clear(self) -> None:
+        """Free what is not leased."""
+        self._free.clear()
+
+    @property
+    def values(self) -> int:
+        """Values of all blocks."""
+        return sum(block.numel() for block in (*self._free, *self._leased.values()))
+
+    def _block(self, size: int) -> torch.Tensor:
+        """The smallest free block of `size` values or more; else a new one in the place of the largest."""
+        self._free.sort(key=torch.Tensor.numel)
+        for at, block in enumerate(self._free):
+            if block.numel() >= size:
+                return self._free.pop(at)
+        if self._free:
+            self._free.pop()
+        return torch.empty(size, dtype=self.dtype, device=self.device)
