@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from coserve_engine.functional import repeat_last_row
 from coserve_engine.kv_cache import PageRun
 from coserve_engine.lora import LoraGroup, LoraWeights, RowDropout
-from coserve_engine.numerics import Numerics
+from coserve_engine.numerics import Numerics, repeat_last
 from coserve_engine.pages import NULL_PAGE
 from coserve_engine.passes import PassState
 from coserve_engine.plan import Kind, Segment
@@ -144,7 +145,7 @@ def bind(
         calls=tuple(calls),
         groups=tuple(groups),
         kept=tuple(kept),
-        sample_rows=_tensor(_padded(sample_rows, numerics), device),
+        sample_rows=_tensor(repeat_last(sample_rows, numerics.row_multiple), device),
         sample_slots=tuple(sample_slots),
         rows=row,
     )
@@ -160,14 +161,9 @@ def lora_group(
     if rows[-1] - rows[0] == count - 1 and numerics.pad(count) == count:
         return LoraGroup(weights, slice(rows[0], rows[-1] + 1), count, drop)
     if drop is not None:
-        keys = torch.cat([drop.keys, drop.keys[-1:].expand(numerics.pad(count) - count)])
-        drop = RowDropout(keys, drop.p)
-    return LoraGroup(weights, _tensor(_padded(rows, numerics), device), count, drop)
+        drop = RowDropout(repeat_last_row(drop.keys, numerics.row_multiple), drop.p)
+    return LoraGroup(weights, _tensor(repeat_last(rows, numerics.row_multiple), device), count, drop)
 
 
 def _tensor(values: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _padded(rows: list[int], numerics: Numerics) -> list[int]:
-    return rows + rows[-1:] * (numerics.pad(len(rows)) - len(rows))

@@ -16,6 +16,7 @@ from coserve_engine.batch import SequenceRows, bind
 from coserve_engine.buffers import Buffers
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
+from coserve_engine.functional import repeat_last_row
 from coserve_engine.kv_cache import KVCache
 from coserve_engine.linears import LinearChoice
 from coserve_engine.lora import LoraLayout, LoraWeights
@@ -121,19 +122,15 @@ class Executor:
 
     def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
-        return head.log_probabilities(self._logits(self._padded(rows)))[: rows.shape[0]]
+        return head.log_probabilities(self._logits(repeat_last_row(rows, self.numerics.row_multiple)))[: rows.shape[0]]
 
     def log_probabilities_of(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [len(rows), vocab] of some rows of logits [N, vocab], which stay as they are."""
-        return head.log_probabilities(self._padded(logits[list(rows)]))[: len(rows)]
+        return head.log_probabilities(repeat_last_row(logits[list(rows)], self.numerics.row_multiple))[: len(rows)]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights
         return head.logits(hidden, weights.norm, weights.head, self.model.rms_eps)
-
-    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
-        lacking = self.numerics.pad(rows.shape[0]) - rows.shape[0]
-        return torch.cat([rows, rows[-1:].expand(lacking, -1)])
 
     def backward(self, unit: Unit) -> None:
         """Run one unit and advance its pass."""

@@ -1,8 +1,16 @@
-"""RMSNorm, rotary embedding and SwiGLU with their derivatives, as transformers' Llama and Qwen3 define them."""
+"""RMSNorm, rotary embedding and SwiGLU with their derivatives, as transformers' Llama and Qwen3 define them; and the
+padding of rows.
+"""
 
 from __future__ import annotations
 
 import torch
+
+
+def repeat_last_row(rows: torch.Tensor, multiple: int) -> torch.Tensor:
+    """rows [N, ...] with the last one repeated up to a multiple of so many; `rows` itself where none lacks."""
+    lacking = -rows.shape[0] % multiple
+    return torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])]) if lacking else rows
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from coserve_engine.functional import rms_norm, rms_norm_backward
+from coserve_engine.functional import repeat_last_row, rms_norm, rms_norm_backward
 from coserve_engine.linears import FrozenLinear
 from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState
@@ -47,7 +47,7 @@ def head_unit(
         count = picked.shape[0]
         if count == 0:
             continue
-        padded = torch.cat([picked, picked[-1:].expand(numerics.pad(count) - count)])
+        padded = repeat_last_row(picked, numerics.row_multiple)
         x = state.final[padded]
         xn, rstd = rms_norm(x, norm, eps)
         logp = log_probabilities(head.forward(xn))

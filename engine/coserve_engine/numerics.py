@@ -7,6 +7,14 @@ rows of every GEMM are padded to a multiple of `row_multiple`: a row's result th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def repeat_last(values: list[T], multiple: int) -> list[T]:
+    """`values` with the last one repeated up to a multiple of so many; none stay none."""
+    return values + values[-1:] * (-len(values) % multiple)
 
 
 @dataclass(frozen=True, slots=True)

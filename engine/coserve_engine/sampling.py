@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from coserve_engine.messages import SamplingParams
+from coserve_engine.numerics import repeat_last
 from coserve_engine.processors import Processors, process
 
 CANDIDATES = 256
@@ -22,7 +22,6 @@ GREEDY_BELOW = 1e-5
 """Temperatures below are 0, as in vLLM: dividing by them would overflow."""
 ROWS = 4
 """Rows are padded to a multiple: the sum of a lone row may be split over threads, and then has other bits."""
-T = TypeVar("T")
 _MASK = (1 << 64) - 1
 
 
@@ -64,11 +63,11 @@ def choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
 def _draw(scores: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> list[int]:
     def column(values: list[float]) -> torch.Tensor:
         """[rows, 1], padded as the rows are."""
-        return torch.tensor(_padded(values), dtype=torch.float64, device=scores.device).unsqueeze(1)
+        return torch.tensor(repeat_last(values, ROWS), dtype=torch.float64, device=scores.device).unsqueeze(1)
 
     params = [choices[row].params for row in rows]
     u = column([sample_u(choices[row].params.seed, choices[row].position) for row in rows])
-    index = torch.tensor(_padded(rows), device=scores.device)
+    index = torch.tensor(repeat_last(rows, ROWS), device=scores.device)
     p = torch.softmax(scores[index] / column([one.temperature for one in params]).to(scores.dtype), -1)
     if any(one.min_p > 0 for one in params):
         floor = column([one.min_p for one in params]).to(p.dtype) * p.amax(-1, keepdim=True)
@@ -78,14 +77,14 @@ def _draw(scores: torch.Tensor, rows: list[int], choices: Sequence[Choice]) -> l
     cut = [n for n, one in enumerate(params) if 0 < one.top_k < vocab or one.top_p < 1]
     whole = sorted(set(range(len(rows))) - set(cut))
     if whole:
-        some = _padded(whole)
+        some = repeat_last(whole, ROWS)
         mass = p[some].cumsum(-1, dtype=torch.float64)
         found = torch.searchsorted(mass, u[some] * mass[:, -1:], right=True).clamp_(max=vocab - 1).squeeze(1)
         for n, token in zip(whole, found.tolist(), strict=False):
             tokens[n] = token
     width = min(CANDIDATES, vocab)
     while cut:
-        some = _padded(cut)
+        some = repeat_last(cut, ROWS)
         top_k = column([float(one.top_k) if one.top_k > 0 else float(vocab) for one in params])[some]
         top_p = column([one.top_p for one in params])[some]
         found, decided = _among_likeliest(p[some], width, top_k, top_p, u[some])
@@ -119,7 +118,3 @@ def _among_likeliest(
     target = u * mass.gather(1, kept - 1)
     place = torch.searchsorted(mass, target, right=True).minimum(kept - 1)
     return order.gather(1, place).squeeze(1), decided.squeeze(1)
-
-
-def _padded(values: list[T]) -> list[T]:
-    return values + values[-1:] * (-len(values) % ROWS)
