@@ -222,21 +222,10 @@ class Engine:
         if now - self._last_report < LOAD_REPORT_S:
             return
         self._last_report = now
-        running = self.requests.running.values()
-        first = [r for r in (*running, *self.requests.waiting) if r.last_emit_s is None]
+        requests = (r.load() for r in (*self.requests.running.values(), *self.requests.waiting))
         ledger = self.executor.ledger
         held = ledger.held_by("request:")
-        demand = Demand(
-            contexts=tuple(r.done for r in running if r.last_emit_s is not None),
-            prompts=tuple(len(r.tokens) - r.done for r in first),
-            waits_s=tuple(
-                max(0.0, now - r.command.arrival_s - (self._accounts.time.finetune_s - r.finetune_s_at_arrival))
-                for r in first
-            ),
-            finetune_share=self._accounts.time.share,
-            held_pages=held,
-            total_pages=ledger.total,
-        )
+        demand = Demand.of(requests, now, self._accounts.time, held, ledger.total)
         tile = self.executor.numerics.tile
         percent = saturation_percent(demand, self.cost, self.config.ttft_s, self.config.tpot_s, tile)
         self._events.append(

@@ -8,7 +8,9 @@ decode at once, with the pages they hold, is scaled to what it would be alone (`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coserve_engine.cost import CostModel
 from coserve_engine.work import decode_work, prefill_work
@@ -44,14 +46,26 @@ class ServingTime:
         return min(1.0, self._recent_s / free_s) if free_s > 0 else 0.0
 
 
+class RequestLoad(NamedTuple):
+    """A request, running or waiting: `done` of its `known` tokens are in the cache, `first` while it has no first
+    token; `finetune_s` were given to finetuning when it arrived.
+    """
+
+    done: int
+    known: int
+    first: bool
+    arrival_s: float
+    finetune_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What inference asks for now.
 
     Args:
-        contexts: tokens in the cache of each decoding request.
-        prompts: tokens still to prefill of each request that has no first token yet, in order of arrival.
-        waits_s: their waits since arrival, without the time that finetuning took.
+        contexts: tokens in the cache of each decoding request; of one that was put out, those it will have there again.
+        prompts: tokens to compute before the next token of each request that does not decode, in order of arrival.
+        waits_s: their waits for a first token since arrival, without the time that finetuning took.
         finetune_share: `ServingTime.share`.
         held_pages, total_pages: of the page pool, inference only.
     """
@@ -62,6 +76,20 @@ class Demand:
     finetune_share: float
     held_pages: int
     total_pages: int
+
+    @classmethod
+    def of(
+        cls, requests: Iterable[RequestLoad], now: float, time: ServingTime, held_pages: int, total_pages: int
+    ) -> Demand:
+        """Of `requests` that run or wait, in order of arrival."""
+        contexts, prompts, waits_s = [], [], []
+        for done, known, first, arrival_s, finetune_s in requests:
+            if not first:
+                contexts.append(known - 1)
+            if first or known - done > 1:
+                prompts.append(known - done)
+                waits_s.append(max(0.0, now - arrival_s - (time.finetune_s - finetune_s)) if first else 0.0)
+        return cls(tuple(contexts), tuple(prompts), tuple(waits_s), time.share, held_pages, total_pages)
 
 
 def alone(count: int, fixed_s: float, rows_s: float, finetune_share: float) -> float:

@@ -76,6 +76,15 @@ class SequenceView(NamedTuple):
     arrival: float
     tpot_s: float
 
+    @classmethod
+    def of(
+        cls, slot: int, done: int, known: int, arrival: float, last: float | None, ttft_s: float, tpot_s: float
+    ) -> SequenceView:
+        """The deadline rule: the first token within `ttft_s` of arrival, each later one within `tpot_s` of the `last`
+        (None: there is none yet).
+        """
+        return cls(slot, done, known, arrival + ttft_s if last is None else last + tpot_s, arrival, tpot_s)
+
     @property
     def decoding(self) -> bool:
         return self.known - self.done == 1 and self.done > 0

@@ -17,6 +17,7 @@ from coserve_engine.batch import SequenceRows
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
 from coserve_engine.limits import check
+from coserve_engine.load import RequestLoad
 from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
 from coserve_engine.pages import PageLedger
@@ -70,10 +71,15 @@ class Request:
         return self.params.prompt_logprobs is not None and self.last_emit_s is None
 
     def view(self, ttft_s: float, tpot_s: float) -> SequenceView:
-        command = self.command
-        arrival, tpot_s = command.arrival_s, command.tpot_s or tpot_s
-        deadline = arrival + (command.ttft_s or ttft_s) if self.last_emit_s is None else self.last_emit_s + tpot_s
-        return SequenceView(self.slot, self.done, len(self.tokens), deadline, arrival, tpot_s)
+        """As a policy sees it; the promise is its own where it brings one."""
+        c = self.command
+        promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
+        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
+
+    def load(self) -> RequestLoad:
+        """As saturation sees it."""
+        first = self.last_emit_s is None
+        return RequestLoad(self.done, len(self.tokens), first, self.command.arrival_s, self.finetune_s_at_arrival)
 
     def rows(self) -> SequenceRows:
         return SequenceRows(self.tokens, self.pages, self.weights)

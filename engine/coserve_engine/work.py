@@ -23,12 +23,6 @@ class ForwardWork(NamedTuple):
         u, v, w, x, y, z = other
         return ForwardWork(a + u, b + v, c + w, d + x, e + y, f + z)
 
-    def minus(self, other: ForwardWork) -> ForwardWork:
-        """What is left when `other` is taken out."""
-        a, b, c, d, e, f = self
-        u, v, w, x, y, z = other
-        return ForwardWork(a - u, b - v, c - w, d - x, e - y, f - z)
-
     @property
     def rows(self) -> int:
         return self[0] + self[1] + self[2]

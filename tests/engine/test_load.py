@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from coserve_engine import engine as engine_module
 from coserve_engine.cost import CostModel
-from coserve_engine.load import Demand, ServingTime, alone, saturation_percent
+from coserve_engine.load import Demand, RequestLoad, ServingTime, alone, saturation_percent
 from coserve_engine.messages import AddRequest, LoadReport, SamplingParams
+from coserve_engine.numerics import Numerics
 from coserve_engine.work import ForwardWork
 
 NOTHING = Demand((), (), (), 0.0, 0, 100)
@@ -107,7 +108,37 @@ def test_the_share_is_of_the_time_between_tokens() -> None:
     assert time.share < 0.02
 
 
+def test_who_was_put_out_still_asks_for_its_row_and_for_what_it_computes_again() -> None:
+    """One that decodes, one that was put out, and a prompt that came 0.3 s ago, 0.1 s of them given to finetuning."""
+    time = ServingTime(finetune_s=0.6)
+    decoding = RequestLoad(99, 100, first=False, arrival_s=0.0, finetune_s=0.0)
+    put_out = RequestLoad(0, 301, first=False, arrival_s=1.0, finetune_s=0.0)
+    fresh = RequestLoad(0, 200, first=True, arrival_s=4.7, finetune_s=0.5)
+    demand = Demand.of((decoding, put_out, fresh), 5.0, time, 40, 100)
+    assert demand == Demand((99, 300), (301, 200), (0.0, pytest.approx(0.2)), 0.0, 40, 100)
+    assert percent(demand) == pytest.approx(100 * (0.2 + 0.301 + 0.2)), "the prompt also waits for it"
+
+
 # ---- the engine's reports ----
+
+
+def test_reports_count_who_was_put_out(driver: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six requests that outgrow 19 pages of 16 tokens: all ask for a row from their first token to their last."""
+    d = driver(kv_cache_bytes=20 * 8192, max_model_length=256, numerics=Numerics(page=16), jitter_s=1e-3)
+    d.submit(*(AddRequest(f"r{n}", draw_tokens(n, 30), SamplingParams(60, ignore_eos=True), 0.0) for n in range(6)))
+    table, put_out = d.engine.requests, 0
+
+    def spy(demand: Demand, *others: Any) -> float:
+        nonlocal put_out
+        begun = [r for r in (*table.running.values(), *table.waiting) if r.last_emit_s is not None]
+        assert demand.contexts == tuple(len(r.tokens) - 1 for r in begun)
+        put_out += sum(r.last_emit_s is not None for r in table.waiting)
+        return saturation_percent(demand, *others)
+
+    monkeypatch.setattr(engine_module, "saturation_percent", spy)
+    monkeypatch.setattr(engine_module, "LOAD_REPORT_S", 0.0)
+    d.run()
+    assert table.preemptions > 0 and put_out > 0 and not d.failures
 
 
 def timed(d: Any, monkeypatch: pytest.MonkeyPatch, row_s: float = 5e-4, unit_s: float = 2e-3) -> None:

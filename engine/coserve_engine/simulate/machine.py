@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from operator import mul
 from pathlib import Path
+from typing import NamedTuple
 
 from coserve_engine.cost import CostModel
 from coserve_engine.simulate.errors import SimulationError
-from coserve_engine.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
+from coserve_engine.work import NO_WORK, Features, ForwardWork, UnitWork, decode_work, prefill_work
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardCost:
-    """Milliseconds: fixed, a row of each kind, an attention call, 1,000 keys gathered, 100,000 query-key pairs."""
+class ForwardCost(NamedTuple):
+    """Milliseconds for each of `ForwardWork.features`: fixed, a row of each kind, an attention call, 1,000 keys,
+    100,000 query-key pairs.
+    """
 
     fixed_ms: float
     decode_ms: float
@@ -26,9 +29,8 @@ class ForwardCost:
     pairs_ms: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class UnitCost:
-    """Milliseconds of a backward unit: fixed, a row, a tile, 100,000 query-key pairs."""
+class UnitCost(NamedTuple):
+    """Milliseconds for each of `UnitWork.features`: fixed, a row, a tile, 100,000 query-key pairs."""
 
     fixed_ms: float
     row_ms: float
@@ -48,28 +50,24 @@ class Machine:
 
     def forward_s(self, work: ForwardWork) -> float:
         """Seconds of a forward without noise."""
-        c = self.forward
-        ms = c.fixed_ms + c.decode_ms * work.decode + c.prefill_ms * work.prefill + c.finetune_ms * work.finetune
-        ms += c.call_ms * work.calls + c.kv_ms * work.kv_rows / 1e3 + c.pairs_ms * work.pairs / 1e5
-        return ms / 1e3
+        return _seconds(self.forward, work.features())
 
     def unit_s(self, work: UnitWork) -> float:
         """Seconds of a unit without noise."""
-        c = self.head if work.head else self.unit
-        return (c.fixed_ms + c.row_ms * work.rows + c.tile_ms * work.tiles + c.pairs_ms * work.pairs / 1e5) / 1e3
+        return _seconds(self.head if work.head else self.unit, work.features())
 
     def slower(self, factor: float) -> Machine:
         """A part of the machine: everything takes `factor` times as long."""
-
-        def scaled(cost: ForwardCost | UnitCost) -> dict[str, float]:
-            return {name: factor * value for name, value in asdict(cost).items()}
-
         return replace(
             self,
-            forward=ForwardCost(**scaled(self.forward)),
-            unit=UnitCost(**scaled(self.unit)),
-            head=UnitCost(**scaled(self.head)),
+            forward=ForwardCost(*(factor * ms for ms in self.forward)),
+            unit=UnitCost(*(factor * ms for ms in self.unit)),
+            head=UnitCost(*(factor * ms for ms in self.head)),
         )
+
+
+def _seconds(cost: ForwardCost | UnitCost, features: Features) -> float:
+    return float(sum(map(mul, cost, features))) / 1e3
 
 
 CPU = Machine(ForwardCost(15.5, 1.32, 0.66, 0.66), UnitCost(2.0, 0.157), UnitCost(1.0, 0.2), layers=8)
@@ -108,11 +106,9 @@ def read_machine(name: str) -> Machine:
         for part in ("unit", "head"):
             parts[part] = UnitCost(**raw[part])
         for part, cost in parts.items():
-            for field in fields(cost):
-                value = getattr(cost, field.name)
+            for field, value in cost._asdict().items():
                 if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                    field_name = f"{part}.{field.name}"
-                    raise SimulationError(f"cost file {name}: {field_name} is {value!r}; it must be a number >= 0")
+                    raise SimulationError(f"cost file {name}: {part}.{field} is {value!r}; it must be a number >= 0")
         return Machine(**{**raw, **parts})
     except KeyError as error:
         raise SimulationError(f"cost file {name}: {error.args[0]!r} is missing") from None

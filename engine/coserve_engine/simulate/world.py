@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from coserve_engine.errors import OutOfPagesError
 from coserve_engine.iteration import Accounts, run_units
-from coserve_engine.load import Demand, saturation_percent
+from coserve_engine.load import Demand, RequestLoad, saturation_percent
 from coserve_engine.pages import PageLedger
 from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
 from coserve_engine.schedule import decide
@@ -147,14 +147,7 @@ class World:
         return View(
             self.now,
             tuple(
-                SequenceView(
-                    r.slot,
-                    r.done,
-                    r.known,
-                    r.arrival_s + ttft_s if r.last_s is None else r.last_s + tpot_s,
-                    r.arrival_s,
-                    tpot_s,
-                )
+                SequenceView.of(r.slot, r.done, r.known, r.arrival_s, r.last_s, ttft_s, tpot_s)
                 for r in self._running.values()
             ),
             tuple(self._job.passes.values()),
@@ -191,15 +184,11 @@ class World:
         self._job.backward(unit)
 
     def _demand(self, accounts: Accounts) -> Demand:
-        first = [r for r in (*self._running.values(), *self._waiting) if r.last_s is None]
-        return Demand(
-            contexts=tuple(r.done for r in self._running.values() if r.last_s is not None),
-            prompts=tuple(r.known - r.done for r in first),
-            waits_s=tuple(max(0.0, self.now - r.arrival_s - (accounts.time.finetune_s - r.finetune_s)) for r in first),
-            finetune_share=accounts.time.share,
-            held_pages=self._ledger.held_by("request:"),
-            total_pages=self._ledger.total,
+        requests = (
+            RequestLoad(r.done, r.known, r.last_s is None, r.arrival_s, r.finetune_s)
+            for r in (*self._running.values(), *self._waiting)
         )
+        return Demand.of(requests, self.now, accounts.time, self._ledger.held_by("request:"), self._ledger.total)
 
 
 def alone_tokens_per_s(setup: Setup, seconds: float = 60.0) -> float:
