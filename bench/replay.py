@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_model import VOCAB, write_random_model
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
@@ -45,22 +44,7 @@ from coserve_engine.simulate.trace import Arrival, at_rate, read_trace
 from coserve_engine.simulate.world import Setup, World, alone_tokens_per_s
 
 TRACE = Path(__file__).parents[1] / "examples" / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
-VOCAB, PASS_TOKENS, PASSES_PER_STEP = 8192, 512, 4
-
-
-def make_model(folder: str) -> None:
-    """A Llama of 32 M parameters with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+PASS_TOKENS, PASSES_PER_STEP = 512, 4
 
 
 @dataclass
@@ -146,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     arrivals = read_trace(options.trace, options.requests, 8, 4)
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder)
+        write_random_model(Path(folder))
         replay = Replay(EngineConfig(folder, ttft_s=options.ttft_ms / 1e3, tpot_s=options.slo_ms / 1e3))
         replay.run([], lambda seconds, run: seconds < 5.0)
         rates = [replay.run([], lambda seconds, run: seconds < options.alone_s).result.finetune_tokens_per_s]

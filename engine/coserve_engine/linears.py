@@ -74,12 +74,12 @@ def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def differing_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numerics: Numerics) -> list[int]:
-    """Row counts among PROBED_ROWS for which the rows of `product` differ from those of all rows of x
-    [max(PROBED_ROWS), in]: none where a row's bits depend on the row alone.
+    """Row counts among PROBED_ROWS for which the last rows of x [max(PROBED_ROWS), in], copied elsewhere, give other
+    bits than among all of them: none where a row's bits depend on the row alone.
     """
     whole = product(x)
     counts = (rows for rows in PROBED_ROWS if rows % numerics.row_multiple == 0)
-    return [rows for rows in counts if not torch.equal(product(x[:rows].contiguous()), whole[:rows])]
+    return [rows for rows in counts if not torch.equal(product(x[-rows:].clone()), whole[-rows:])]
 
 
 class LinearChoice:

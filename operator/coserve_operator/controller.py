@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from coserve_api.job import FinetuneJob, JobStatus
 from coserve_operator.apply import Applier, ForeignObjectError
 from coserve_operator.budget import PROGRESS, PROGRESS_EVERY_S, StatusBudget
 from coserve_operator.endpoints import EndpointKeeper, Pass
 from coserve_operator.events import Recorder
 from coserve_operator.feeders import FeederKeeper
-from coserve_operator.kube import FINETUNE_JOB, ConflictError, InvalidError, Kube, KubeError, NotFoundError
+from coserve_operator.kube import FINETUNE_JOB, ConflictError, InvalidError, Kube, KubeError
 from coserve_operator.reconcile import job as jobs
 from coserve_operator.reconcile import job_status
 from coserve_operator.reconcile.job import Sight, Verdict, is_final
@@ -23,6 +22,7 @@ from coserve_operator.reconcile.placement import Waiting, place
 from coserve_operator.reconcile.published import next_number, published
 from coserve_operator.resources.feeder import inputs_digest
 from coserve_operator.settings import Settings
+from coserve_operator.status import write_status
 from coserve_operator.store import OperatorStore, StoreError
 from coserve_operator.views import feeder_view
 from coserve_operator.world import Group, Name, World
@@ -140,7 +140,7 @@ class Controller:
         new = job_status.status_of(sight, verdict, this.now)
         delay_s = self.budget.delay_s(job.metadata.uid, job.status.to_dict(), new.to_dict(), PROGRESS, PROGRESS_EVERY_S)
         if delay_s == 0.0:
-            if not await self._write(job, new):
+            if not await write_status(self.kube, self.world, self.budget, FINETUNE_JOB, job.metadata, new.to_dict()):
                 return
             await self.recorder.tell(FINETUNE_JOB, job.metadata, job_status.notices(sight, verdict, new), this.now)
         else:
@@ -159,24 +159,6 @@ class Controller:
                 refused = Notice("FeederRejected", error.message, warning=True)
                 await self.recorder.tell(FINETUNE_JOB, job.metadata, [refused], this.now)
             raise
-
-    async def _write(self, job: FinetuneJob, new: JobStatus) -> bool:
-        """Write a job's status over the version that was decided on; return False when it is gone or has changed."""
-        meta = job.metadata
-        manifest = {
-            "apiVersion": FINETUNE_JOB.api_version,
-            "kind": FINETUNE_JOB.name,
-            "metadata": {"name": meta.name, "namespace": meta.namespace, "resourceVersion": meta.resource_version},
-            "status": new.to_dict(),
-        }
-        try:
-            written = await self.kube.apply(manifest, "status")
-        except NotFoundError:
-            self.world.remove(FINETUNE_JOB, (meta.namespace, meta.name))
-            return False
-        self.budget.written(meta.uid)
-        self.world.put(FINETUNE_JOB, written)
-        return True
 
     async def _tidy(self, this: Pass, sights: dict[str, Sight], verdicts: dict[str, Verdict]) -> None:
         """Keep the index of jobs, drop what deleted jobs left, and begin a new incarnation once all is in Redis."""

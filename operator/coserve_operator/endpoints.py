@@ -19,6 +19,7 @@ from coserve_operator.resources import agents
 from coserve_operator.resources import endpoint as owned
 from coserve_operator.resources.metadata import DELETION_COST, LEAVING, digest_of
 from coserve_operator.settings import Settings
+from coserve_operator.status import write_status
 from coserve_operator.store import OperatorStore
 from coserve_operator.world import Group, World
 
@@ -148,20 +149,8 @@ class EndpointKeeper:
         if delay_s != 0.0:
             this.look_again(delay_s)
             return
-        manifest = {
-            "apiVersion": ENDPOINT.api_version,
-            "kind": ENDPOINT.name,
-            "metadata": {"name": meta.name, "namespace": meta.namespace, "resourceVersion": meta.resource_version},
-            "status": new.to_dict(),
-        }
-        try:
-            written = await self.kube.apply(manifest, "status")
-        except NotFoundError:
-            self.world.remove(ENDPOINT, (meta.namespace, meta.name))
-            return
-        self.budget.written(meta.uid)
-        self.world.put(ENDPOINT, written)
-        await self.recorder.tell(ENDPOINT, meta, endpoints.notices(endpoint.status, new), this.now)
+        if await write_status(self.kube, self.world, self.budget, ENDPOINT, meta, new.to_dict()):
+            await self.recorder.tell(ENDPOINT, meta, endpoints.notices(endpoint.status, new), this.now)
 
 
 def _held(this: Pass) -> dict[str, list[Held]]:

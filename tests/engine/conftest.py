@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
+from coserve_engine import serving
 from coserve_engine.batch import SequenceRows
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
@@ -40,6 +41,7 @@ from coserve_engine.messages import (
 )
 from coserve_engine.passes import PassState, pages_of_pass
 from coserve_engine.plan import Kind, Segment, Unit
+from coserve_engine.sampling import Choice
 
 E = TypeVar("E")
 VOCAB = 128
@@ -415,6 +417,20 @@ def driver(plain: str) -> Callable[..., Driver]:
         return Driver(Engine(EngineConfig(path or plain, **config), clock), clock)
 
     return make
+
+
+@pytest.fixture
+def sampled_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every row of logits that an engine samples from, one for each token that it says."""
+    rows: list[torch.Tensor] = []
+    choose = serving.choose
+
+    def spy(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
+        rows.extend(logits.clone())
+        return choose(logits, choices)
+
+    monkeypatch.setattr(serving, "choose", spy)
+    return rows
 
 
 # ---- data ----

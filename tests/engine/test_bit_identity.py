@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve_engine import serving
 from coserve_engine.attention import Attention, Mask
 from coserve_engine.messages import AddRequest, IterationDone, Pass, SamplingParams, TokenBatch, TrainSeq
 from coserve_engine.plan import Kind, Segment
@@ -210,19 +209,6 @@ def test_raw_kv_lengths_break_it(rig: Any, draw_tokens: Any, one_by_one: Any, mo
 # ---- the whole engine ----
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every row of logits that the engine samples from, keyed later by its token's place."""
-    rows: list[torch.Tensor] = []
-    choose = serving.choose
-
-    def spy(logits: torch.Tensor, choices: Any) -> list[int]:
-        rows.extend(logits.clone())
-        return choose(logits, choices)
-
-    monkeypatch.setattr(serving, "choose", spy)
-    return rows
-
-
 def serve(d: Any, draw_tokens: Any, rows: list[torch.Tensor]) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Six requests that come one after another: (token, logits) of each."""
     rows.clear()
@@ -247,15 +233,14 @@ def test_the_engine_serves_the_same_bits_with_a_job(
     driver: Any,
     draw_tokens: Any,
     training: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    sampled_logits: list[torch.Tensor],
     seed: int,
     start_job: Any,
 ) -> None:
-    rows = recorded(monkeypatch)
-    alone = serve(driver(jitter_s=0.01), draw_tokens, rows)
+    alone = serve(driver(jitter_s=0.01), draw_tokens, sampled_logits)
     both = driver(jitter_s=0.01, seed=seed)
     both.submit(start_job(), *training(steps=20))
-    mixed = serve(both, draw_tokens, rows)
+    mixed = serve(both, draw_tokens, sampled_logits)
     together = [e for e in both.of(IterationDone) if e.decode_tokens and (e.finetune_tokens or e.backward_tokens)]
     assert len(together) > 20, "finetuning hardly ran beside requests"
     assert alone.keys() == mixed.keys()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_engine import prefix, serving
+from coserve_engine import prefix
 from coserve_engine.executor import Executor
 from coserve_engine.messages import AdapterVersion, AddRequest, Cancel, IterationDone, PromptDone, SamplingParams
 from coserve_engine.numerics import Numerics
@@ -51,20 +51,6 @@ def test_keys_are_equal_as_far_as_tokens_and_adapter_are(
 
 
 @pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every row that is sampled from."""
-    rows: list[torch.Tensor] = []
-    choose = serving.choose
-
-    def spy(scores: torch.Tensor, choices: Any) -> list[int]:
-        rows.extend(scores.clone())
-        return choose(scores, choices)
-
-    monkeypatch.setattr(serving, "choose", spy)
-    return rows
-
-
-@pytest.fixture
 def driver(driver: Any) -> Any:
     """Of engines with small pages, so that short prompts have several."""
     return partial(driver, numerics=Numerics(page=16))
@@ -95,16 +81,22 @@ def adapters(rig: Any, random_adapter: Any) -> dict[AdapterVersion, Any]:
 @pytest.mark.parametrize("length", (40, 64, 65, 150))
 @pytest.mark.parametrize("version", (None, VERSION))
 def test_a_hit_changes_no_bit(
-    driver: Any, draw_tokens: Any, logits: list[torch.Tensor], adapters: Any, page: int, length: int, version: Any
+    driver: Any,
+    draw_tokens: Any,
+    sampled_logits: list[torch.Tensor],
+    adapters: Any,
+    page: int,
+    length: int,
+    version: Any,
 ) -> None:
     prompt = draw_tokens(5, length)
     d = driver(numerics=Numerics(page=page))
     d.engine._adapters.update(adapters)
     first = serve(d, "first", prompt, version)
-    expected = list(logits)
-    logits.clear()
+    expected = list(sampled_logits)
+    sampled_logits.clear()
     assert serve(d, "second", prompt, version) == first
-    assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sampled_logits, expected, strict=True))
     assert cached(d) == {"first": 0, "second": (length - 1) // page * page}
     computed = [event.prefill_tokens + event.decode_tokens for event in d.of(IterationDone)]
     assert sum(computed) == 2 * (length + 19) - (length - 1) // page * page, "what was found is not computed again"

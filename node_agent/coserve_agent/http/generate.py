@@ -63,14 +63,11 @@ class Piece:
 class Generation:
     """One running request. Close it in the end, whatever happened."""
 
-    def __init__(
-        self, stream: TokenStream, meter: RequestMeter, detokenizer: Detokenizer, stops: StopStrings, prompt_tokens: int
-    ) -> None:
+    def __init__(self, stream: TokenStream, meter: RequestMeter, detokenizer: Detokenizer, stops: StopStrings) -> None:
         self._stream = stream
         self.meter = meter
         self._detokenizer = detokenizer
         self._stops = stops
-        self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.finish_reason: str | None = None
         self.failure: str | None = None
@@ -231,7 +228,7 @@ class Generator:
         except EngineGoneError as error:
             raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
         detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
-        return Generation(stream, meter, detokenizer, StopStrings(stop), len(command.prompt))
+        return Generation(stream, meter, detokenizer, StopStrings(stop))
 
     def _params(self, request: Common, max_tokens: int) -> SamplingParams:
         return SamplingParams(
