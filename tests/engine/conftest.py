@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from engine_driver import Driver, FakeClock
+from engine_rig import Rig
+from peft import LoraConfig, PeftModel
+from peft_reference import Adapter, Reference, wrap_in_peft
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -20,30 +21,21 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
 from coserve_engine import serving
-from coserve_engine.batch import SequenceRows
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.executor import Executor
-from coserve_engine.lora import LoraLayout, LoraWeights
 from coserve_engine.messages import (
     Command,
-    Event,
     ForwardBackward,
-    JobFailed,
     LoraSpec,
     OptimStep,
     Pass,
     PassMode,
-    RequestFailed,
     StartJob,
-    TokenBatch,
     TrainSeq,
 )
-from coserve_engine.passes import PassState, pages_of_pass
-from coserve_engine.plan import Kind, Segment, Unit
 from coserve_engine.sampling import Choice
 
-E = TypeVar("E")
 VOCAB = 128
 PLAIN: dict[str, Any] = {
     "model_type": "llama",
@@ -161,18 +153,6 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- adapters ----
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """Random LoRA weights as the engine sees them."""
-
-    layout: LoraLayout
-    flat: torch.Tensor
-
-    @property
-    def weights(self) -> LoraWeights:
-        return LoraWeights(self.layout.spec.scale, self.layout.views(self.flat))
-
-
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., Adapter]:
     def make(executor: Executor, rank: int = 4, seed: int = 0, targets: tuple[str, ...] = LINEARS) -> Adapter:
@@ -187,56 +167,9 @@ def random_adapter() -> Callable[..., Adapter]:
     return make
 
 
-def wrap_in_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(base, config, autocast_adapter_dtype=False)
-
-
 @pytest.fixture(scope="session")
 def peft_model() -> Callable[[PreTrainedModel, LoraConfig], PeftModel]:
     return wrap_in_peft
-
-
-def _peft_name(layer: int, name: str, part: str) -> str:
-    block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"base_model.model.model.layers.{layer}.{block}.{name}.lora_{part}.default.weight"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A PEFT model with the weights of an Adapter."""
-
-    model: PeftModel
-    adapter: Adapter
-
-    def set_weights(self) -> None:
-        rank, parameters = self.adapter.layout.spec.rank, dict(self.model.named_parameters())
-        with torch.no_grad():
-            for index, layer in enumerate(self.adapter.layout.views(self.adapter.flat)):
-                for name, (a, b) in layer.items():
-                    parameters[_peft_name(index, name, "A")].copy_(a[:rank])
-                    parameters[_peft_name(index, name, "B")].copy_(b[:, :rank])
-
-    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            return self.model(torch.tensor([tokens])).logits[0]
-
-    def gradients(self, seqs: Iterable[TrainSeq]) -> tuple[float, torch.Tensor]:
-        """Loss and gradient, in the layout of the adapter's flat buffer."""
-        total = torch.zeros((), dtype=self.adapter.flat.dtype)
-        for seq in seqs:
-            logp = torch.log_softmax(self.model(torch.tensor([seq.tokens])).logits[0, :-1], -1)
-            picked = logp.gather(1, torch.tensor(seq.tokens[1:]).unsqueeze(1)).squeeze(1)
-            total = total - (picked * torch.tensor(seq.weights[1:], dtype=picked.dtype)).sum()
-        total.backward()
-        layout, parameters = self.adapter.layout, dict(self.model.named_parameters())
-        flat = torch.zeros_like(self.adapter.flat)
-        for index, layer in enumerate(layout.views(flat)):
-            for name, (a, b) in layer.items():
-                a[: layout.spec.rank] = parameters[_peft_name(index, name, "A")].grad
-                b[:, : layout.spec.rank] = parameters[_peft_name(index, name, "B")].grad
-        return total.item(), flat
 
 
 @pytest.fixture(scope="session")
@@ -257,78 +190,6 @@ def reference() -> Callable[[Executor, Adapter], Reference]:
 # ---- an executor, segment by segment ----
 
 
-@dataclass
-class Rig:
-    """An executor and the sequences in its cache."""
-
-    executor: Executor
-    sequences: dict[int, SequenceRows] = field(default_factory=dict)
-
-    def add(self, tokens: Sequence[int], adapter: Adapter | None = None) -> int:
-        """Reserve pages for a sequence; returns its slot."""
-        slot = len(self.sequences) + 1
-        pages = self.executor.ledger.reserve(f"request:{slot}", self.executor.numerics.pages(len(tokens)))
-        self.sequences[slot] = SequenceRows(tuple(tokens), pages, adapter.weights if adapter else None)
-        return slot
-
-    def clear(self) -> None:
-        for slot in self.sequences:
-            self.executor.ledger.free(f"request:{slot}")
-        self.sequences.clear()
-
-    def forward(self, *segments: Segment) -> dict[int, torch.Tensor]:
-        forwarded = self.executor.forward(segments, self.sequences)
-        return dict(zip(forwarded.slots, forwarded.logits, strict=True))
-
-    def rows(
-        self, slot: int, sizes: Iterable[int], start: int = 0, beside: Callable[[], Sequence[Segment]] = tuple
-    ) -> dict[int, torch.Tensor]:
-        """Chunks of these sizes one after another, size 1 as decode: logits at the last position of each."""
-        seen = {}
-        for size in sizes:
-            kind = Kind.DECODE if size == 1 else Kind.PREFILL
-            logits = self.forward(Segment(kind, slot, start, size, sample=True), *beside())
-            start += size
-            seen[start - 1] = logits[slot]
-        return seen
-
-    def open(self, work: Pass, adapter: Adapter, **how: Any) -> PassState:
-        lengths = tuple(len(seq.tokens) for seq in work.seqs)
-        pages = self.executor.ledger.reserve(f"pass:{work.id}", pages_of_pass(lengths, self.executor.numerics))
-        return self.executor.open_pass(work, adapter.weights, adapter.layout, pages, **how)
-
-    def window(self, state: PassState, tiles: int) -> Segment:
-        """The next `tiles` tiles of a pass in forward, fewer at its end."""
-        last = min(state.fwd_tile + tiles, len(state.spans)) - 1
-        start = state.spans[state.fwd_tile].start
-        return Segment(Kind.FINETUNE, state.work.id, start, state.spans[last].stop - start)
-
-    def unit(self, state: PassState, tiles: int) -> Unit:
-        """The next unit of a pass in backward, of at most `tiles` tiles."""
-        return Unit(state.work.id, state.layer, max(0, state.end_tile - tiles), state.end_tile)
-
-    def run_pass(
-        self,
-        work: Pass,
-        adapter: Adapter,
-        window: Callable[[], int] = lambda: 1,
-        unit: Callable[[], int] = lambda: 1,
-        between: Callable[[], object] = lambda: None,
-    ) -> PassState:
-        """A pass from open to close, its windows and units of drawn numbers of tiles; `between` runs after each."""
-        state = self.open(work, adapter)
-        while not state.forward_done:
-            self.forward(self.window(state, window()))
-            between()
-        while not state.done:
-            self.executor.backward(self.unit(state, unit()))
-            between()
-        if state.training:
-            state.grads = state.grads.clone()  # its buffers are the next pass's
-        self.executor.close_pass(work.id)
-        return state
-
-
 @pytest.fixture(scope="session")
 def rig(plain: str) -> Callable[..., Rig]:
     """A rig on a fresh executor; the model is `plain` unless named."""
@@ -341,70 +202,6 @@ def rig(plain: str) -> Callable[..., Rig]:
 
 
 # ---- an engine, driven to its end ----
-
-
-class FakeClock:
-    """Moves by itself a little at each look, evenly or at random, and otherwise when it is told."""
-
-    def __init__(self, jitter_s: float = 0.0, seed: int = 0) -> None:
-        self.now, self._jitter_s, self._random = 1.0, jitter_s, random.Random(seed)
-
-    def __call__(self) -> float:
-        self.now += self._jitter_s * self._random.uniform(0.5, 1.0)
-        return self.now
-
-
-class Driver:
-    """An engine, what came out of it, and a limit so that a test never hangs."""
-
-    def __init__(self, engine: Engine, clock: FakeClock) -> None:
-        self.engine, self.clock = engine, clock
-        self.events: list[Event] = []
-
-    def submit(self, *commands: Command) -> None:
-        """A job's state is read before this returns: what follows does not depend on the pace of a thread."""
-        for command in commands:
-            self.engine.submit(command)
-            if isinstance(command, StartJob):
-                self.engine._files._thread.submit(int).result()
-
-    def step(self, interrupted: Callable[[], bool] = lambda: False) -> list[Event]:
-        events = self.engine.step(interrupted)
-        self.events += events
-        return events
-
-    def run(self, interrupted: Callable[[], bool] = lambda: False, limit: int = 200_000) -> Driver:
-        """Until nothing is left to do."""
-        for _ in range(limit):
-            if self.engine.idle:
-                return self
-            if not self.step(interrupted) and not self.engine._files.idle:
-                self.engine._files._thread.submit(int).result()  # a loop that spins would starve the thread
-        raise AssertionError(f"the engine did not come to rest; last events {self.events[-5:]}")
-
-    def of(self, kind: type[E]) -> list[E]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-    def one(self, kind: type[E]) -> E:
-        (event,) = self.of(kind)
-        return event
-
-    @property
-    def failures(self) -> list[Event]:
-        return [event for event in self.events if isinstance(event, RequestFailed | JobFailed)]
-
-    def tokens(self) -> dict[str, list[int]]:
-        """Tokens by request."""
-        found: dict[str, list[int]] = {}
-        for batch in self.of(TokenBatch):
-            for token in batch.tokens:
-                found.setdefault(token.request_id, []).append(token.token)
-        return found
-
-    def parameters(self, job: str = "job") -> torch.Tensor:
-        """The job's adapter as one vector, copied."""
-        layers = self.engine.jobs[job].weights.layers
-        return torch.cat([x.flatten() for layer in layers for pair in layer.values() for x in pair])
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -218,6 +219,18 @@ def start_agent(settings: Callable[..., AgentSettings]) -> Iterator[Callable[...
 def served(start_agent: Callable[..., AgentThread]) -> AgentThread:
     """One agent without Redis that all HTTP tests share."""
     return start_agent()
+
+
+@pytest.fixture
+def client(served: AgentThread) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(served: AgentThread) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        yield client
 
 
 # ---- programs ----

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,18 +16,6 @@ import openai
 import pytest
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
-
-
-@pytest.fixture
-def client(served: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def http(served: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.url, timeout=60) as client:
-        yield client
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -189,138 +177,6 @@ def test_admin_port_shows_what_happened(served: Any, client: openai.OpenAI) -> N
         assert name in text
     assert httpx.get(f"{served.admin_url}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{served.admin_url}/v1/models").status_code == 404
-
-
-# ---- refusals ----
-
-GOOD = {"model": "base", "messages": CHAT, "max_tokens": 2}
-NEUTRAL = [
-    *({"n": 1}, {"user": "me"}, {"metadata": {"a": "b"}}, {"logprobs": False}, {"logprobs": None}, {"tools": []}),
-    *({"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"response_format": {"type": "text"}}, {"store": True}),
-    *({"logit_bias": {}}, {"stop": None}, {"top_p": 1}, {"seed": None}, {"stop": "xyz"}, {"tool_choice": "none"}),
-    *({"service_tier": "auto"}, {"stream_options": None}, {"top_k": -1}, {"repetition_penalty": 1.0}),
-    *({"top_k": 0}, {"min_p": 0}, {"min_tokens": 0}, {"top_logprobs": 0}, {"best_of": 1}, {"prompt_logprobs": False}),
-]
-REFUSED = [
-    ({"n": 0}, "n"),
-    ({"n": 17}, "n"),
-    ({"best_of": 2}, "best_of"),
-    ({"logprobs": 3}, "logprobs"),
-    ({"top_logprobs": 3}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
-    ({"echo": True}, "echo"),
-    ({"presence_penalty": 2.5}, "presence_penalty"),
-    ({"frequency_penalty": -3}, "frequency_penalty"),
-    ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"logit_bias": {"5": 101}}, "logit_bias"),
-    ({"logit_bias": {"fox": 1}}, "logit_bias"),
-    ({"logit_bias": {"100000": 1}}, "logit_bias"),
-    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
-    ({"stop_token_ids": [100000]}, "stop_token_ids"),
-    ({"min_p": 1.1}, "min_p"),
-    ({"min_tokens": 3}, "min_tokens"),
-    ({"min_tokens": -1}, "min_tokens"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"top_k": -2}, "top_k"),
-    ({"top_k": 1.5}, "top_k"),
-    ({"nonsense": 1}, "nonsense"),
-    ({"temperature": 3}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": -0.1}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 1.5}, "max_tokens"),
-    ({"seed": 2**70}, "seed"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["a"] * 17}, "stop"),
-    ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"other": 1}}, "stream_options"),
-    ({"messages": []}, "messages"),
-    ({"messages": "hello"}, "messages"),
-    ({"messages": [{"role": "user"}], "model": None}, "model"),
-    ({"messages": [{"content": "x"}]}, "messages"),
-    ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
-    ({"model": ""}, "model"),
-]
-
-
-@pytest.mark.parametrize("change", NEUTRAL, ids=str)
-def test_neutral_parameters_are_accepted(http: httpx.Client, change: dict[str, Any]) -> None:
-    answer = http.post("/v1/chat/completions", json=GOOD | change)
-    assert answer.status_code == 200, answer.text
-
-
-@pytest.mark.parametrize(("change", "param"), REFUSED, ids=[str(change)[:60] for change, _ in REFUSED])
-def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], param: str) -> None:
-    answer = http.post("/v1/chat/completions", json=GOOD | change)
-    error = answer.json()["error"]
-    assert answer.status_code == 400, answer.text
-    assert error["param"] == param
-    assert error["type"] == "invalid_request_error"
-    assert param in error["message"]
-
-
-def test_content_parts_of_text_are_joined(http: httpx.Client) -> None:
-    parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": " brown fox"}]
-    joined = http.post(
-        "/v1/chat/completions", json=GOOD | {"messages": [{"role": "user", "content": parts}], "temperature": 0}
-    )
-    plain = http.post("/v1/chat/completions", json=GOOD | {"temperature": 0})
-    assert joined.json()["choices"] == plain.json()["choices"]
-
-
-@pytest.mark.parametrize("body", ["", "{", "[1]", '"x"', "\xff", "{" * 100_000])
-def test_a_body_that_is_no_json_object(http: httpx.Client, body: str) -> None:
-    answer = http.post("/v1/completions", content=body.encode("latin-1"))
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "invalid_json"
-
-
-def test_a_body_that_is_too_large(http: httpx.Client) -> None:
-    body = json.dumps({"model": "base", "prompt": "x" * (1 << 20)})
-    assert http.post("/v1/completions", content=body).status_code == 413
-
-    def pieces() -> Iterator[bytes]:
-        yield from (body[i : i + 65536].encode() for i in range(0, len(body), 65536))
-
-    assert http.post("/v1/completions", content=pieces()).status_code == 413
-
-
-def test_prompts_that_do_not_fit(http: httpx.Client) -> None:
-    long = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 256}).json()["error"]
-    assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
-    assert "256 tokens" in long["message"]
-    both = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 200, "max_tokens": 57}).json()["error"]
-    assert (both["code"], both["param"]) == ("context_length_exceeded", "max_tokens")
-    assert "200" in both["message"]
-    assert "56" in both["message"]
-    fits = http.post("/v1/completions", json={"model": "base", "prompt": [5] * 255, "max_tokens": 1})
-    assert fits.status_code == 200
-    chat = [{"role": "user", "content": "fox " * 5000}]
-    error = http.post("/v1/chat/completions", json={"model": "base", "messages": chat}).json()["error"]
-    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
-
-
-@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [[1], [2]], [1, "a"], [-1], [10**6], None, 5, [True]])
-def test_prompts_that_are_wrong(http: httpx.Client, prompt: object) -> None:
-    answer = http.post("/v1/completions", json={"model": "base", "prompt": prompt})
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == "prompt"
-
-
-def test_an_unknown_model_names_the_known_ones(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model="gpt", messages=CHAT)
-    assert caught.value.code == "model_not_found"
-    assert "served are: base" in str(caught.value)
-
-
-def test_unknown_routes_and_methods(http: httpx.Client) -> None:
-    assert http.get("/nothing").json()["error"]["code"] == "not_found"
-    assert http.get("/v1/completions").json()["error"]["code"] == "method_not_allowed"
 
 
 # ---- clients that leave, wait, or read slowly ----

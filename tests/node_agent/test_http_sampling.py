@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,12 +14,6 @@ from transformers import LlamaForCausalLM
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 GREEDY: dict[str, Any] = {"model": "base", "temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture
-def client(served: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

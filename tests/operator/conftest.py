@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from job_situation import Situation
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
@@ -106,3 +107,9 @@ def make() -> SimpleNamespace:
         ),
         slo=SloReport,
     )
+
+
+@pytest.fixture
+def it(make: Any) -> Situation:
+    """A job that waits on an endpoint without agents."""
+    return Situation(make)

@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any
-
 import pytest
 
 from coserve_api.conditions import find_condition
-from coserve_api.job import FinetuneJob
-from coserve_api.messages import Desired, Failed, FeedError, FeedStatus, Released
+from coserve_api.messages import Desired, Failed, FeedError, FeedStatus
 from coserve_api.scripts import Fence
 from coserve_api.store import JobRecord
 from coserve_operator.reconcile import job as jobs
 from coserve_operator.reconcile import job_status
-from coserve_operator.reconcile.job import Bind, FeederWish, Rebrief, Sight, Unbind
-from coserve_operator.reconcile.observed import FeederView, RedisView
-
-
-class Situation:
-    """One job on one endpoint; `see` gives what a pass would decide on."""
-
-    def __init__(self, make: Any) -> None:
-        self.make, self.endpoint, self.now = make, make.endpoint(), make.NOW
-        self.body = make.job_body()
-        self.record = JobRecord(feed=make.feed())
-        self.agents: dict[str, Any] = {}
-        self.rivals: tuple[FinetuneJob, ...] = ()
-        self.bindings: dict[str, Any] = {}
-        self.settled, self.leaving, self.feeder, self.redis_up = True, frozenset[str](), None, True
-
-    def see(self) -> Sight:
-        view = RedisView(
-            "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
-        )
-        return Sight(
-            FinetuneJob.from_dict(self.body), self.endpoint, self.rivals, view if self.redis_up else None, self.feeder,
-            "inputs", self.leaving,
-        )  # fmt: skip
-
-    def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
-        """The job runs on `pod` under `epoch`, in status and in Redis."""
-        self.body["status"] = {
-            "state": "Running", "reason": "Training", "startTime": "2026-11-21T11:30:00Z",
-            "binding": {"agent": pod, "node": "node-1", "epoch": epoch},
-        } | status  # fmt: skip
-        self.record = JobRecord(fence=Fence(epoch, self.make.agent_of(pod)), feed=self.make.feed())
-        self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})
-        return self
-
-    def judge(self) -> jobs.Verdict:
-        return jobs.assess(self.see(), self.now)
-
-    def write(self, verdict: jobs.Verdict) -> Any:
-        """Write the verdict's status into the job, as a pass does; return it."""
-        status = job_status.status_of(self.see(), verdict, self.now)
-        self.body["status"] = status.to_dict()
-        return status
-
-
-@pytest.fixture
-def it(make) -> Situation:
-    return Situation(make)
+from coserve_operator.reconcile.job import Bind, FeederWish, Unbind
+from coserve_operator.reconcile.observed import FeederView
 
 
 def test_without_its_endpoint_a_job_waits_and_says_for_what(it) -> None:
@@ -159,113 +109,6 @@ def test_a_bound_job_runs_once_its_agent_says_so(it, make) -> None:
     assert (it.judge().reason, it.judge().training) == ("Training", True)
     it.agents[make.agent_of("p1")] = make.heartbeat("p1")
     assert (it.judge().reason, it.judge().training) == ("Starting", False)
-
-
-def test_a_lost_agent_is_counted_and_the_job_goes_on_elsewhere(it, make) -> None:
-    it.bound()
-    it.agents = {"uid-p2.b1": make.heartbeat("p2")}
-    verdict = jobs.give(it.see(), it.judge(), it.agents, "uid-p2.b1", 0)
-    assert (verdict.restarts, verdict.epoch, verdict.pod) == (1, 2, "p2")
-    before = it.see()
-    told = [notice.reason for notice in job_status.notices(before, verdict, it.write(verdict))]
-    assert told == ["AgentLost", "Bound"]
-
-
-def test_a_restarted_container_is_a_lost_agent(it, make) -> None:
-    it.bound()
-    it.agents = {make.agent_of("p1", "b2"): make.heartbeat("p1", boot="b2")}
-    assert it.judge().restarts == 1
-
-
-def test_as_long_as_heartbeats_may_only_be_late_nothing_is_decided(it) -> None:
-    it.bound()
-    it.agents, it.settled = {}, False
-    verdict = it.judge()
-    assert not verdict.settled
-    assert verdict.actions == ()
-    assert job_status.status_of(it.see(), verdict, it.now) == it.see().job.status
-
-
-def test_without_redis_everything_stays(it) -> None:
-    it.bound()
-    it.redis_up = False
-    assert not it.judge().settled
-
-
-def test_too_many_lost_agents_fail_the_job(it) -> None:
-    it.bound(restarts=6)
-    it.agents = {}
-    verdict = it.judge()
-    assert (verdict.state, verdict.reason) == ("Failed", "BackoffLimitExceeded")
-    assert verdict.actions == (Unbind("j-1", "uid-p1.b1", 1),)
-    it.bound(restarts=5)
-    it.agents = {}
-    assert it.judge().wants_agent
-
-
-def test_an_emptied_redis_is_told_again_what_the_status_says_under_the_same_epoch(it, make) -> None:
-    it.bound(epoch=3)
-    it.record = JobRecord()
-    verdict = it.judge()
-    assert (verdict.state, verdict.restarts, verdict.epoch) == ("Running", 0, 3)
-    (action,) = verdict.actions
-    assert isinstance(action, Bind)
-    assert (action.agent, action.binding.epoch) == ("uid-p1.b1", 3)
-    it.agents = {"uid-p1.b1": make.heartbeat("p1")}
-    it.record = JobRecord(feed=make.feed())
-    verdict = it.judge()
-    assert (verdict.wants_agent, verdict.restarts) == (True, 0), "the agent lives but does not have the job"
-
-
-def test_a_job_given_back_is_bound_again_without_being_counted(it, make) -> None:
-    it.bound()
-    it.record = JobRecord(
-        fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=Released(epoch=1, step=3), checkpoint=make.checkpoint(3)
-    )
-    verdict = it.judge()
-    assert (verdict.wants_agent, verdict.restarts, verdict.actions) == (True, 0, (Unbind("j-1", "uid-p1.b1", 1),))
-    waiting = jobs.give(it.see(), verdict, {}, None, 1)
-    before = it.see()
-    told = [notice.reason for notice in job_status.notices(before, waiting, it.write(waiting))]
-    assert told == ["Released", "NoCapacity"]
-
-
-def test_suspend_asks_for_the_job_back_then_waits_and_resume_goes_on(it, make) -> None:
-    it.bound()
-    it.body["spec"]["suspend"] = True
-    verdict = it.judge()
-    (action,) = verdict.actions
-    assert isinstance(action, Rebrief)
-    assert action.binding.desired is Desired.STOP
-    assert (verdict.reason, verdict.feeder) == ("Suspending", FeederWish.SUSPEND)
-    it.write(verdict)
-    it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=Released(epoch=1, step=3))
-    status = it.write(it.judge())
-    assert (status.state, find_condition(status.conditions, "Suspended").status) == ("Suspended", "True")
-    it.body["spec"]["suspend"] = False
-    it.record = JobRecord(fence=Fence(1, ""), feed=make.feed(), result=Released(epoch=1, step=3))
-    verdict = it.judge()
-    assert verdict.wants_agent
-    assert find_condition(it.write(verdict).conditions, "Suspended").status == "False"
-
-
-def test_an_agent_that_never_gives_a_job_back_loses_the_right_to_it(it) -> None:
-    it.bound()
-    it.body["spec"]["suspend"] = True
-    it.write(it.judge())
-    it.now += timedelta(seconds=30)
-    assert it.judge().state == "Running"
-    it.now += timedelta(seconds=31)
-    assert it.judge().actions == (Unbind("j-1", "uid-p1.b1", 1),)
-    assert it.judge().state == "Suspended"
-
-
-def test_a_job_on_an_agent_that_is_to_go_is_asked_for(it) -> None:
-    it.bound()
-    it.leaving = frozenset({"uid-p1.b1"})
-    verdict = it.judge()
-    assert verdict.reason == "Moving"
-    assert verdict.actions[0].binding.desired is Desired.STOP
 
 
 def test_disabled_finetuning_takes_jobs_back_and_starts_none(it, make) -> None:

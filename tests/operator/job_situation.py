@@ -1,0 +1,54 @@
+"""One job in one situation, as a pass of the operator would see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coserve_api.job import FinetuneJob
+from coserve_api.scripts import Fence
+from coserve_api.store import JobRecord
+from coserve_operator.reconcile import job as jobs
+from coserve_operator.reconcile import job_status
+from coserve_operator.reconcile.job import Sight
+from coserve_operator.reconcile.observed import RedisView
+
+
+class Situation:
+    """One job on one endpoint; `see` gives what a pass would decide on."""
+
+    def __init__(self, make: Any) -> None:
+        self.make, self.endpoint, self.now = make, make.endpoint(), make.NOW
+        self.body = make.job_body()
+        self.record = JobRecord(feed=make.feed())
+        self.agents: dict[str, Any] = {}
+        self.rivals: tuple[FinetuneJob, ...] = ()
+        self.bindings: dict[str, Any] = {}
+        self.settled, self.leaving, self.feeder, self.redis_up = True, frozenset[str](), None, True
+
+    def see(self) -> Sight:
+        view = RedisView(
+            "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
+        )
+        return Sight(
+            FinetuneJob.from_dict(self.body), self.endpoint, self.rivals, view if self.redis_up else None, self.feeder,
+            "inputs", self.leaving,
+        )  # fmt: skip
+
+    def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
+        """The job runs on `pod` under `epoch`, in status and in Redis."""
+        self.body["status"] = {
+            "state": "Running", "reason": "Training", "startTime": "2026-11-21T11:30:00Z",
+            "binding": {"agent": pod, "node": "node-1", "epoch": epoch},
+        } | status  # fmt: skip
+        self.record = JobRecord(fence=Fence(epoch, self.make.agent_of(pod)), feed=self.make.feed())
+        self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})
+        return self
+
+    def judge(self) -> jobs.Verdict:
+        return jobs.assess(self.see(), self.now)
+
+    def write(self, verdict: jobs.Verdict) -> Any:
+        """Write the verdict's status into the job, as a pass does; return it."""
+        status = job_status.status_of(self.see(), verdict, self.now)
+        self.body["status"] = status.to_dict()
+        return status
