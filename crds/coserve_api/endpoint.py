@@ -114,6 +114,9 @@ class Finetuning(SpecModel):
     max_slowdown_percent: Annotated[int, Field(ge=0, le=100_000)] | None = None
     """With finetuning an iteration may take so many percent longer than it would without. Unset: as long as the promise
     allows."""
+    activation_memory: Memory | None = None
+    """What each pass of a job may keep for its backward; the rest is computed again, to the same bits. Unset:
+    everything is kept."""
 
 
 class Engine(SpecModel):

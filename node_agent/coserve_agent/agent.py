@@ -185,4 +185,5 @@ def engine_config(settings: AgentSettings) -> EngineConfig:
         finetuning=settings.finetuning is FinetuningPolicy.ALLOWED,
         max_rank=settings.max_rank,
         max_slowdown_percent=settings.max_slowdown_percent,
+        pass_bytes=settings.pass_bytes,
     )

@@ -104,6 +104,13 @@ FAULTS = [
     ("endpoint", "spec.slo.timePerOutputToken", "61m", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
     ("endpoint", "spec.slo.percentile", 49, "spec.slo.percentile", "greater than or equal to 50"),
     ("endpoint", "spec.engine.kvCacheMemory", "1Ki", "spec.engine.kvCacheMemory", "such as 256Mi or 40Gi"),
+    (
+        "endpoint",
+        "spec.finetuning.activationMemory",
+        "much",
+        "spec.finetuning.activationMemory",
+        "such as 256Mi or 40Gi",
+    ),
     ("endpoint", "spec.replicas", 513, "spec.replicas", "less than or equal to 512"),
     (
         "endpoint",

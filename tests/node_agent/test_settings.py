@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coserve_agent.agent import engine_config
 from coserve_agent.errors import StartError
 from coserve_agent.settings import AgentSettings, FeederSettings, read
 
@@ -26,12 +27,13 @@ def environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    blank = {"REDIS_URL": "", "MAX_SLOWDOWN_PERCENT": ""}
+    blank = {"REDIS_URL": "", "MAX_SLOWDOWN_PERCENT": "", "PASS_BYTES": ""}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", "FINETUNING": "Disabled", **blank})
     settings = read(AgentSettings)
     assert settings.model_path == Path("/models/m")
     assert settings.redis_url is None
     assert settings.max_slowdown_percent is None
+    assert settings.pass_bytes is None
     assert (settings.http_port, settings.admin_port, settings.finetuning) == (8000, 8001, "Disabled")
 
 
@@ -42,6 +44,7 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TTFT_MS", "0", ["COSERVE_TTFT_MS", "greater"]),
         ("FINETUNING", "Maybe", ["COSERVE_FINETUNING", "'Maybe'", "Allowed"]),
         ("MAX_SLOWDOWN_PERCENT", "-1", ["COSERVE_MAX_SLOWDOWN_PERCENT", "greater"]),
+        ("PASS_BYTES", "64Mi", ["COSERVE_PASS_BYTES", "'64Mi'", "integer"]),
         ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
         ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
         ("REDIS_URL", "redis-host", ["REDIS_URL", "redis://"]),
@@ -64,6 +67,13 @@ def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, {"MODEL_PATH": "/m", "REDIS_URL": "redis://r", "REDIS_PASSWORD": "hunter2"})
     assert "hunter2" not in repr(read(AgentSettings))
+
+
+def test_the_engine_gets_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"KV_CACHE_BYTES": "4194304", "PASS_BYTES": "1048576", "MAX_SLOWDOWN_PERCENT": "50"}
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", **told})
+    config = engine_config(read(AgentSettings))
+    assert (config.kv_cache_bytes, config.pass_bytes, config.max_slowdown_percent) == (4 << 20, 1 << 20, 50)
 
 
 @pytest.mark.parametrize("change", [{"MAX_STEPS": "5"}, {"EPOCHS": ""}])

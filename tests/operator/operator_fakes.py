@@ -15,7 +15,7 @@ from coserve_operator.reconcile.observed import RedisView
 from coserve_operator.store import StoreError
 from coserve_operator.world import WATCHED, World
 
-NAMESPACE, GROUP = "ml", ("ml", "tiny")
+NAMESPACE = "ml"
 
 
 class FakeKube:

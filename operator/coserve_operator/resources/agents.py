@@ -63,7 +63,7 @@ def deployment(
 
 def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, Any]]:
     spec, meta = endpoint.spec, endpoint.metadata
-    slowdown = spec.finetuning.max_slowdown_percent
+    slowdown, kept = spec.finetuning.max_slowdown_percent, spec.finetuning.activation_memory
     settings: dict[str, str | int] = {
         "ENDPOINT_UID": meta.uid,
         "ENDPOINT_NAME": meta.name,
@@ -77,6 +77,7 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "MAX_RANK": spec.finetuning.max_rank,
         "MAX_CONCURRENT_JOBS": spec.finetuning.max_concurrent_jobs,
         "MAX_SLOWDOWN_PERCENT": "" if slowdown is None else slowdown,
+        "PASS_BYTES": "" if kept is None else quantity_bytes(kept),
         "MAX_BATCH_TOKENS": spec.engine.max_batch_tokens,
         "KV_CACHE_BYTES": quantity_bytes(spec.engine.kv_cache_memory),
         "THREADS": spec.engine.threads,
