@@ -49,7 +49,7 @@ class Mask:
         positions of the longest sequence.
         """
         tile = numerics.tile
-        reach = None if window is None else (1 - -(window - 1) // tile) * tile
+        (reach,) = numerics.reaches([window])
         width = numerics.tiles(length) * tile
         row = torch.arange(tile * group + numerics.row_multiple, device=device) // group
         row = row.clamp_(max=tile - 1).unsqueeze(1)

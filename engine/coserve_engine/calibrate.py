@@ -37,7 +37,7 @@ def calibrate(executor: Executor, cost: CostModel, clock: Callable[[], float]) -
                 _pass(executor, model, clock, length)
         executor.buffers.clear()
     cost.forget_errors()
-    decode = decode_work([256] * 8, executor.numerics.tile)
+    decode = decode_work([256] * 8, executor.numerics.tile, executor.reaches)
     return (
         f"calibrated in {clock() - started:.1f} s: 8 decode rows at context 256: {cost.forward_s(decode) * 1e3:.1f} ms",
     )
@@ -59,8 +59,8 @@ def _forward(
     rows = {slot: SequenceRows(tokens, pages, None) for slot in slots}
     begin = clock()
     executor.forward(segments, rows)
-    seconds, tile = clock() - begin, executor.numerics.tile
-    work = decode_work([start] * count, tile) if kind is Kind.DECODE else prefill_work(start, length, tile)
+    seconds, how = clock() - begin, (executor.numerics.tile, executor.reaches)
+    work = decode_work([start] * count, *how) if kind is Kind.DECODE else prefill_work(start, length, *how)
     cost.observe(work, seconds, ())
 
 

@@ -191,6 +191,7 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             tile=self.executor.numerics.tile,
             max_slowdown=None if slowdown is None else slowdown / 100,
+            reaches=self.executor.reaches,
         )
 
     def _run(
@@ -226,8 +227,8 @@ class Engine:
         ledger = self.executor.ledger
         held = ledger.held_by("request:")
         demand = Demand.of(requests, now, self._accounts.time, held, ledger.total)
-        tile = self.executor.numerics.tile
-        percent = saturation_percent(demand, self.cost, self.config.ttft_s, self.config.tpot_s, tile)
+        tile, reaches = self.executor.numerics.tile, self.executor.reaches
+        percent = saturation_percent(demand, self.cost, self.config.ttft_s, self.config.tpot_s, tile, reaches)
         self._events.append(
             LoadReport(
                 at_s=now,

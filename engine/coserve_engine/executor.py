@@ -28,6 +28,7 @@ from coserve_engine.passes import PassState
 from coserve_engine.plan import Segment, Unit
 from coserve_engine.transformer import Transformer
 from coserve_engine.weights import load_weights
+from coserve_engine.work import mean_reaches
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -60,6 +61,7 @@ class Executor:
                 f"maxModelLength is {config.max_model_length}, but {folder / 'config.json'} allows "
                 f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
             )
+        self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
         self.linears = LinearChoice(self.device, self.dtype, self.numerics, backward=config.finetuning)
         weights = load_weights(folder, self.model, self.dtype, self.device, self.linears)

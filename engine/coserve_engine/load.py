@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coserve_engine.cost import CostModel
-from coserve_engine.work import decode_work, prefill_work
+from coserve_engine.work import Reaches, decode_work, prefill_work
 
 SHARE_WINDOW_S = 5.0
 
@@ -108,7 +108,9 @@ def alone(count: int, fixed_s: float, rows_s: float, finetune_share: float) -> f
     return min(float(count), found)
 
 
-def saturation_percent(demand: Demand, cost: CostModel, ttft_s: float, tpot_s: float, tile: int) -> float:
+def saturation_percent(
+    demand: Demand, cost: CostModel, ttft_s: float, tpot_s: float, tile: int, reaches: Reaches = ()
+) -> float:
     """max of decode iteration / TPOT, (wait + prefill) / TTFT and pages held / pool, in percent.
 
     Less than one request is one for a part of the time, and the fixed part of an iteration counts for that part.
@@ -116,7 +118,7 @@ def saturation_percent(demand: Demand, cost: CostModel, ttft_s: float, tpot_s: f
     decode_s, scale = 0.0, 1.0 - demand.finetune_share
     if demand.contexts:
         count = len(demand.contexts)
-        decode = decode_work(list(demand.contexts), tile)
+        decode = decode_work(list(demand.contexts), tile, reaches)
         rows_s = cost.forward_s(decode.plus(decode)) - cost.forward_s(decode)
         fixed_s = max(0.0, cost.forward_s(decode) - rows_s)
         requests = alone(count, fixed_s, rows_s, demand.finetune_share)
@@ -124,7 +126,7 @@ def saturation_percent(demand: Demand, cost: CostModel, ttft_s: float, tpot_s: f
         decode_s = fixed_s * min(1.0, requests) + rows_s * scale
     first_token_s, queued_s = 0.0, 0.0
     for prompt, wait_s in zip(demand.prompts, demand.waits_s, strict=True):
-        queued_s += cost.forward_s(prefill_work(0, prompt, tile))
+        queued_s += cost.forward_s(prefill_work(0, prompt, tile, reaches))
         first_token_s = max(first_token_s, wait_s + queued_s)
     pages = demand.held_pages * scale / demand.total_pages
     return 100.0 * max(decode_s / tpot_s, first_token_s / ttft_s, pages)

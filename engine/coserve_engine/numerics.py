@@ -6,6 +6,7 @@ rows of every GEMM are padded to a multiple of `row_multiple`: a row's result th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +33,12 @@ class Numerics:
     def tiles(self, length: int) -> int:
         """Tiles that cover `length` positions."""
         return -(-length // self.tile)
+
+    def reaches(self, windows: Sequence[int | None]) -> tuple[int | None, ...]:
+        """For each window (keys that a row sees, its own included), the keys in whole tiles before a tile's end that
+        any row of the tile may see; None: all.
+        """
+        return tuple(None if w is None else (1 - -(w - 1) // self.tile) * self.tile for w in windows)
 
     def pages(self, length: int) -> int:
         """Pages that cover `length` positions."""

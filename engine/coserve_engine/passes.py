@@ -109,7 +109,7 @@ class PassState:
         """Pages up to each tile's end."""
         self.training = work.mode is PassMode.TRAIN
         tiles = tuple((span.stop - span.start, end) for span, end in ends.items())
-        self.shape = PassShape(work.id, tiles, config.layers, self.training)
+        self.shape = PassShape(work.id, tiles, config.layers, self.training, numerics.reaches(config.windows))
         """The pass as planning sees it."""
         self.fwd_tile = 0
         """Tiles whose forward is done."""

@@ -11,7 +11,16 @@ from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 from coserve_engine.cost import CostModel
-from coserve_engine.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
+from coserve_engine.work import (
+    NO_WORK,
+    ForwardWork,
+    Reaches,
+    UnitWork,
+    decode_work,
+    keys_read,
+    mean_reaches,
+    prefill_work,
+)
 
 
 class Kind(Enum):
@@ -91,15 +100,28 @@ class SequenceView(NamedTuple):
 
 
 class PassShape:
-    """What does not change while a pass is live: its tiles as (rows, KV rows seen) and where each one starts."""
+    """What does not change while a pass is live: its tiles as (rows, keys up to a tile's end), and where each starts.
 
-    __slots__ = ("_calls", "_kv", "_pairs", "_rows", "id", "layers", "rows", "starts", "tiles", "training")
+    `reaches` are the layers' (`Numerics.reaches`); empty: every layer reads all keys.
+    """
 
-    def __init__(self, id: int, tiles: tuple[tuple[int, int], ...], layers: int, training: bool) -> None:
+    __slots__ = ("_kv", "_layer_pairs", "_pairs", "_rows", "id", "layers", "rows", "starts", "tiles", "training")
+
+    def __init__(
+        self,
+        id: int,
+        tiles: tuple[tuple[int, int], ...],
+        layers: int,
+        training: bool,
+        reaches: tuple[int | None, ...] = (),
+    ) -> None:
         self.id, self.tiles, self.layers, self.training = id, tiles, layers, training
         self._rows = (0, *accumulate(rows for rows, _ in tiles))
-        self._kv = (0, *accumulate(kv for _, kv in tiles))
-        self._pairs = (0, *accumulate(rows * kv for rows, kv in tiles))
+        mean = mean_reaches(reaches)
+        self._kv = (0, *accumulate(keys_read(kv, mean) for _, kv in tiles))
+        self._pairs = (0, *accumulate(rows * keys_read(kv, mean) for rows, kv in tiles))
+        pairs = {r: (0, *accumulate(rows * min(kv, r or kv) for rows, kv in tiles)) for r in {None, *reaches}}
+        self._layer_pairs = tuple(pairs[reach] for reach in reaches or (None,) * layers)
         self.starts = self._rows[:-1]
         self.rows = self._rows[-1]
 
@@ -111,7 +133,7 @@ class PassShape:
     def backward(self, layer: int, first: int, end: int) -> UnitWork:
         """Counts of a unit."""
         head = layer == self.layers
-        pairs = 0 if head else self._pairs[end] - self._pairs[first]
+        pairs = 0 if head else self._layer_pairs[layer][end] - self._layer_pairs[layer][first]
         return UnitWork(head, self._rows[end] - self._rows[first], end - first, pairs)
 
     def window(self, first: int, end: int) -> Segment:
@@ -158,6 +180,8 @@ class View:
     tile: int
     max_slowdown: float | None = None
     """With finetuning an iteration may take 1 + this times the time it is predicted to take without; None: no limit."""
+    reaches: Reaches = ()
+    """Of the model's sliding windows."""
 
 
 Policy: TypeAlias = Callable[[View, CostModel, int], Plan]
@@ -166,11 +190,11 @@ Policy: TypeAlias = Callable[[View, CostModel, int], Plan]
 
 def forward_work(segments: tuple[Segment, ...] | list[Segment], view: View) -> ForwardWork:
     """Counts of these segments in one forward."""
-    total = decode_work([s.start for s in segments if s.kind is Kind.DECODE], view.tile)
+    total = decode_work([s.start for s in segments if s.kind is Kind.DECODE], view.tile, view.reaches)
     shapes = {p.shape.id: p.shape for p in view.passes}
     for segment in segments:
         if segment.kind is Kind.PREFILL:
-            total = total.plus(prefill_work(segment.start, segment.length, view.tile))
+            total = total.plus(prefill_work(segment.start, segment.length, view.tile, view.reaches))
         elif segment.kind is Kind.FINETUNE:
             shape = shapes[segment.slot]
             first = shape.starts.index(segment.start)

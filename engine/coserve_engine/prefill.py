@@ -38,13 +38,13 @@ def chunks(
         rest = sequence.known - sequence.done
         room = view.max_batch_tokens - work.rows
         overdue = view.now > sequence.deadline + view.ttft_s
-        length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view.tile)
+        length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view)
         if length < min(rest, CUT) and (overdue and not segments):
             length = max(length, min(rest, room, CUT))
         if length <= 0:
             return segments, work, False, due_s
         segments.append(Segment(Kind.PREFILL, sequence.slot, sequence.done, length, sample=length == rest))
-        work = work.plus(prefill_work(sequence.done, length, view.tile))
+        work = work.plus(prefill_work(sequence.done, length, view.tile, view.reaches))
         if length < rest:
             return segments, work, False, due_s
         if sequence.deadline > view.now + cost.forward_bound_s(work):
@@ -52,11 +52,12 @@ def chunks(
     return segments, work, True, due_s
 
 
-def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, tile: int) -> int:
+def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, view: View) -> int:
     """The most rows, at most `most`, that fit; a cut lies at a multiple of CUT positions."""
 
     def fits(length: int) -> bool:
-        return cost.forward_bound_s(work.plus(prefill_work(sequence.done, length, tile))) <= left_s
+        more = prefill_work(sequence.done, length, view.tile, view.reaches)
+        return cost.forward_bound_s(work.plus(more)) <= left_s
 
     if most <= 0:
         return 0

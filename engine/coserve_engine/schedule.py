@@ -30,7 +30,7 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     """Plan one iteration. An empty plan has neither segments nor units."""
     decoding = [s for s in view.sequences if s.decoding]
     segments = [Segment(Kind.DECODE, s.slot, s.done, 1, True) for s in decoding]
-    work = decode_work([s.done for s in decoding], view.tile) if decoding else NO_WORK
+    work = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
     left_s = min((s.deadline for s in decoding), default=inf) - view.now
     chunks, work, whole, due_s = prefill.chunks(view, cost, work, left_s)
     segments += chunks
@@ -51,8 +51,8 @@ def _crowded(view: View, cost: CostModel, decoding: list[SequenceView]) -> bool:
     if not decoding:
         return False
     gap_s = min(s.tpot_s for s in decoding)
-    one_s = cost.forward_bound_s(decode_work([decoding[0].done], view.tile))
-    all_s = cost.forward_bound_s(decode_work([s.done for s in decoding], view.tile))
+    one_s = cost.forward_bound_s(decode_work([decoding[0].done], view.tile, view.reaches))
+    all_s = cost.forward_bound_s(decode_work([s.done for s in decoding], view.tile, view.reaches))
     return all_s - one_s > CROWDED_SHARE * max(0.0, gap_s - one_s)
 
 
@@ -82,7 +82,7 @@ def _backward(
             return units, budget_s
         owner, unit = least  # or a job on a slow machine would never end
         return (unit,), 2 * cost.unit_bound_s(owner.shape.backward(*unit[1:]))
-    decode = decode_work([s.start + s.length for s in segments if s.sample], view.tile)
+    decode = decode_work([s.start + s.length for s in segments if s.sample], view.tile, view.reaches)
     slots = {s.slot for s in segments if s.sample}
     gap_s = min((s.tpot_s for s in view.sequences if s.slot in slots), default=view.tpot_s) - cost.turnaround_s
     expected_s = inf

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Features = tuple[float, ...]
+Reaches = tuple[tuple[int, float], ...]
+"""(keys before a tile's end that a window reaches, share of the layers that have it); other layers read all keys."""
 
 
 class ForwardWork(NamedTuple):
-    """Counts of one forward. `kv_rows`: keys gathered by all attention calls; `pairs`: query-key pairs."""
+    """Counts of one forward. `kv_rows`: keys that all attention calls of a layer read; `pairs`: query-key pairs; both
+    are means over the layers.
+    """
 
     decode: int = 0
     prefill: int = 0
     finetune: int = 0
     calls: int = 0
-    kv_rows: int = 0
-    pairs: int = 0
+    kv_rows: float = 0
+    pairs: float = 0
 
     def plus(self, other: ForwardWork) -> ForwardWork:
         """The counts of both in one forward."""
@@ -42,7 +48,7 @@ class UnitWork(NamedTuple):
     head: bool
     rows: int
     tiles: int
-    pairs: int
+    pairs: float
 
     def features(self) -> Features:
         return (1.0, self.rows, self.tiles, self.pairs / 1e5)
@@ -51,20 +57,32 @@ class UnitWork(NamedTuple):
 NO_WORK = ForwardWork()
 
 
-def decode_work(contexts: list[int], tile: int) -> ForwardWork:
+def mean_reaches(layers: Sequence[int | None]) -> Reaches:
+    """Of the reaches of each layer (`Numerics.reaches`)."""
+    counts = Counter(reach for reach in layers if reach is not None)
+    return tuple((reach, count / len(layers)) for reach, count in sorted(counts.items()))
+
+
+def keys_read(tile_end: int, reaches: Reaches) -> float:
+    """Keys that a layer reads for rows of the tile which ends there, on average over layers."""
+    return tile_end - sum(share * max(0, tile_end - reach) for reach, share in reaches)
+
+
+def decode_work(contexts: list[int], tile: int, reaches: Reaches = ()) -> ForwardWork:
     """One decode row for each sequence; `contexts` are its tokens in the cache."""
-    kv_rows = sum((context // tile + 1) * tile for context in contexts)
+    ends = ((context // tile + 1) * tile for context in contexts)
+    kv_rows = sum(keys_read(end, reaches) for end in ends) if reaches else sum(ends)
     count = len(contexts)
     return ForwardWork(count, 0, 0, count, kv_rows, 4 * kv_rows)
 
 
-def prefill_work(start: int, length: int, tile: int) -> ForwardWork:
+def prefill_work(start: int, length: int, tile: int, reaches: Reaches = ()) -> ForwardWork:
     """Rows [start, start + length) of a sequence."""
-    calls = kv_rows = pairs = 0
+    calls, kv_rows, pairs = 0, 0.0, 0.0
     position, end = start, start + length
     while position < end:
         tile_end = (position // tile + 1) * tile
-        count = min(end, tile_end) - position
-        calls, kv_rows, pairs = calls + 1, kv_rows + tile_end, pairs + max(count, 4) * tile_end
+        count, keys = min(end, tile_end) - position, keys_read(tile_end, reaches)
+        calls, kv_rows, pairs = calls + 1, kv_rows + keys, pairs + max(count, 4) * keys
         position += count
     return ForwardWork(0, length, 0, calls, kv_rows, pairs)
