@@ -1,4 +1,4 @@
-"""Which jobs this agent runs: looks at its bindings every second and starts, stops or drops a run for each."""
+"""Which jobs this agent runs: looks at its bindings twice a second and starts, stops or drops a run for each."""
 
 from __future__ import annotations
 
