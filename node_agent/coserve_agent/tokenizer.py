@@ -56,10 +56,6 @@ class Tokenizer:
         content = f"{self._backend.to_str()}\0{self._template or ''}"
         self.digest = hashlib.sha256(content.encode()).hexdigest()
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._template)
-
     def check_fits(self, vocab_size: int, folder: Path) -> None:
         """Refuse a tokenizer that could produce ids the model has no row for."""
         if self.size > vocab_size:
