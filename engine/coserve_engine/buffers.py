@@ -11,6 +11,15 @@ import torch
 
 ALIGN = 16
 """Values; every buffer begins on a cache line, as torch's own do: a product's bits can depend on addresses."""
+HEAP_BYTES = 30 << 20
+"""Below 32 MiB, the most that glibc goes along with."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc take temporaries of up to HEAP_BYTES from its heap, and keep there what is freed: it raises its bounds
+    to the largest mapped block that was freed, and to twice that (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD).
+    """
+    torch.empty(HEAP_BYTES, dtype=torch.uint8)
 
 
 def _aligned(shape: Sequence[int]) -> int:

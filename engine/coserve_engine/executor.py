@@ -13,7 +13,7 @@ import torch
 
 from coserve_engine import head
 from coserve_engine.batch import SequenceRows, bind
-from coserve_engine.buffers import Buffers
+from coserve_engine.buffers import Buffers, keep_freed_memory
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.functional import repeat_last_row
@@ -53,6 +53,7 @@ class Executor:
 
     def __init__(self, config: EngineConfig) -> None:
         torch.set_num_threads(config.threads)
+        keep_freed_memory()
         folder = Path(config.model_path)
         self.config, self.numerics = config, config.numerics
         self.model: ModelConfig = read_model_config(folder)

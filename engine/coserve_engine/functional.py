@@ -15,25 +15,26 @@ def repeat_last_row(rows: torch.Tensor, multiple: int) -> torch.Tensor:
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """1 / root mean square of each row: [..., N] -> [..., 1]."""
-    return torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., N] -> normalised rows [..., N] and 1 / rms [..., 1]."""
     rstd = inverse_rms(x, eps)
-    return x * rstd * weight, rstd
+    return (x * rstd).mul_(weight), rstd
 
 
 def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dx [..., N] of `rms_norm` for dy [..., N]."""
     g = dy * weight
-    return rstd * (g - x * (rstd * rstd) * (g * x).mean(-1, keepdim=True))
+    share = (g * x).mean(-1, keepdim=True).mul_(rstd * rstd)
+    return g.addcmul_(x, share, value=-1).mul_(rstd)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [R, heads, D] with cos, sin [R, 1, D / 2]; its transpose is sin -> -sin."""
+    """Rotary embedding of x [R, heads, D] with cos, sin [R, 1, D] of `rope_table`; its transpose is sin -> -sin."""
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([b, a], -1).mul_(sin).addcmul_(x, cos)
 
 
 def encode_heads(
@@ -60,8 +61,10 @@ def encode_heads_backward(
     return rms_norm_backward(dy, x, inverse_rms(x, eps), norm)
 
 
-def swiglu_backward(dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dgate, dup) of silu(gate) * up."""
-    sigma = torch.sigmoid(gate)
-    silu = gate * sigma
-    return dh * up * (sigma * (1 + gate * (1 - sigma))), dh * silu
+def swiglu_backward(
+    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate, dup) of silu(gate) * up; dup takes the place of `silu`, which is silu(gate)."""
+    dgate = dh * up
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return dgate, silu.mul_(dh)

@@ -96,12 +96,11 @@ class LoraGroup:
         """x [T, in] -> the group's rows, padded."""
         return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
 
-    def add(self, y: torch.Tensor, delta: torch.Tensor) -> None:
-        """Add delta [padded, out] to the group's rows of y [T, out]."""
-        if isinstance(self.rows, slice):
-            y[self.rows] += delta
-        else:
-            y.index_add_(0, self.rows[: self.count], delta[: self.count])
+    def add(self, y: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> None:
+        """Add low [padded, rank] b [out, rank]^T to the group's rows of y [T, out]."""
+        rows = self.pick(y).addmm_(low, b.t())
+        if not isinstance(self.rows, slice):
+            y.index_copy_(0, self.rows[: self.count], rows[: self.count])
 
 
 def linear(x: torch.Tensor, weight: FrozenLinear, groups: tuple[LoraGroup, ...], layer: int, name: str) -> torch.Tensor:
@@ -115,7 +114,7 @@ def linear(x: torch.Tensor, weight: FrozenLinear, groups: tuple[LoraGroup, ...],
             if group.drop is not None:
                 rows = group.drop(rows, layer, name)
             low = functional.linear(rows, a).mul_(group.weights.scale)
-            group.add(y, functional.linear(low, b))
+            group.add(y, low, b)
     return y
 
 
@@ -127,7 +126,7 @@ def linear_backward(
     grads: AB | None,
     scale: float,
     tiles: tuple[tuple[int, int], ...],
-    drop: Callable[[torch.Tensor], torch.Tensor],
+    drop: Callable[[torch.Tensor], torch.Tensor] | None,
     *,
     need_dx: bool,
 ) -> torch.Tensor | None:
@@ -137,7 +136,7 @@ def linear_backward(
         dy: [R, out]; x: [R, in]; weight: from in to out, frozen.
         pair, grads: the adapter's (A, B) and the buffers its gradients are added to; None where it has none here.
         tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
-        drop: dropout of the rows' inputs to A; the identity where nothing is dropped.
+        drop: dropout of the rows' inputs to A; None where nothing is dropped.
         need_dx: False leaves dx out (nothing below the first layer needs it).
 
     Returns:
@@ -146,12 +145,14 @@ def linear_backward(
     dx = weight.backward(dy) if need_dx else None
     if pair is not None and grads is not None:
         a, b = pair
-        x = drop(x)
+        x = x if drop is None else drop(x)
         low = functional.linear(x, a).mul_(scale)
         dlow = (dy @ b).mul_(scale)
         for start, stop in tiles:
             grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
             grads[1].addmm_(dy[start:stop].t(), low[start:stop])
-        if dx is not None:
+        if dx is not None and drop is None:
+            dx.addmm_(dlow, a)
+        elif dx is not None and drop is not None:
             dx += drop(dlow @ a)
     return dx

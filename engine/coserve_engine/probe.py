@@ -51,16 +51,21 @@ def _products(
         if shape in tried:
             continue
         tried.add(shape)
-        a, b = draw(RANK, into), draw(out, RANK)
+        (a, b), (x, y) = (draw(RANK, into), draw(out, RANK)), (draw(into), draw(out))
         if not isinstance(weight, PackedLinear):
             yield name, into, weight.forward
             if backward:
                 yield f"{name} backward", out, weight.backward
         yield f"{name} A", into, partial(functional.linear, weight=a)
-        yield f"{name} B", RANK, partial(functional.linear, weight=b)
+        yield f"{name} B", RANK, partial(_added, y, b.t())
         if backward:
-            yield f"{name} A backward", RANK, partial(torch.matmul, other=a)
+            yield f"{name} A backward", RANK, partial(_added, x, a)
             yield f"{name} B backward", out, partial(torch.matmul, other=b)
+
+
+def _added(row: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """low [R, rank] weight [rank, N] added to R times `row` [N]."""
+    return row.expand(low.shape[0], -1).clone().addmm_(low, weight)
 
 
 def _rowwise(transformer: Transformer) -> Iterator[tuple[str, int, Rowwise]]:
@@ -68,6 +73,7 @@ def _rowwise(transformer: Transformer) -> Iterator[tuple[str, int, Rowwise]]:
     config, norm = transformer.config, transformer.weights.norm
     yield "norm", config.hidden, lambda x: rms_norm(x, norm, config.rms_eps)[0]
     yield "silu", config.intermediate, functional.silu
+    yield "silu backward", config.intermediate, lambda x: torch.ops.aten.silu_backward(x, x)
 
 
 def _attention_differs(transformer: Transformer, draw: Callable[..., torch.Tensor]) -> bool:

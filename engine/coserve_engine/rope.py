@@ -10,10 +10,14 @@ from coserve_engine.config import LinearScaling, Llama3Scaling, Rope, YarnScalin
 
 
 def rope_table(rope: Rope, size: int, positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """cos and sin [2, positions, size / 2] for heads of `size`; angles in float32 as in transformers."""
+    """cos and sin [2, positions, size] for heads of `size`, each angle once for either half of a head, the sine
+    negative in the first; angles in float32 as in transformers.
+    """
     frequency, factor = frequencies(rope, size)
     angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-    return (torch.stack([angle.cos(), angle.sin()]) * factor).to(device=device, dtype=dtype)
+    cos, sin = angle.cos(), angle.sin()
+    table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
+    return (table * factor).to(device=device, dtype=dtype)
 
 
 def frequencies(rope: Rope, size: int) -> tuple[torch.Tensor, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -113,9 +114,9 @@ class Transformer:
         q, k, v = self._project(layer, x, groups)
         cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
         o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache)
-        x2 = x + self._linear(layer, "o_proj", o.flatten(1), groups)
+        x2 = self._linear(layer, "o_proj", o.flatten(1), groups).add_(x)
         gate, up = self._gate_up(layer, x2, groups)
-        y = x2 + self._linear(layer, "down_proj", functional.silu(gate) * up, groups)
+        y = self._linear(layer, "down_proj", functional.silu(gate).mul_(up), groups).add_(x2)
         _keep(layer, batch, {"x": x, "q": q, "k": k, "o": o, "lse": lse, "x2": x2, "gate": gate, "up": up})
         return y
 
@@ -169,13 +170,9 @@ class Transformer:
     ) -> torch.Tensor | None:
         state, weight = unit.state, self.weights.layers[unit.layer].linears[name]
         pair, grads = state.weights.layers[unit.layer].get(name), state.grad_views[unit.layer].get(name)
-        drop = state.drop(unit.rows)
-
-        def dropped(rows: torch.Tensor) -> torch.Tensor:
-            return rows if drop is None else drop(rows, unit.layer, name)
-
-        scale = state.weights.scale
-        return linear_backward(dy, x, weight, pair, grads, scale, unit.tiles, dropped, need_dx=need_dx)
+        scale, mask = state.weights.scale, state.drop(unit.rows)
+        drop = None if mask is None else partial(mask, layer=unit.layer, name=name)
+        return linear_backward(dy, x, weight, pair, grads, scale, unit.tiles, drop, need_dx=need_dx)
 
     def _mlp_block_backward(self, unit: UnitRows, dy: torch.Tensor) -> torch.Tensor:
         """dx2 of y = x2 + down(silu(gate) * up)."""
@@ -184,19 +181,20 @@ class Transformer:
             gate, up = unit.kept("gate"), unit.kept("up")
         else:
             gate, up = self._gate_up(unit.layer, x2, unit.groups(self.numerics))
-        dh = _sum(self._linear_backward(unit, "down_proj", dy, functional.silu(gate) * up))
-        dgate, dup = swiglu_backward(dh, gate, up)
+        silu = functional.silu(gate)
+        dh = _sum(self._linear_backward(unit, "down_proj", dy, silu * up))
+        dgate, dup = swiglu_backward(dh, gate, up, silu)
         xn2, rstd = rms_norm(x2, norm, self.config.rms_eps)
         ends = (("gate_proj", dgate), ("up_proj", dup))
         dxn2 = _sum(*(self._linear_backward(unit, name, d, xn2) for name, d in ends))
-        return dy + rms_norm_backward(dxn2, x2, rstd, norm)
+        return rms_norm_backward(dxn2, x2, rstd, norm).add_(dy)
 
     def _middle(self, unit: UnitRows) -> torch.Tensor:
         """The input of the MLP's half, kept or computed again."""
         if "x2" in unit.stored:
             return unit.kept("x2")
         groups = unit.groups(self.numerics)
-        return unit.kept("x") + self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), groups)
+        return self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), groups).add_(unit.kept("x"))
 
     def _queries_keys(self, unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries, and keys where they are normalised, before norm and rotation, kept or computed again."""
@@ -222,7 +220,7 @@ class Transformer:
         below = unit.layer > 0
         ends = (("q_proj", dq), ("k_proj", dk), ("v_proj", dv))
         parts = [self._linear_backward(unit, name, d.flatten(1), xn, need_dx=below) for name, d in ends]
-        return dx2 + rms_norm_backward(_sum(*parts), x, rstd, w.input_norm) if below else None
+        return rms_norm_backward(_sum(*parts), x, rstd, w.input_norm).add_(dx2) if below else None
 
     def _attention_backward(self, unit: UnitRows, q: torch.Tensor, do: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """dq [R, heads, D] of encoded queries; adds to state.dkv, encoded keys and values, tile by tile."""
@@ -248,8 +246,8 @@ def _keep(layer: int, batch: BoundBatch, values: Mapping[str, torch.Tensor]) -> 
 
 
 def _sum(*parts: torch.Tensor | None) -> torch.Tensor:
-    present = [part for part in parts if part is not None]
-    total = present[0]
-    for part in present[1:]:
-        total = total + part
+    """In the place of the first that is there."""
+    total, *rest = (part for part in parts if part is not None)
+    for part in rest:
+        total += part
     return total

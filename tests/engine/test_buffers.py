@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -106,3 +108,29 @@ def test_the_memory_is_freed_with_the_last_job(driver: Any, training: Any, start
     d.submit(StopJob("job"))
     d.run()
     assert d.engine.executor.buffers.values == 0
+
+
+FAULTS = """
+import resource, torch
+from coserve_engine.buffers import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+fresh = torch.ones(3 << 20)
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+
+
+def test_freed_temporaries_are_not_mapped_anew() -> None:
+    """In a process of its own, in which nothing large was freed yet."""
+    done = subprocess.run((sys.executable, "-c", FAULTS), check=True, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
