@@ -75,7 +75,8 @@ class Serving:
             first += segment.length
         if not forwarded.slots:
             return []
-        finite = torch.isfinite(forwarded.logits).all(-1).tolist()
+        highest, lowest = forwarded.logits.amax(-1), forwarded.logits.amin(-1)  # a NaN is both
+        finite = (highest.isfinite() & lowest.isfinite()).tolist()
         requests = [self.requests.running[slot] for slot in forwarded.slots]
         chosen = choose(forwarded.logits, [request.choice() for request in requests])
         wanted = [
