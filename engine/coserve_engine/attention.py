@@ -35,11 +35,13 @@ class Mask:
             range. Row r * G + g is head g of the tile's row r; rows past the tile are padding and repeat its last.
         reach: keys before the tile's end that any of its rows may see, a multiple of the tile; None: all.
         group: query heads of one key-value head.
+        singles: [1, 1, padded group, W] of each row of the tile alone, views into `bias`: decode asks for them often.
     """
 
     bias: torch.Tensor
     reach: int | None
     group: int
+    singles: tuple[torch.Tensor, ...]
 
     @classmethod
     def create(
@@ -56,7 +58,8 @@ class Mask:
         key = torch.arange(tile - (width if reach is None else min(reach, width)), tile, device=device)
         hidden = key > row if window is None else (key > row) | (key <= row - window)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return cls(bias, reach, group)
+        singles = bias[None, None].unfold(2, numerics.pad(group), group).transpose(-1, -2).unbind(2)
+        return cls(bias, reach, group, singles[:tile])
 
     def first_key(self, tile_end: int) -> int:
         """The first position, a tile's first, that rows of the tile which ends at `tile_end` may see."""
@@ -66,6 +69,10 @@ class Mask:
         """[1, 1, rows, keys] for folded `rows` from the tile's row `first`, and the `keys` up to the tile's end."""
         start = first * self.group
         return self.bias[start : start + rows, self.bias.shape[1] - keys :][None, None]
+
+    def single(self, first: int, keys: int) -> torch.Tensor:
+        """`part` of one row: [1, 1, padded group, keys]."""
+        return self.singles[first].narrow(3, self.bias.shape[1] - keys, keys)
 
 
 def reference_forward(
@@ -155,18 +162,19 @@ class Attention:
     ) -> torch.Tensor:
         """Attention of one row of each of n sequences (decode): q [n, H, D] -> o [n, H, D].
 
-        The same products as `attend` of each row, folded and padded for all of them at once.
+        The same products as `attend` of each row, folded and padded for all of them at once; `keys` are keys and
+        values [1, KVH, L, D] of each sequence.
         """
         n, heads, size = q.shape
-        kv_heads = keys[0][0].shape[0]
+        kv_heads = keys[0][0].shape[1]
         group = heads // kv_heads
         folded = q.view(n, kv_heads, group, size)
         padded = self.numerics.pad(group)
         if padded != group:
             folded = torch.cat([folded, q.new_zeros(n, kv_heads, padded - group, size)], 2)
         parts = []
-        for i, (first, (k, v)) in enumerate(zip(firsts, keys, strict=True)):
-            parts.append(self.forward(folded[i : i + 1], k[None], v[None], mask.part(first, padded, k.shape[1]))[0])
+        for rows, first, (k, v) in zip(folded.unsqueeze(1).unbind(), firsts, keys, strict=True):
+            parts.append(self.forward(rows, k, v, mask.single(first, k.shape[2]))[0])
         return torch.cat(parts)[:, :, :group].reshape(n, heads, size)
 
     def attend_backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ import torch
 from coserve_engine.config import ModelConfig
 from coserve_engine.numerics import Numerics
 from coserve_engine.pages import NULL_PAGE
+
+Reader = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Layer -> a sequence's keys and values [1, KVH, L, D] there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,29 @@ class KVCache:
         if run.index is None:
             base = run.first * self._page
             return self.k[layer][:, base + start : base + stop], self.v[layer][:, base + start : base + stop]
-        first, index = start // self._page, run.index
+        return self._gather(layer, run.index[start // self._page :], start % self._page, stop - start)
+
+    def reader(self, run: PageRun, start: int, stop: int) -> Reader:
+        """`read` for one layer after another: what does not depend on the layer is looked up once."""
+        if run.index is None:
+            base = run.first * self._page
+            k, v = (pool[:, None, :, base + start : base + stop].unbind() for pool in (self.k, self.v))
+            return list(zip(k, v, strict=True)).__getitem__
+        index = run.index[start // self._page :]
+
+        def gathered(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = self._gather(layer, index, start % self._page, stop - start)
+            return k[None], v[None]
+
+        return gathered
+
+    def _gather(self, layer: int, pages: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` positions of one layer's `pages` [n] from position `start` of the first."""
 
         def gather(pool: torch.Tensor) -> torch.Tensor:
             heads, _, size = pool.shape
-            rows = pool.view(heads, -1, self._page, size).index_select(1, index[first:])
-            return rows.view(heads, -1, size)[:, start - first * self._page : stop - first * self._page]
+            rows = pool.view(heads, -1, self._page * size).index_select(1, pages)
+            return rows.view(heads, -1, size)[:, start : start + count]
 
         return gather(self.k[layer]), gather(self.v[layer])
 

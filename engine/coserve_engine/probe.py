@@ -85,7 +85,7 @@ def _attention_differs(transformer: Transformer, draw: Callable[..., torch.Tenso
     mask = Mask.create(numerics, config.heads // config.kv_heads, keys, None, q.dtype, q.device)
     whole, _ = attention.attend(q, k, v, mask, 0)
     for at in (0, tile // 3, tile - 1):
-        one = attention.attend_singles(q[at : at + 1].clone(), [(k, v)], mask, (at,))
+        one = attention.attend_singles(q[at : at + 1].clone(), [(k[None], v[None])], mask, (at,))
         some, _ = attention.attend(q[at : at + 5].clone(), k, v, mask, at)
         if not (torch.equal(one[0], whole[at]) and torch.equal(some, whole[at : at + 5])):
             return True

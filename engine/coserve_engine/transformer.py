@@ -17,7 +17,7 @@ from coserve_engine.attention import Attention, Mask
 from coserve_engine.batch import BoundBatch, lora_group
 from coserve_engine.config import ModelConfig
 from coserve_engine.functional import encode_heads, encode_heads_backward, rms_norm, rms_norm_backward, swiglu_backward
-from coserve_engine.kv_cache import KVCache
+from coserve_engine.kv_cache import KVCache, Reader
 from coserve_engine.lora import LoraGroup, linear, linear_backward
 from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState, TileSpan
@@ -25,6 +25,8 @@ from coserve_engine.rope import rope_table
 from coserve_engine.weights import Weights
 
 QKV = ("q_proj", "k_proj", "v_proj")
+Singles = Mapping[int | None, tuple[Reader, ...]]
+"""A mask's reach -> readers of the decode rows' keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +103,31 @@ class Transformer:
         """
         x = self.weights.embed[batch.tokens]
         cos, sin = self.rope[:, batch.positions].unsqueeze(2)
+        singles = {reach: self._readers(mask, batch, cache) for reach, mask in {m.reach: m for m in self.masks}.items()}
         for layer in range(self.config.layers):
-            x = self._layer(layer, x, batch, cache, cos, sin)
+            x = self._layer(layer, x, batch, cache, singles, cos, sin)
         for rows in batch.kept:
             rows.state.final[rows.first : rows.first + rows.stop - rows.start] = x[rows.start : rows.stop]
         return x
 
+    def _readers(self, mask: Mask, batch: BoundBatch, cache: KVCache) -> tuple[Reader, ...]:
+        """What decode rows see of the cache, in the layers with this mask."""
+        return tuple(cache.reader(c.pages, mask.first_key(c.kv_length), c.kv_length) for c in batch.singles)
+
     def _layer(
-        self, layer: int, x: torch.Tensor, batch: BoundBatch, cache: KVCache, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        layer: int,
+        x: torch.Tensor,
+        batch: BoundBatch,
+        cache: KVCache,
+        singles: Singles,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> torch.Tensor:
         w, groups, eps = self.weights.layers[layer], batch.groups, self.config.rms_eps
         q, k, v = self._project(layer, x, groups)
         cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
-        o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache)
+        o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache, singles)
         x2 = self._linear(layer, "o_proj", o.flatten(1), groups).add_(x)
         gate, up = self._gate_up(layer, x2, groups)
         y = self._linear(layer, "down_proj", functional.silu(gate).mul_(up), groups).add_(x2)
@@ -137,12 +151,12 @@ class Transformer:
         return tuple(self._linear(layer, name, xn2, groups) for name in ("gate_proj", "up_proj"))
 
     def _attention(
-        self, layer: int, q: torch.Tensor, batch: BoundBatch, cache: KVCache
+        self, layer: int, q: torch.Tensor, batch: BoundBatch, cache: KVCache, singles: Singles
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """o [T, heads, D] of encoded queries, and the log-sum-exp [T, heads] of rows that a pass keeps."""
         mask, o, lse = self.masks[layer], torch.zeros_like(q), q.new_zeros(q.shape[:2])
         if batch.singles:
-            keys = [cache.read(layer, c.pages, mask.first_key(c.kv_length), c.kv_length) for c in batch.singles]
+            keys = [read(layer) for read in singles[mask.reach]]
             firsts = tuple(call.first for call in batch.singles)
             o[: len(keys)] = self.attention.attend_singles(q[: len(keys)], keys, mask, firsts)
         for call in batch.calls:

@@ -61,7 +61,7 @@ def differing(kv_heads: int, length: int, runs: Sequence[tuple[int, int]], windo
     for first, count in runs:
         part, _ = attention.attend(q[first : first + count], k, v, mask, first)
         bad += int((part != whole[first : first + count]).any(-1).any(-1).sum())
-    singles = attention.attend_singles(q, [(k, v)] * 64, mask, tuple(range(64)))
+    singles = attention.attend_singles(q, [(k[None], v[None])] * 64, mask, tuple(range(64)))
     return bad + int((singles != whole).any(-1).any(-1).sum())
 
 
@@ -91,3 +91,16 @@ def test_neighbouring_pages_are_read_in_place() -> None:
     assert torch.equal(k, other)
     swapped, _ = cache.read(0, gathered, 64, 192)
     assert torch.equal(swapped, torch.cat([k[:, 64:], k[:, :64]], 1))
+
+
+@pytest.mark.parametrize("pages", ((2, 3, 4), (2, 4, 3)))
+def test_a_reader_reads_every_layer(pages: tuple[int, ...]) -> None:
+    config = ModelConfig(16, 8, 3, 2, 2, 4, 8, 1e-5, Rope(1e4), 1024, (), False, (None,), False, ())
+    cache = KVCache(config, 8, NUMERICS, torch.float32, CPU)
+    cache.k.copy_(draw(*cache.k.shape))
+    cache.v.copy_(draw(*cache.v.shape, seed=1))
+    run = PageRun.of(pages, CPU)
+    read = cache.reader(run, 64, 192)
+    for layer in range(3):
+        for found, expected in zip(read(layer), cache.read(layer, run, 64, 192), strict=True):
+            assert torch.equal(found, expected[None])

@@ -175,7 +175,7 @@ def one_by_one_singles(attend: Callable[..., tuple[torch.Tensor, torch.Tensor]])
 
     def singles(self: Attention, q: torch.Tensor, keys: Any, mask: Mask, firsts: tuple[int, ...]) -> torch.Tensor:
         parts = zip(q.split(1), keys, firsts, strict=True)
-        return torch.cat([attend(self, row, k, v, mask, first)[0] for row, (k, v), first in parts])
+        return torch.cat([attend(self, row, k[0], v[0], mask, first)[0] for row, (k, v), first in parts])
 
     return singles
 
