@@ -2,12 +2,14 @@
 keys: the simulator and the engine can share it.
 
 A page is free, held by one pass, held by one or more requests, or cached: held by nobody, but full of tokens that a
-later request may begin with. Cached pages are given away last, and of those the one that was left first.
+later request may begin with. Cached pages are given away last, and of those the one that was left first, as far as
+the pages of a sequence then lie side by side, with room to grow: attention reads neighbours in place, others it must
+first copy together (decode of 32 requests takes 1.3 times as long).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from coserve_engine.errors import OutOfPagesError
@@ -15,6 +17,11 @@ from coserve_engine.runs import FreeRuns
 
 NULL_PAGE = 0
 """Padding rows write here and masked tails read from here; it is never owned."""
+GROWTH_PAGES = 4
+"""Pages that nobody holds between two sequences, where there is room, for the first to grow into; fewer, or none, in a
+pool of less than 128.
+"""
+PLACES_TRIED = 32
 
 
 @dataclass(slots=True)
@@ -39,6 +46,7 @@ class PageLedger:
     def __init__(self, total: int, scrub: Callable[[tuple[int, ...]], None] = _nothing) -> None:
         self.total = total - 1
         self.headroom = 0
+        self._growth = min(GROWTH_PAGES, total // 32)
         self._scrub = scrub
         self._runs = FreeRuns(NULL_PAGE + 1, total)
         self._holdings: dict[str, _Holding] = {}
@@ -150,18 +158,67 @@ class PageLedger:
 
     def _take(self, owner: str, count: int) -> tuple[int, ...]:
         holding = self._holdings[owner]
-        evicted: list[int] = []
-        while len(self._runs) + len(evicted) < count:
-            page = next(iter(self._cached))
-            del self._cached[page]
-            self._drop_key(page)
-            evicted.append(page)
-        self._release(evicted)
-        pages = self._runs.take(count, holding.pages[-1] if holding.pages else None)
+        start = self._place(count, holding.pages[-1] if holding.pages else None) if count else None
+        if start is None:
+            while len(self._runs) < count:
+                self._evict(next(iter(self._cached)))
+            pages = self._runs.take(count)
+        else:
+            for page in range(start, start + count):
+                if page in self._cached:
+                    self._evict(page)
+            pages = self._runs.take_at(start, count)
         self._hold(owner, pages)
         if holding.tainted:
             self._tainted.update(pages)
         return pages
+
+    def _place(self, count: int, last: int | None) -> int | None:
+        """The first of `count` neighbours that nobody holds: right behind page `last`, else with room to grow on both
+        sides, else anywhere; free pages rather than cached ones, and of those the ones that were left first. None
+        where there are none.
+        """
+        if last is not None and self._unheld(last + 1, 1, count) == count:
+            return last + 1
+        for room in (self._growth, 0):
+            free = ((page, page) for page in self._runs.of(count + room))
+            cached = ((page - count + 1, page) for page in self._cached)
+            for seeds in (free, cached):
+                start = self._place_near(seeds, count, room)
+                if start is not None:
+                    return start
+        return None
+
+    def _place_near(self, seeds: Iterable[tuple[int, int]], count: int, room: int) -> int | None:
+        """As `_place`, around the first of `seeds` (wanted start, a page that nobody holds) where it is possible."""
+        seen: set[int] = set()
+        tried = 0
+        for wanted, seed in seeds:
+            if seed in seen:
+                continue
+            if tried == PLACES_TRIED:
+                break
+            tried += 1
+            start = seed - self._unheld(seed - 1, -1, count + 2 * room)
+            stop = seed + self._unheld(seed, 1, count + 2 * room)
+            lowest, highest = start if start == NULL_PAGE + 1 else start + room, stop - room - count
+            if lowest <= highest:
+                return min(max(wanted, lowest), highest)
+            seen.update(range(start, stop))
+        return None
+
+    def _unheld(self, page: int, step: int, most: int) -> int:
+        """How many pages from `page` on nobody holds, up to `most`; `step` is 1 or -1."""
+        count = 0
+        while count < most and NULL_PAGE < page <= self.total and not self._references[page]:
+            count, page = count + 1, page + step
+        return count
+
+    def _evict(self, page: int) -> None:
+        """Free a cached page."""
+        del self._cached[page]
+        self._drop_key(page)
+        self._release([page])
 
     def _hold(self, owner: str, pages: Sequence[int]) -> None:
         for page in pages:

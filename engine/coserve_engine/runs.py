@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 
 
 class FreeRuns:
@@ -16,19 +17,14 @@ class FreeRuns:
     def __len__(self) -> int:
         return self._count
 
-    def take(self, count: int, after: int | None = None) -> tuple[int, ...]:
-        """`count` pages, ascending: right behind page `after` if they are free, else of the first run that is long
-        enough, else of the first runs there are.
+    def take(self, count: int) -> tuple[int, ...]:
+        """`count` pages, ascending: of the first run that is long enough, else of the first runs there are.
 
         Raises:
             ValueError: fewer are free.
         """
         if count > self._count:
             raise ValueError(f"{count} pages are wanted and {self._count} are free")
-        if after is not None:
-            at = bisect_left(self._starts, after + 1)
-            if at < len(self._starts) and self._starts[at] == after + 1 and self._length(at) >= count:
-                return self._cut(at, count)
         for at in range(len(self._starts)):
             if self._length(at) >= count:
                 return self._cut(at, count)
@@ -36,6 +32,15 @@ class FreeRuns:
         while len(pages) < count:
             pages += self._cut(0, min(count - len(pages), self._length(0)))
         return tuple(pages)
+
+    def take_at(self, start: int, count: int) -> tuple[int, ...]:
+        """Pages start..start + count - 1, all of which are free."""
+        at = bisect_right(self._starts, start) - 1
+        return self._cut(at, count, start - self._starts[at])
+
+    def of(self, count: int) -> Iterator[int]:
+        """The first pages of runs of at least `count`, ascending."""
+        return (start for start, stop in zip(self._starts, self._stops, strict=True) if stop - start >= count)
 
     def give(self, page: int) -> None:
         """`page` is free again."""
@@ -57,13 +62,14 @@ class FreeRuns:
     def _length(self, at: int) -> int:
         return self._stops[at] - self._starts[at]
 
-    def _cut(self, at: int, count: int) -> tuple[int, ...]:
+    def _cut(self, at: int, count: int, skipped: int = 0) -> tuple[int, ...]:
+        """`count` pages of run `at`, behind its first `skipped`."""
         if count == 0:
             return ()
-        start = self._starts[at]
-        if count == self._length(at):
-            del self._starts[at], self._stops[at]
-        else:
-            self._starts[at] = start + count
+        first, stop = self._starts[at], self._stops[at]
+        start = first + skipped
+        rest = [(a, b) for a, b in ((first, start), (start + count, stop)) if a < b]
+        self._starts[at : at + 1] = [a for a, _ in rest]
+        self._stops[at : at + 1] = [b for _, b in rest]
         self._count -= count
         return tuple(range(start, start + count))
