@@ -15,7 +15,7 @@ from system import Cluster, example
 
 pytestmark = pytest.mark.e2e
 
-TRAINING = {"maxSteps": 40, "batchSize": 4, "learningRate": "4e-3", "schedule": "linear", "warmupSteps": 4, "seed": 11}
+TRAINING = {"maxSteps": 120, "batchSize": 4, "learningRate": "4e-3", "schedule": "linear", "warmupSteps": 4, "seed": 11}
 QUESTION = "Tom has 3 boxes with 4 pens in each. How many pens does he have?"
 
 

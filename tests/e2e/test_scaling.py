@@ -35,8 +35,25 @@ def saturation(cluster: Cluster, name: str) -> float:
     return float(value[:-1]) / 1000 if value.endswith("m") else float(value)
 
 
-def job(name: str, endpoint: str, steps: int) -> dict[str, Any]:
-    training = {"maxSteps": steps, "batchSize": 4, "learningRate": "1e-3", "warmupSteps": 0}
+def step(body: dict[str, Any]) -> int:
+    found: int = body.get("status", {}).get("progress", {}).get("step", 0)
+    return found
+
+
+def running_first(cluster: Cluster, *names: str) -> list[str]:
+    """The jobs in this order once one of them runs and the others wait."""
+    deadline = time.monotonic() + 60
+    while True:
+        states = {name: cluster.get("ftj", name)["status"]["state"] for name in names}
+        if sorted(states.values()) == ["Pending"] * (len(names) - 1) + ["Running"]:
+            return sorted(names, key=lambda name: states[name] != "Running")
+        assert time.monotonic() < deadline, states
+        time.sleep(0.5)
+
+
+def job(name: str, endpoint: str) -> dict[str, Any]:
+    """A job that ends with the test."""
+    training = {"maxSteps": 100_000, "batchSize": 4, "learningRate": "1e-3", "warmupSteps": 0}
     body = example("job.yaml", training=training, checkpoint={"everySteps": 10}, adapter={"name": name})
     body["metadata"]["name"] = name
     body["spec"]["endpointRef"]["name"] = endpoint
@@ -85,13 +102,13 @@ def test_saturation_is_the_same_with_finetuning_on_and_off_and_jobs_move_when_a_
         return statistics.mean(values)
 
     off = under_load()
-    cluster.apply(job("first", "even", 400))
-    cluster.wait("ftj", "first", lambda b: b.get("status", {}).get("progress", {}).get("step", 0) > 0, "a step", 90)
+    cluster.apply(job("first", "even"))
+    cluster.wait("ftj", "first", lambda b: step(b) > 0, "a step", 90)
     on = under_load()
     assert cluster.get("ftj", "first")["status"]["state"] == "Running"
     assert abs(on - off) <= 5, f"saturation {off:.1f} % without finetuning, {on:.1f} % with it"
 
-    cluster.apply(job("second", "even", 60))
+    cluster.apply(job("second", "even"))
     waiting = cluster.wait(
         "ftj", "second", lambda b: condition(b, "Bound").get("reason") == "NoCapacity", "NoCapacity", 60
     )
@@ -102,7 +119,12 @@ def test_saturation_is_the_same_with_finetuning_on_and_off_and_jobs_move_when_a_
     cluster.wait("iep", "even", replicas(1), "one replica again", 120)
     moved = [cluster.get("ftj", name)["status"] for name in ("first", "second")]
     assert [status["restarts"] for status in moved] == [0, 0]  # giving a job back is no failure
-    for name in ("first", "second"):
-        cluster.wait("ftj", name, lambda b: condition(b, "Complete").get("status") == "True", "Complete", 300)
-    cluster.run("kubectl", "delete", "ftj", "first", "second", "--wait")
+    stays, moves = running_first(cluster, "first", "second")
+    reached = cluster.get("ftj", moves)["status"].get("checkpoint", {}).get("step", 0)
+    cluster.run("kubectl", "delete", "ftj", stays, "--wait")
+    gone_on = cluster.wait(
+        "ftj", moves, lambda b: b["status"]["state"] == "Running" and step(b) > reached, "steps on the other agent", 120
+    )
+    assert gone_on["status"]["restarts"] == 0
+    cluster.run("kubectl", "delete", "ftj", moves, "--wait")
     cluster.run("kubectl", "delete", "iep", "even", "--wait")
