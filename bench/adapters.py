@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from measure import answer_s, machine_speed
 from random_model import VOCAB, write_random_model
 
 from coserve_engine.artifacts import peft_files, write_folder
@@ -59,44 +60,19 @@ def requests(count: int, prompt: int, tokens: int, versions: list[AdapterVersion
     ]
 
 
-def run_s(engine: Engine, work: list[AddRequest]) -> float:
-    """Seconds until all are answered."""
-    started = time.perf_counter()
-    for request in work:
-        engine.submit(request)
-    while not engine.idle:
-        engine.step()
-    return time.perf_counter() - started
-
-
 def decode_s(engine: Engine, count: int, tokens: int, versions: list[AdapterVersion]) -> float:
     """Seconds of one decode iteration of `count` requests."""
-    many, few = (run_s(engine, requests(count, 64, n, versions)) for n in (tokens, 2))
+    many, few = (answer_s(engine, requests(count, 64, n, versions)) for n in (tokens, 2))
     return (many - few) / (tokens - 2)
 
 
 def prefill_s(engine: Engine, versions: list[AdapterVersion]) -> float:
     """Seconds of PREFILL_REQUESTS prompts."""
-    return run_s(engine, requests(PREFILL_REQUESTS, PREFILL_TOKENS, 1, versions))
+    return answer_s(engine, requests(PREFILL_REQUESTS, PREFILL_TOKENS, 1, versions))
 
 
-def machine_speed() -> tuple[float, float]:
-    """Bytes a second of reading memory, operations a second of a GEMM."""
-    numbers, a, b = torch.ones(32 << 20), torch.randn(512, 512), torch.randn(512, 512)
-    numbers.sum(), torch.mm(a, b)
-    started = time.perf_counter()
-    for _ in range(3):
-        numbers.sum()
-    bandwidth = 3 * numbers.nbytes / (time.perf_counter() - started)
-    started = time.perf_counter()
-    for _ in range(20):
-        torch.mm(a, b)
-    return bandwidth, 20 * 2 * 512**3 / (time.perf_counter() - started)
-
-
-def floor_s(engine: Engine, rows: list[int]) -> float:
+def floor_s(engine: Engine, rows: list[int], bandwidth: float, flops: float) -> float:
     """Seconds that the adapters' products take at least, for so many rows of each adapter."""
-    bandwidth, flops = machine_speed()
     values = [engine.executor.layout(LoraSpec(RANKS[n % len(RANKS)], 16.0, LINEARS)).size for n in range(len(rows))]
     operations = 2 * sum(value * count for value, count in zip(values, rows, strict=True))
     return max(operations / flops, 4 * sum(values) / bandwidth)
@@ -125,6 +101,7 @@ def main() -> None:
             for count in cases:
                 decode[count].append(decode_s(engine, arguments.requests, arguments.tokens, versions[:count]))
                 prefill[count].append(prefill_s(engine, versions[:count]))
+        speed = machine_speed()
         for count in cases:
             cells = [f"{count:8d}"]
             per = min(count, PREFILL_REQUESTS)
@@ -133,7 +110,7 @@ def main() -> None:
                 (prefill, [PREFILL_REQUESTS // per * PREFILL_TOKENS] * per if count else []),
             ):
                 none, some = statistics.median(times[0]), statistics.median(times[count])
-                possible = none / (none + floor_s(engine, rows))
+                possible = none / (none + floor_s(engine, rows, *speed))
                 cells.append(f"{1e3 * some:12.1f}{100 * none / some:11.0f}{100 * possible:12.0f}")
             print(" ".join(cells), flush=True)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import answer_s, machine_speed
 from random_model import VOCAB, write_random_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
@@ -34,13 +35,15 @@ def ours(engine: Engine, prompts: Prompts, tokens: int) -> float:
     """Run all prompts through the engine's own loop, each with another first token: a prompt that the prefix cache
     knows from the round before would spoil the difference.
     """
-    started = time.perf_counter()
+    work = []
     for i, prompt in enumerate(prompts):
-        params, first = SamplingParams(tokens, ignore_eos=True), time.monotonic_ns() // 1000 % VOCAB
-        engine.submit(AddRequest(f"{started}-{i}", (first, *prompt[1:]), params, time.monotonic()))
-    while not engine.idle:
-        engine.step()
-    return time.perf_counter() - started
+        params, first, now = (
+            SamplingParams(tokens, ignore_eos=True),
+            time.monotonic_ns() // 1000 % VOCAB,
+            time.monotonic(),
+        )
+        work.append(AddRequest(f"{now}-{i}", (first, *prompt[1:]), params, now))
+    return answer_s(engine, work)
 
 
 def generate(model: LlamaForCausalLM, prompts: Prompts, tokens: int) -> float:
@@ -72,17 +75,7 @@ def continuous(model: LlamaForCausalLM, prompts: Prompts, tokens: int) -> float:
 
 def floor_s(model: LlamaForCausalLM, requests: int, context: int) -> float:
     """Seconds of one iteration that memory and arithmetic allow on one core."""
-    numbers = torch.ones(32 << 20)  # untouched memory would be one page of zeros, read from a cache
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
-    torch.mm(a, b), numbers.sum()
-    started = time.perf_counter()
-    for _ in range(3):
-        numbers.sum()
-    bandwidth = 3 * numbers.numel() * 4 / (time.perf_counter() - started)
-    started = time.perf_counter()
-    for _ in range(20):
-        torch.mm(a, b)
-    flops = 20 * 2 * 512**3 / (time.perf_counter() - started)
+    bandwidth, flops = machine_speed()
     config = model.config
     weights = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     kv = requests * context * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
