@@ -97,6 +97,11 @@ class Cluster:
         raise AssertionError(f"no agent process in pod {pod_uid}")
 
 
+def step(body: dict[str, Any]) -> int:
+    """Optimizer steps that a FinetuneJob's status reports."""
+    return int(body.get("status", {}).get("progress", {}).get("step", 0))
+
+
 def example(name: str, **spec: Any) -> dict[str, Any]:
     """An example's object with parts of its spec replaced; an endpoint runs on the cluster's thin image."""
     body: dict[str, Any] = yaml.safe_load((ROOT / "examples" / name).read_text())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from demo.cluster import condition
-from system import Cluster, example
+from system import Cluster, example, step
 
 pytestmark = pytest.mark.e2e
 
@@ -37,10 +37,6 @@ def complete(body: dict[str, Any]) -> bool:
     failed = condition(body, "Failed")
     assert failed.get("status") != "True", failed
     return condition(body, "Complete").get("status") == "True"
-
-
-def step(body: dict[str, Any]) -> int:
-    return int(body.get("status", {}).get("progress", {}).get("step", 0))
 
 
 def job(name: str, **spec: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from demo.cluster import condition
-from system import Cluster, example
+from system import Cluster, example, step
 
 pytestmark = pytest.mark.e2e
 METRIC = (
@@ -33,11 +33,6 @@ def saturation(cluster: Cluster, name: str) -> float:
     """The metric as the HPA controller reads it, in percent."""
     value = json.loads(cluster.run("kubectl", "get", "--raw", METRIC.format(name)))["items"][0]["value"]
     return float(value[:-1]) / 1000 if value.endswith("m") else float(value)
-
-
-def step(body: dict[str, Any]) -> int:
-    found: int = body.get("status", {}).get("progress", {}).get("step", 0)
-    return found
 
 
 def running_first(cluster: Cluster, *names: str) -> list[str]:
