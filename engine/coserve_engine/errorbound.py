@@ -10,6 +10,21 @@ YOUNG = 256
 """Ratios below which the empirical quantile is a maximum, and one outlier would decide it."""
 
 
+class _Ranked:
+    """The last `size` values, also in order."""
+
+    def __init__(self, size: int) -> None:
+        self._recent: deque[float] = deque(maxlen=size)
+        self.ranked: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Take one more in the place of the oldest."""
+        if len(self._recent) == self._recent.maxlen:
+            self.ranked.pop(bisect.bisect_left(self.ranked, self._recent[0]))
+        self._recent.append(value)
+        bisect.insort(self.ranked, value)
+
+
 class ErrorBound:
     """An upper bound on actual / predicted.
 
@@ -21,8 +36,7 @@ class ErrorBound:
 
     def __init__(self, miss_rate: float, window: int = 512, step: float = 0.02, ceiling: float = 3.0) -> None:
         self._miss_rate, self._step, self._ceiling = miss_rate, step, ceiling
-        self._recent: deque[float] = deque(maxlen=window)
-        self._sorted: list[float] = []
+        self._last = _Ranked(window)
         self._shift = 0.06
         self.ratio = 1.5
         """Actual / predicted stays below; 1.02 at least."""
@@ -32,20 +46,17 @@ class ErrorBound:
         missed = ratio > self.ratio
         self._shift += self._step * (missed - self._miss_rate)
         self._shift = min(1.0, max(-0.05, self._shift))
-        if len(self._recent) == self._recent.maxlen:
-            self._sorted.pop(bisect.bisect_left(self._sorted, self._recent[0]))
-        self._recent.append(ratio)
-        bisect.insort(self._sorted, ratio)
+        self._last.add(ratio)
         self.ratio = min(self._ceiling, max(1.02, self._quantile() + self._shift))
 
     @property
     def spread(self) -> float:
         """Half of what the middle two thirds of the last ratios span: their standard deviation without outliers."""
-        ranked, count = self._sorted, len(self._sorted)
+        ranked, count = self._last.ranked, len(self._last.ranked)
         return (ranked[int(0.84 * count)] - ranked[int(0.16 * count)]) / 2 if count else 0.0
 
     def _quantile(self) -> float:
-        ranked, count = self._sorted, len(self._sorted)
+        ranked, count = self._last.ranked, len(self._last.ranked)
         if count < 8:
             return max(1.4, min(2.0, ranked[-1]))
         top = ranked[min(count - 1, int(QUANTILE * count))]
@@ -60,23 +71,19 @@ class Highest:
 
     def __init__(self, quantile: float = 0.98, window: int = 128) -> None:
         self._quantile = quantile
-        self._recent: deque[float] = deque(maxlen=window)
-        self._sorted: list[float] = []
+        self._last = _Ranked(window)
 
     @property
     def seconds(self) -> float:
-        if not self._sorted:
-            return 1e-3
-        return self._sorted[int(self._quantile * (len(self._sorted) - 1))]
+        ranked = self._last.ranked
+        return ranked[int(self._quantile * (len(ranked) - 1))] if ranked else 1e-3
 
     @property
     def median_s(self) -> float:
         """What it mostly takes."""
-        return self._sorted[len(self._sorted) // 2] if self._sorted else 1e-3
+        ranked = self._last.ranked
+        return ranked[len(ranked) // 2] if ranked else 1e-3
 
     def update(self, seconds: float) -> None:
         """Learn one measurement."""
-        if len(self._recent) == self._recent.maxlen:
-            self._sorted.pop(bisect.bisect_left(self._sorted, self._recent[0]))
-        self._recent.append(seconds)
-        bisect.insort(self._sorted, seconds)
+        self._last.add(seconds)

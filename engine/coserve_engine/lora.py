@@ -151,8 +151,10 @@ def linear_backward(
         for start, stop in tiles:
             grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
             grads[1].addmm_(dy[start:stop].t(), low[start:stop])
-        if dx is not None and drop is None:
+        if dx is None:
+            return None
+        if drop is None:
             dx.addmm_(dlow, a)
-        elif dx is not None and drop is not None:
+        else:
             dx += drop(dlow @ a)
     return dx

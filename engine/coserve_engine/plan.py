@@ -4,6 +4,7 @@ that a simulator can share it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -141,6 +142,10 @@ class PassShape:
         start = self._rows[first]
         return Segment(Kind.FINETUNE, self.id, start, self._rows[end] - start)
 
+    def tiles_of(self, window: Segment) -> tuple[int, int]:
+        """The tiles [first, end) of a window of this pass."""
+        return self.starts.index(window.start), bisect_left(self.starts, window.start + window.length)
+
 
 class PassView(NamedTuple):
     """A live pass and the cursors of forward and backward."""
@@ -197,11 +202,7 @@ def forward_work(segments: tuple[Segment, ...] | list[Segment], view: View) -> F
             total = total.plus(prefill_work(segment.start, segment.length, view.tile, view.reaches))
         elif segment.kind is Kind.FINETUNE:
             shape = shapes[segment.slot]
-            first = shape.starts.index(segment.start)
-            end = first
-            while end < len(shape.tiles) and shape.starts[end] < segment.start + segment.length:
-                end += 1
-            total = total.plus(shape.forward(first, end))
+            total = total.plus(shape.forward(*shape.tiles_of(segment)))
     return total
 
 

@@ -30,13 +30,13 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     """Plan one iteration. An empty plan has neither segments nor units."""
     decoding = [s for s in view.sequences if s.decoding]
     segments = [Segment(Kind.DECODE, s.slot, s.done, 1, True) for s in decoding]
-    work = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
+    decode = work = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
     left_s = min((s.deadline for s in decoding), default=inf) - view.now
     chunks, work, whole, due_s = prefill.chunks(view, cost, work, left_s)
     segments += chunks
     serving, until_s, units_s = work, cost.forward_bound_s(work), 0.0
     units: tuple[Unit, ...] = ()
-    if whole and view.waiting == 0 and view.passes and not _crowded(view, cost, decoding):
+    if whole and view.waiting == 0 and view.passes and not _crowded(view, cost, decoding, decode):
         room = _forward_room(view, cost, serving, min(left_s, due_s))
         windows, work, passes = finetuning.windows(view, cost, work, room, at_least_one=not view.sequences)
         segments += windows
@@ -46,14 +46,15 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     return Plan(plan_id, tuple(segments), units, view.now + until_s, units_s, work, serving, forward_s)
 
 
-def _crowded(view: View, cost: CostModel, decoding: list[SequenceView]) -> bool:
-    """Whether decode rows leave a prompt that may come too little of the gap: then they are better done soon."""
+def _crowded(view: View, cost: CostModel, decoding: list[SequenceView], decode: ForwardWork) -> bool:
+    """Whether decode rows, counted in `decode`, leave a prompt that may come too little of the gap: then they are
+    better done soon.
+    """
     if not decoding:
         return False
     gap_s = min(s.tpot_s for s in decoding)
     one_s = cost.forward_bound_s(decode_work([decoding[0].done], view.tile, view.reaches))
-    all_s = cost.forward_bound_s(decode_work([s.done for s in decoding], view.tile, view.reaches))
-    return all_s - one_s > CROWDED_SHARE * max(0.0, gap_s - one_s)
+    return cost.forward_bound_s(decode) - one_s > CROWDED_SHARE * max(0.0, gap_s - one_s)
 
 
 def _forward_room(view: View, cost: CostModel, serving: ForwardWork, due_s: float) -> Room:

@@ -61,8 +61,7 @@ class Job:
         """A forward window has run."""
         assert segment.kind is Kind.FINETUNE
         view = self.passes[segment.slot]
-        done = sum(start < segment.start + segment.length for start in view.shape.starts)
-        self.passes[segment.slot] = view._replace(fwd_tile=done)
+        self.passes[segment.slot] = view._replace(fwd_tile=view.shape.tiles_of(segment)[1])
 
     def backward(self, unit: Unit) -> None:
         """A unit has run."""

@@ -55,6 +55,14 @@ def _whole_units(owner: PassView, layers: int) -> tuple[Unit, ...]:
     return tuple(found)
 
 
+def _window_up_to(owner: PassView, rows: int) -> list[Segment]:
+    """The next tiles of the pass's forward in at most so many rows, as a window if there are any."""
+    end = owner.fwd_tile
+    while end < len(owner.shape.tiles) and owner.shape.tiles[end][0] <= rows:
+        rows, end = rows - owner.shape.tiles[end][0], end + 1
+    return [owner.shape.window(owner.fwd_tile, end)] if end > owner.fwd_tile else []
+
+
 def _training_step(view: View, cost: CostModel, plan: Plan) -> Plan:
     """The first pass from where it stands to its end, whole."""
     owner = view.passes[0]
@@ -87,17 +95,8 @@ def fixed_budget(rows: int) -> Policy:
 
     def policy(view: View, cost: CostModel, plan_id: int) -> Plan:
         serving = _serving_up_to(view, cost, plan_id, rows)
-        segments: list[Segment] = []
-        free = rows - serving.work.rows
-        for owner in view.passes:
-            if owner.forward_done:
-                continue
-            tile = owner.fwd_tile
-            while tile < len(owner.shape.tiles) and owner.shape.tiles[tile][0] <= free:
-                free, tile = free - owner.shape.tiles[tile][0], tile + 1
-            if tile > owner.fwd_tile:
-                segments.append(owner.shape.window(owner.fwd_tile, tile))
-            break
+        waiting = next((p for p in view.passes if not p.forward_done), None)
+        segments = _window_up_to(waiting, rows - serving.work.rows) if waiting else []
         ready = next((p for p in view.passes if p.forward_done), None)
         return _with(serving, view, cost, segments, _whole_units(ready, 1) if ready else ())
 
@@ -124,14 +123,8 @@ def no_latency_model(rows: int) -> Policy:
         ready = next((p for p in view.passes if p.forward_done), None)
         if view.waiting or any(s.kind is Kind.PREFILL and not s.sample for s in serving.segments):
             return _with(serving, view, cost, [], ())
-        segments: list[Segment] = []
         if waiting and (not ready or plan_id % 3 == 0):
-            end = waiting.fwd_tile
-            while end < len(waiting.shape.tiles) and waiting.shape.tiles[end][0] <= free:
-                free, end = free - waiting.shape.tiles[end][0], end + 1
-            if end > waiting.fwd_tile:
-                segments.append(waiting.shape.window(waiting.fwd_tile, end))
-            return _with(serving, view, cost, segments, ())
+            return _with(serving, view, cost, _window_up_to(waiting, free), ())
         units: list[Unit] = []
         if ready:
             layer, end, tiles = ready.layer, ready.end_tile, 4 * free // view.tile
@@ -156,9 +149,9 @@ def fixed_window(tiles: int) -> Policy:
             if segment.kind is Kind.FINETUNE:
                 owner = shapes[segment.slot]
                 last = len(owner.shape.tiles)
-                count = sum(segment.start <= start < segment.start + segment.length for start in owner.shape.starts)
-                end = owner.fwd_tile + count
-                end = end if end == last else owner.fwd_tile + count // tiles * tiles
+                end = owner.shape.tiles_of(segment)[1]
+                if end != last:
+                    end = owner.fwd_tile + (end - owner.fwd_tile) // tiles * tiles
                 if end > owner.fwd_tile:
                     segments.append(owner.shape.window(owner.fwd_tile, end))
                     after[owner.id] = owner._replace(fwd_tile=end)
