@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coserve_engine.config import LINEARS
+from coserve_engine.linears import FrozenLinear, PackedLinear
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.plan import Kind, Segment
 
@@ -25,15 +27,25 @@ class Gemms(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in GEMMS:
             for argument in args:
-                if id(argument) in self._weights:
-                    self.count[self._weights[id(argument)]] += 1
+                if isinstance(argument, torch.Tensor) and address(argument) in self._weights:
+                    self.count[self._weights[address(argument)]] += 1
         return func(*args, **(kwargs or {}))
 
 
 def frozen(executor: Any) -> dict[int, str]:
     weights = executor.transformer.weights
     linears = {f"{i}.{n}": layer.linears[n] for i, layer in enumerate(weights.layers) for n in LINEARS}
-    return {id(linear._forward): name for name, linear in {**linears, "head": weights.head}.items()}
+    return {address(read_by(linear)): name for name, linear in {**linears, "head": weights.head}.items()}
+
+
+def address(tensor: torch.Tensor) -> int:
+    """The same for a weight and its transpose; a packed one has no storage to look at."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
+
+
+def read_by(linear: FrozenLinear) -> torch.Tensor:
+    """The tensor that its forward reads; which kind of linear is used depends on the processor."""
+    return linear._forward if isinstance(linear, PackedLinear) else linear._weight
 
 
 def test_one_gemm_a_linear(rig: Any, draw_tokens: Any, random_adapter: Any) -> None:
