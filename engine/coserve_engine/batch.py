@@ -4,14 +4,13 @@ built once for all layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.functional import repeat_last_row
 from coserve_engine.kv_cache import PageRun
-from coserve_engine.lora import LoraGroup, LoraWeights, RowDropout
+from coserve_engine.lora import AdapterRows, LoraGroup, LoraWeights, ScatteredRows
 from coserve_engine.numerics import Numerics, repeat_last
 from coserve_engine.pages import NULL_PAGE
 from coserve_engine.passes import PassState
@@ -54,7 +53,7 @@ class BoundBatch:
     singles: tuple[TileCall, ...]
     """Calls of the first rows, one row each: decode."""
     calls: tuple[TileCall, ...]
-    groups: tuple[LoraGroup, ...]
+    adapters: AdapterRows
     kept: tuple[KeptRows, ...]
     sample_rows: torch.Tensor
     """[padded number of rows to sample]; the last is repeated up to the row multiple."""
@@ -88,7 +87,7 @@ def bind(
     sample_rows: list[int] = []
     sample_slots: list[int] = []
     adapter_rows: dict[int, tuple[LoraWeights, list[int]]] = {}
-    groups: list[LoraGroup] = []
+    tuned: list[LoraGroup] = []
     kept: list[KeptRows] = []
     row = 0
     for segment in (s for s in segments if s.kind is not Kind.FINETUNE):
@@ -126,24 +125,19 @@ def bind(
                 start, tile_end = row + span.start - first, (span.index + 1) * numerics.tile
                 stop_row = start + span.stop - span.start
                 calls.append(TileCall(start, stop_row, 0, state.runs[span], tile_end, state.training))
-        drop = state.drop(slice(first, stop))
-        if drop is None:
-            adapter_rows.setdefault(id(state.weights), (state.weights, []))[1].extend(range(row, row + segment.length))
-        else:
-            groups.append(lora_group(state.weights, list(range(row, row + segment.length)), numerics, device, drop))
+        tuned.append(LoraGroup(state.weights, slice(row, row + segment.length), state.drop(slice(first, stop))))
         kept.append(KeptRows(state, row, row + segment.length, first))
         row += segment.length
     padding = numerics.pad(row) - row
     for part, fill in zip(parts, (0, 0, NULL_PAGE * numerics.page), strict=True):
         part.append(torch.full((padding,), fill, dtype=torch.int64, device=device))
-    groups += (lora_group(weights, rows, numerics, device) for weights, rows in adapter_rows.values())
     return BoundBatch(
         tokens=torch.cat(parts[0]),
         positions=torch.cat(parts[1]),
         write_index=torch.cat(parts[2]),
         singles=tuple(singles),
         calls=tuple(calls),
-        groups=tuple(groups),
+        adapters=(*_adapters(adapter_rows.values(), numerics, device), *tuned),
         kept=tuple(kept),
         sample_rows=_tensor(repeat_last(sample_rows, numerics.row_multiple), device),
         sample_slots=tuple(sample_slots),
@@ -151,18 +145,16 @@ def bind(
     )
 
 
-def lora_group(
-    weights: LoraWeights, rows: list[int], numerics: Numerics, device: torch.device, drop: RowDropout | None = None
-) -> LoraGroup:
-    """The group of `rows`, which are read in place where they are neighbours and need no padding; `drop` has one key
-    for each row.
-    """
-    count = len(rows)
-    if rows[-1] - rows[0] == count - 1 and numerics.pad(count) == count:
-        return LoraGroup(weights, slice(rows[0], rows[-1] + 1), count, drop)
-    if drop is not None:
-        drop = RowDropout(repeat_last_row(drop.keys, numerics.row_multiple), drop.p)
-    return LoraGroup(weights, _tensor(repeat_last(rows, numerics.row_multiple), device), count, drop)
+def _adapters(parts: Iterable[tuple[LoraWeights, list[int]]], numerics: Numerics, device: torch.device) -> AdapterRows:
+    """Rows of requests by adapter: in place where they are neighbours and need no padding, else gathered."""
+    in_place: list[LoraGroup] = []
+    scattered: list[tuple[LoraWeights, list[int]]] = []
+    for weights, rows in parts:
+        if rows[-1] - rows[0] == len(rows) - 1 and numerics.pad(len(rows)) == len(rows):
+            in_place.append(LoraGroup(weights, slice(rows[0], rows[-1] + 1)))
+        else:
+            scattered.append((weights, rows))
+    return (*in_place, ScatteredRows.of(scattered, numerics.row_multiple, device)) if scattered else tuple(in_place)
 
 
 def _tensor(values: list[int], device: torch.device) -> torch.Tensor:

@@ -183,7 +183,7 @@ class Engine:
         ttft, tpot, slowdown = self.config.ttft_s, self.config.tpot_s, self.config.max_slowdown_percent
         return View(
             now=now,
-            sequences=tuple(request.view(ttft, tpot) for request in self.requests.running.values()),
+            sequences=self.requests.views(ttft, tpot),
             passes=tuple(PassView(p.shape, p.fwd_tile, p.layer, p.end_tile) for p in self._jobs.passes()),
             waiting=len(self.requests.waiting),
             ttft_s=ttft,

@@ -8,7 +8,7 @@ unscaled as in PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.dropout import dropout
 from coserve_engine.linears import FrozenLinear
 from coserve_engine.messages import LoraSpec
+from coserve_engine.numerics import repeat_last
 
 AB = tuple[torch.Tensor, torch.Tensor]
 """A [padded rank, in] and B [out, padded rank]."""
@@ -81,40 +82,94 @@ class RowDropout:
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
-    """Rows of a batch that use one adapter.
+    """Neighbouring rows of a batch, as many as the row multiple asks for, that use one adapter.
 
-    `rows` picks them: a slice of neighbours, or an index [padded] with the last one repeated up to the row multiple, of
-    which the first `count` are written back. `drop` has the keys of the rows so picked; None where nothing is dropped.
+    `drop` has their keys; None where nothing is dropped.
     """
 
     weights: LoraWeights
-    rows: slice | torch.Tensor
-    count: int
+    rows: slice
     drop: RowDropout | None = None
 
-    def pick(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> the group's rows, padded."""
-        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+    def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, name: str) -> None:
+        """Add the adapter's products of the group's rows of x [T, in] to those of y [T, out]."""
+        pair = self.weights.layers[layer].get(name)
+        if pair is not None:
+            rows = x[self.rows]
+            if self.drop is not None:
+                rows = self.drop(rows, layer, name)
+            _add(y[self.rows], rows, pair, self.weights.scale)
 
-    def add(self, y: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> None:
-        """Add low [padded, rank] b [out, rank]^T to the group's rows of y [T, out]."""
-        rows = self.pick(y).addmm_(low, b.t())
-        if not isinstance(self.rows, slice):
-            y.index_copy_(0, self.rows[: self.count], rows[: self.count])
+
+@dataclass(frozen=True, slots=True)
+class ScatteredRows:
+    """Rows of several adapters that are no neighbours, or too few: gathered once for all, each adapter's last row
+    repeated up to the row multiple.
+
+    Args:
+        weights: the adapters, and `sizes` the rows of each, padding included.
+        gathered: [sum(sizes)], the rows in the batch.
+        real: [R], which of the gathered rows are no padding; `rows`: [R], where these stand in the batch.
+    """
+
+    weights: tuple[LoraWeights, ...]
+    sizes: list[int]
+    gathered: torch.Tensor
+    real: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[LoraWeights, list[int]]], multiple: int, device: torch.device) -> ScatteredRows:
+        """The rows of each adapter."""
+        weights: list[LoraWeights] = []
+        sizes: list[int] = []
+        gathered: list[int] = []
+        real: list[int] = []
+        rows: list[int] = []
+        for adapter, members in parts:
+            padded = repeat_last(members, multiple)
+            weights.append(adapter)
+            sizes.append(len(padded))
+            real += range(len(gathered), len(gathered) + len(members))
+            gathered += padded
+            rows += members
+        where = (torch.tensor(index, dtype=torch.int64, device=device) for index in (gathered, real, rows))
+        return cls(tuple(weights), sizes, *where)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, name: str) -> None:
+        """Add each adapter's products of its rows of x [T, in] to those of y [T, out]."""
+        pairs = [weights.layers[layer].get(name) for weights in self.weights]
+        if not any(pairs):
+            return
+        picked = y.index_select(0, self.gathered)
+        parts = zip(
+            self.weights,
+            pairs,
+            picked.split_with_sizes(self.sizes),
+            x.index_select(0, self.gathered).split_with_sizes(self.sizes),
+            strict=True,
+        )
+        for weights, pair, into, rows in parts:
+            if pair is not None:
+                _add(into, rows, pair, weights.scale)
+        y.index_copy_(0, self.rows, picked.index_select(0, self.real))
 
 
-def linear(x: torch.Tensor, weight: FrozenLinear, groups: tuple[LoraGroup, ...], layer: int, name: str) -> torch.Tensor:
+AdapterRows = tuple[LoraGroup | ScatteredRows, ...]
+"""Which rows of a batch use which adapter."""
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, pair: AB, scale: float) -> None:
+    """y [R, out] += scale * (x [R, in] A^T) B^T, in two calls: with many adapters it is calls that take the time."""
+    a, b = pair
+    y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scale)
+
+
+def linear(x: torch.Tensor, weight: FrozenLinear, adapters: AdapterRows, layer: int, name: str) -> torch.Tensor:
     """x [T, in] -> [T, out]: one GEMM for all rows, then each adapter's two small ones for its rows."""
     y = weight.forward(x)
-    for group in groups:
-        pair = group.weights.layers[layer].get(name)
-        if pair is not None:
-            a, b = pair
-            rows = group.pick(x)
-            if group.drop is not None:
-                rows = group.drop(rows, layer, name)
-            low = functional.linear(rows, a).mul_(group.weights.scale)
-            group.add(y, low, b)
+    for rows in adapters:
+        rows.add(x, y, layer, name)
     return y
 
 

@@ -76,6 +76,12 @@ class Request:
         promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
         return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
 
+    @property
+    def adapter_order(self) -> tuple[str, int]:
+        """Sorts requests by adapter version, those without one first."""
+        adapter = self.command.adapter
+        return ("", 0) if adapter is None else (adapter.uid, adapter.number)
+
     def load(self) -> RequestLoad:
         """As saturation sees it."""
         first = self.last_emit_s is None
@@ -102,6 +108,11 @@ class RequestTable:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions = 0
+
+    def views(self, ttft_s: float, tpot_s: float) -> tuple[SequenceView, ...]:
+        """The running requests as a policy sees them; those of one adapter follow each other, as will their rows."""
+        by_adapter = sorted(self.running.values(), key=lambda request: request.adapter_order)
+        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter)
 
     def add(self, command: AddRequest, weights: LoraWeights | None, finetune_s: float) -> None:
         """Queue a request.

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 
 from coserve_engine.attention import Attention, Mask
-from coserve_engine.batch import BoundBatch, lora_group
+from coserve_engine.batch import BoundBatch
 from coserve_engine.config import ModelConfig
 from coserve_engine.functional import encode_heads, encode_heads_backward, rms_norm, rms_norm_backward, swiglu_backward
 from coserve_engine.kv_cache import KVCache, Reader
-from coserve_engine.lora import LoraGroup, linear, linear_backward
+from coserve_engine.lora import AdapterRows, LoraGroup, linear, linear_backward
 from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState, TileSpan
 from coserve_engine.rope import rope_table
@@ -60,11 +60,11 @@ class UnitRows:
         """What forward kept of these rows."""
         return self.stored[name][self.rows]
 
-    def groups(self, numerics: Numerics) -> tuple[LoraGroup, ...]:
+    @property
+    def adapters(self) -> AdapterRows:
         """The adapter of these rows, for what is computed again."""
-        count = self.rows.stop - self.rows.start
-        drop = self.state.drop(self.rows)
-        return (lora_group(self.state.weights, list(range(count)), numerics, self.state.final.device, drop),)
+        rows = slice(0, self.rows.stop - self.rows.start)
+        return (LoraGroup(self.state.weights, rows, self.state.drop(self.rows)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,31 +124,31 @@ class Transformer:
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> torch.Tensor:
-        w, groups, eps = self.weights.layers[layer], batch.groups, self.config.rms_eps
-        q, k, v = self._project(layer, x, groups)
+        w, adapters, eps = self.weights.layers[layer], batch.adapters, self.config.rms_eps
+        q, k, v = self._project(layer, x, adapters)
         cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
         o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache, singles)
-        x2 = self._linear(layer, "o_proj", o.flatten(1), groups).add_(x)
-        gate, up = self._gate_up(layer, x2, groups)
-        y = self._linear(layer, "down_proj", functional.silu(gate).mul_(up), groups).add_(x2)
+        x2 = self._linear(layer, "o_proj", o.flatten(1), adapters).add_(x)
+        gate, up = self._gate_up(layer, x2, adapters)
+        y = self._linear(layer, "down_proj", functional.silu(gate).mul_(up), adapters).add_(x2)
         _keep(layer, batch, {"x": x, "q": q, "k": k, "o": o, "lse": lse, "x2": x2, "gate": gate, "up": up})
         return y
 
-    def _linear(self, layer: int, name: str, x: torch.Tensor, groups: tuple[LoraGroup, ...]) -> torch.Tensor:
-        return linear(x, self.weights.layers[layer].linears[name], groups, layer, name)
+    def _linear(self, layer: int, name: str, x: torch.Tensor, adapters: AdapterRows) -> torch.Tensor:
+        return linear(x, self.weights.layers[layer].linears[name], adapters, layer, name)
 
     def _project(
-        self, layer: int, x: torch.Tensor, groups: tuple[LoraGroup, ...], names: tuple[str, ...] = QKV
+        self, layer: int, x: torch.Tensor, adapters: AdapterRows, names: tuple[str, ...] = QKV
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values [R, heads, D] of x [R, H], before their norms and rotation."""
         xn, _ = rms_norm(x, self.weights.layers[layer].input_norm, self.config.rms_eps)
-        parts = (self._linear(layer, name, xn, groups) for name in names)
+        parts = (self._linear(layer, name, xn, adapters) for name in names)
         return tuple(part.view(x.shape[0], -1, self.config.head_size) for part in parts)
 
-    def _gate_up(self, layer: int, x2: torch.Tensor, groups: tuple[LoraGroup, ...]) -> tuple[torch.Tensor, ...]:
+    def _gate_up(self, layer: int, x2: torch.Tensor, adapters: AdapterRows) -> tuple[torch.Tensor, ...]:
         """gate and up [R, I] of x2 [R, H]."""
         xn2, _ = rms_norm(x2, self.weights.layers[layer].post_norm, self.config.rms_eps)
-        return tuple(self._linear(layer, name, xn2, groups) for name in ("gate_proj", "up_proj"))
+        return tuple(self._linear(layer, name, xn2, adapters) for name in ("gate_proj", "up_proj"))
 
     def _attention(
         self, layer: int, q: torch.Tensor, batch: BoundBatch, cache: KVCache, singles: Singles
@@ -194,7 +194,7 @@ class Transformer:
         if "gate" in unit.stored:
             gate, up = unit.kept("gate"), unit.kept("up")
         else:
-            gate, up = self._gate_up(unit.layer, x2, unit.groups(self.numerics))
+            gate, up = self._gate_up(unit.layer, x2, unit.adapters)
         silu = functional.silu(gate)
         dh = _sum(self._linear_backward(unit, "down_proj", dy, silu * up))
         dgate, dup = swiglu_backward(dh, gate, up, silu)
@@ -207,8 +207,8 @@ class Transformer:
         """The input of the MLP's half, kept or computed again."""
         if "x2" in unit.stored:
             return unit.kept("x2")
-        groups = unit.groups(self.numerics)
-        return self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), groups).add_(unit.kept("x"))
+        adapters = unit.adapters
+        return self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), adapters).add_(unit.kept("x"))
 
     def _queries_keys(self, unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries, and keys where they are normalised, before norm and rotation, kept or computed again."""
@@ -216,7 +216,7 @@ class Transformer:
         if "q" in unit.stored:
             return unit.kept("q"), unit.kept("k") if wants_k else None
         names = ("q_proj", "k_proj") if wants_k else ("q_proj",)
-        q, *k = self._project(unit.layer, unit.kept("x"), unit.groups(self.numerics), names)
+        q, *k = self._project(unit.layer, unit.kept("x"), unit.adapters, names)
         return q, k[0] if k else None
 
     def _attention_block_backward(self, unit: UnitRows, dx2: torch.Tensor, cache: KVCache) -> torch.Tensor | None:

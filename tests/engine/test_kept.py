@@ -68,5 +68,5 @@ def test_computing_again_without_the_adapter_shows(
     rig: Any, model_path: Any, draw_tokens: Any, random_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gradient(rig, model_path("plain"), draw_tokens, random_adapter, None)
-    monkeypatch.setattr(UnitRows, "groups", lambda self, numerics: ())
+    monkeypatch.setattr(UnitRows, "adapters", ())
     assert not torch.equal(gradient(rig, model_path("plain"), draw_tokens, random_adapter, 0.5), whole)
