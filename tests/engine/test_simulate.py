@@ -44,7 +44,7 @@ def alone() -> float:
 
 def run(trace: list[Arrival], slo_s: float, load: float, policy: Policy = decide, **options: Any) -> Result:
     setup = Setup(CPU, tpot_s=slo_s, **options)
-    return World(setup, at_rate(trace, load * CAPACITY[slo_s]), policy).run()
+    return World(setup, at_rate(trace, load * CAPACITY[slo_s]), policy, reports=True).run()
 
 
 def nobody_trains(view: View, cost: CostModel, plan_id: int) -> Any:
