@@ -51,7 +51,7 @@ class Predictor:
             self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)
         self._fit.update(kept)
         speed = math.exp(self._log_speed)
-        self.coefficients = tuple(speed * c for c in self._fit.coefficients)
+        self.coefficients = tuple([speed * c for c in self._fit.coefficients])
 
 
 class CostModel:
@@ -73,7 +73,12 @@ class CostModel:
 
     def forward_s(self, work: ForwardWork) -> float:
         """Seconds a forward is expected to take."""
-        return 0.0 if work.empty else self._forward.seconds(work.features())
+        decode, prefill, finetune, calls, kv_rows, pairs = work
+        if not (decode or prefill or finetune):
+            return 0.0
+        a, b, c, d, e, f, g = self._forward.coefficients
+        # Its features times the coefficients, written out because a plan asks a dozen times.
+        return a + b * decode + c * prefill + d * finetune + e * calls + f * (kv_rows / 1e3) + g * (pairs / 1e5)
 
     @property
     def forward_ratio(self) -> float:
@@ -91,12 +96,17 @@ class CostModel:
 
     def unit_s(self, work: UnitWork) -> float:
         """Seconds a unit is expected to take."""
-        return (self._head if work.head else self._unit).seconds(work.features())
+        head, rows, tiles, pairs = work
+        a, b, c, d = (self._head if head else self._unit).coefficients
+        return a + b * rows + c * tiles + d * (pairs / 1e5)
+
+    def unit_ratio(self, *, head: bool) -> float:
+        """Bound of a unit / its prediction."""
+        return (self._head if head else self._unit).error.ratio
 
     def unit_bound_s(self, work: UnitWork) -> float:
         """Seconds a unit stays below in all but MISS_RATE of cases."""
-        predictor = self._head if work.head else self._unit
-        return predictor.seconds(work.features()) * predictor.error.ratio
+        return self.unit_s(work) * self.unit_ratio(head=work.head)
 
     @property
     def turnaround_s(self) -> float:
@@ -118,9 +128,10 @@ class CostModel:
         """Learn from an outcome."""
         if not forward.empty:
             self._forward.learn(((forward.features(), forward_s),))
-        for predictor, head in ((self._unit, False), (self._head, True)):
-            samples = [(work.features(), seconds) for work, seconds in units if work.head is head]
-            if samples:
-                predictor.learn(samples)
+        if units:
+            for predictor, head in ((self._unit, False), (self._head, True)):
+                samples = [(work.features(), seconds) for work, seconds in units if work.head is head]
+                if samples:
+                    predictor.learn(samples)
         if turnaround_s is not None:
             self._turnaround.update(turnaround_s)

@@ -9,6 +9,7 @@ their backward, so that one pass is ready for backward when the one before it is
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 from coserve_engine.cost import CostModel
@@ -26,33 +27,46 @@ class Room(NamedTuple):
     bound_s: float
     expected_s: float
 
-    def holds(self, work: ForwardWork, cost: CostModel) -> bool:
-        return cost.forward_bound_s(work) <= self.bound_s and cost.forward_s(work) <= self.expected_s
+    def holds(self, forward_s: float, cost: CostModel) -> bool:
+        """Whether it has room for a forward of so many expected seconds."""
+        return forward_s * cost.forward_ratio <= self.bound_s and forward_s <= self.expected_s
 
 
 def windows(
     view: View, cost: CostModel, work: ForwardWork, room: Room, *, at_least_one: bool
 ) -> tuple[list[Segment], ForwardWork, tuple[PassView, ...]]:
-    """Forward windows of live passes in order, tile by tile while they fit, and where the passes stand after them.
+    """Forward windows of live passes in order, as many tiles as fit, and where the passes stand after them.
 
     With `at_least_one` a tile that does not fit runs all the same if the forward has no other row.
     """
     segments: list[Segment] = []
     after = list(view.passes)
     for number, owner in enumerate(view.passes):
-        tile, count = owner.fwd_tile, len(owner.shape.tiles)
-        while tile < count:
-            more = work.plus(owner.shape.forward(tile, tile + 1))
-            fits = more.rows <= view.max_batch_tokens and room.holds(more, cost)
-            if not fits and not (at_least_one and work.empty):
-                break
-            work, tile = more, tile + 1
-        if tile > owner.fwd_tile:
-            segments.append(owner.shape.window(owner.fwd_tile, tile))
-            after[number] = owner._replace(fwd_tile=tile)
-        if tile < count:
+        if owner.forward_done:
+            continue
+        shape, first, last = owner.shape, owner.fwd_tile, len(owner.shape.tiles)
+        end = _most_tiles(shape, first, last, view.max_batch_tokens, cost, work, room)
+        if end == first and at_least_one and work.empty:
+            end = first + 1
+        if end > first:
+            work = work.plus(shape.forward(first, end))
+            segments.append(shape.window(first, end))
+            after[number] = owner._replace(fwd_tile=end)
+        if end < last:
             break
     return segments, work, tuple(after)
+
+
+def _most_tiles(
+    shape: PassShape, first: int, last: int, max_rows: int, cost: CostModel, work: ForwardWork, room: Room
+) -> int:
+    """Where the largest window from tile `first`, up to `last`, ends that fits beside `work`."""
+
+    def too_many(end: int) -> bool:
+        more = work.plus(shape.forward(first, end))
+        return more.rows > max_rows or not room.holds(cost.forward_s(more), cost)
+
+    return first + bisect_left(range(first + 1, last + 1), True, key=too_many)
 
 
 def next_windows(
@@ -73,15 +87,15 @@ def next_windows(
     forward_s = sum(
         cost.forward_s(decode.plus(p.shape.forward(p.fwd_tile, len(p.shape.tiles)))) - base_s for p in waiting
     )
-    free_s = min(room.bound_s - cost.forward_bound_s(decode), room.expected_s - cost.forward_s(decode))
+    free_s = min(room.bound_s - base_s * cost.forward_ratio, room.expected_s - base_s)
     wanted_s = max(0.0, free_s) * forward_s / (forward_s + backward_s)
-    work, shape, tile = decode, waiting[0].shape, waiting[0].fwd_tile
-    while tile < len(shape.tiles):
-        more = work.plus(shape.forward(tile, tile + 1))
-        tile_s = cost.forward_s(more) - cost.forward_s(work)
-        if wanted_s < tile_s / 2 or more.rows > max_rows or not room.holds(more, cost):
+    work, work_s, shape, first = decode, base_s, waiting[0].shape, waiting[0].fwd_tile
+    for end in range(first + 1, len(shape.tiles) + 1):
+        more = decode.plus(shape.forward(first, end))
+        more_s = cost.forward_s(more)
+        if wanted_s < (more_s - work_s) / 2 or more.rows > max_rows or not room.holds(more_s, cost):
             break
-        work, tile, wanted_s = more, tile + 1, wanted_s - tile_s
+        work, work_s, wanted_s = more, more_s, wanted_s - (more_s - work_s)
     return work
 
 
@@ -106,28 +120,36 @@ def units(passes: tuple[PassView, ...], cost: CostModel, budget_s: float, longes
     for owner in passes:
         if not owner.forward_done:
             continue
-        layer, end = owner.layer, owner.end_tile
-        while layer >= owner.last_layer and len(planned) < MAX_UNITS:
-            first = largest_unit(owner.shape, cost, layer, end, budget_s, longest_s)
-            if first is None:
+        shape, layer, end, tiles = owner.shape, owner.layer, owner.end_tile, len(owner.shape.tiles)
+        last_layer = owner.last_layer
+        known: dict[tuple[int, int], tuple[int, float, float]] = {}
+        while layer >= last_layer and len(planned) < MAX_UNITS:
+            alike = shape.kinds[layer], end
+            largest = known.get(alike)
+            if largest is None or largest[1] > budget_s:
+                largest = known[alike] = _largest_unit(shape, cost, layer, end, min(budget_s, longest_s))
+            first, bound_s, expected_s = largest
+            if bound_s > budget_s:
                 return tuple(planned)
-            planned.append(Unit(owner.shape.id, layer, first, end))
-            budget_s -= cost.unit_s(owner.shape.backward(layer, first, end))
-            layer, end = (layer, first) if first > 0 else (layer - 1, len(owner.shape.tiles))
+            planned.append(Unit(shape.id, layer, first, end))
+            budget_s -= expected_s
+            layer, end = (layer, first) if first > 0 else (layer - 1, tiles)
     return tuple(planned)
 
 
-def largest_unit(
-    shape: PassShape, cost: CostModel, layer: int, end: int, budget_s: float, longest_s: float
-) -> int | None:
-    """The first tile of the largest unit that ends at tile `end` and has its bound within the budget, if any has."""
-    found = None
-    for first in range(end - 1, max(-1, end - 1 - UNIT_TILES), -1):
-        bound_s = cost.unit_bound_s(shape.backward(layer, first, end))
-        if bound_s > budget_s or (bound_s > longest_s and found is not None):
-            break
-        found = first
-    return found
+def _largest_unit(shape: PassShape, cost: CostModel, layer: int, end: int, limit_s: float) -> tuple[int, float, float]:
+    """The first tile, bound and expected seconds of the largest unit that ends at tile `end` and has its bound within
+    the limit; of one tile if none has.
+    """
+    ratio = cost.unit_ratio(head=layer == shape.layers)
+
+    def fits(first: int) -> bool:
+        return cost.unit_s(shape.backward(layer, first, end)) * ratio <= limit_s
+
+    lowest = max(0, end - UNIT_TILES)
+    first = lowest + bisect_left(range(lowest, end - 1), True, key=fits)
+    expected_s = cost.unit_s(shape.backward(layer, first, end))
+    return first, expected_s * ratio, expected_s
 
 
 def first_unit(passes: tuple[PassView, ...]) -> tuple[PassView, Unit] | None:

@@ -5,7 +5,8 @@ that a simulator can share it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -100,13 +101,37 @@ class SequenceView(NamedTuple):
         return self.known - self.done == 1 and self.done > 0
 
 
+def split(sequences: Sequence[SequenceView]) -> tuple[list[SequenceView], list[SequenceView]]:
+    """Those that decode, and those with more of a prompt to compute."""
+    decoding: list[SequenceView] = []
+    prompts: list[SequenceView] = []
+    for sequence in sequences:
+        (decoding if sequence.decoding else prompts).append(sequence)
+    return decoding, prompts
+
+
 class PassShape:
     """What does not change while a pass is live: its tiles as (rows, keys up to a tile's end), and where each starts.
 
-    `reaches` are the layers' (`Numerics.reaches`); empty: every layer reads all keys.
+    `reaches` are the layers' (`Numerics.reaches`); empty: every layer reads all keys. Units of layers of the same of
+    `kinds` count the same; the head's kind is the last. Counts are made once and kept.
     """
 
-    __slots__ = ("_kv", "_layer_pairs", "_pairs", "_rows", "id", "layers", "rows", "starts", "tiles", "training")
+    __slots__ = (
+        "_backward",
+        "_forward",
+        "_kind_pairs",
+        "_kv",
+        "_pairs",
+        "_rows",
+        "id",
+        "kinds",
+        "layers",
+        "rows",
+        "starts",
+        "tiles",
+        "training",
+    )
 
     def __init__(
         self,
@@ -121,21 +146,41 @@ class PassShape:
         mean = mean_reaches(reaches)
         self._kv = (0, *accumulate(keys_read(kv, mean) for _, kv in tiles))
         self._pairs = (0, *accumulate(rows * keys_read(kv, mean) for rows, kv in tiles))
-        pairs = {r: (0, *accumulate(rows * min(kv, r or kv) for rows, kv in tiles)) for r in {None, *reaches}}
-        self._layer_pairs = tuple(pairs[reach] for reach in reaches or (None,) * layers)
+        distinct = list(dict.fromkeys(reaches or (None,)))
+        self.kinds = (*(distinct.index(reach) for reach in reaches or (None,) * layers), len(distinct))
+        self._kind_pairs = (
+            *((0, *accumulate(rows * min(kv, reach or kv) for rows, kv in tiles)) for reach in distinct),
+            (0,) * (len(tiles) + 1),
+        )
+        self._forward: dict[tuple[int, int], ForwardWork] = {}
+        self._backward: dict[tuple[int, int, int], UnitWork] = {}
         self.starts = self._rows[:-1]
         self.rows = self._rows[-1]
 
+    def like(self, id: int) -> PassShape:
+        """The shape of another pass, `id`, of the same tiles."""
+        shape = copy(self)
+        shape.id = id
+        return shape
+
     def forward(self, first: int, end: int) -> ForwardWork:
         """Counts of tiles [first, end) in forward."""
-        kv, pairs = self._kv[end] - self._kv[first], self._pairs[end] - self._pairs[first]
-        return ForwardWork(0, 0, self._rows[end] - self._rows[first], end - first, kv, pairs)
+        found = self._forward.get((first, end))
+        if found is None:
+            rows, kv, pairs = (sums[end] - sums[first] for sums in (self._rows, self._kv, self._pairs))
+            found = self._forward[first, end] = ForwardWork(0, 0, int(rows), end - first, kv, pairs)
+        return found
 
     def backward(self, layer: int, first: int, end: int) -> UnitWork:
         """Counts of a unit."""
-        head = layer == self.layers
-        pairs = 0 if head else self._layer_pairs[layer][end] - self._layer_pairs[layer][first]
-        return UnitWork(head, self._rows[end] - self._rows[first], end - first, pairs)
+        kind = self.kinds[layer]
+        found = self._backward.get((kind, first, end))
+        if found is None:
+            pairs = self._kind_pairs[kind]
+            rows = self._rows[end] - self._rows[first]
+            found = UnitWork(layer == self.layers, rows, end - first, pairs[end] - pairs[first])
+            self._backward[kind, first, end] = found
+        return found
 
     def window(self, first: int, end: int) -> Segment:
         """The rows of tiles [first, end)."""

@@ -20,9 +20,10 @@ def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
 
 
 def chunks(
-    view: View, cost: CostModel, work: ForwardWork, left_s: float
+    prompts: list[SequenceView], view: View, cost: CostModel, work: ForwardWork, left_s: float
 ) -> tuple[list[Segment], ForwardWork, bool, float]:
-    """Chunks of prompts beside `work`, in a forward that may take `left_s` (bound; infinite if nobody decodes).
+    """Chunks of `prompts`, those of the view, beside `work`, in a forward that may take `left_s` (bound; infinite if
+    nobody decodes).
 
     A prompt is cut where it does not fit. One whose deadline passed a time to first token ago gets `CUT` rows in every
     iteration, whatever it delays, so that nobody waits for ever.
@@ -33,8 +34,7 @@ def chunks(
     """
     segments: list[Segment] = []
     due_s = float("inf")
-    prompts = sorted((s for s in view.sequences if not s.decoding), key=lambda s: urgency(s, view.ttft_s))
-    for sequence in prompts:
+    for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
         rest = sequence.known - sequence.done
         room = view.max_batch_tokens - work.rows
         overdue = view.now > sequence.deadline + view.ttft_s

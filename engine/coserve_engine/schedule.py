@@ -14,7 +14,7 @@ from math import inf
 from coserve_engine import finetuning, prefill
 from coserve_engine.cost import CostModel
 from coserve_engine.finetuning import Room
-from coserve_engine.plan import Kind, PassShape, PassView, Plan, Segment, SequenceView, Unit, View
+from coserve_engine.plan import Kind, PassShape, PassView, Plan, Segment, SequenceView, Unit, View, split
 from coserve_engine.work import NO_WORK, ForwardWork, decode_work
 
 IDLE_SHARE = 0.25
@@ -28,21 +28,21 @@ UNIT_SHARE = 0.0625
 
 def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     """Plan one iteration. An empty plan has neither segments nor units."""
-    decoding = [s for s in view.sequences if s.decoding]
+    decoding, prompts = split(view.sequences)
     segments = [Segment(Kind.DECODE, s.slot, s.done, 1, True) for s in decoding]
-    decode = work = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
-    left_s = min((s.deadline for s in decoding), default=inf) - view.now
-    chunks, work, whole, due_s = prefill.chunks(view, cost, work, left_s)
+    decode = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
+    left_s = min([s.deadline for s in decoding], default=inf) - view.now
+    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, left_s)
     segments += chunks
-    serving, until_s, units_s = work, cost.forward_bound_s(work), 0.0
+    work, units_s = serving, 0.0
     units: tuple[Unit, ...] = ()
     if whole and view.waiting == 0 and view.passes and not _crowded(view, cost, decoding, decode):
         room = _forward_room(view, cost, serving, min(left_s, due_s))
         windows, work, passes = finetuning.windows(view, cost, work, room, at_least_one=not view.sequences)
         segments += windows
-        units, units_s = _backward(view, cost, segments, passes)
-        until_s = cost.forward_bound_s(work) + units_s
+        units, units_s = _backward(view, cost, passes, forward=bool(windows))
     forward_s = cost.forward_s(work)
+    until_s = forward_s * cost.forward_ratio + units_s
     return Plan(plan_id, tuple(segments), units, view.now + until_s, units_s, work, serving, forward_s)
 
 
@@ -52,7 +52,7 @@ def _crowded(view: View, cost: CostModel, decoding: list[SequenceView], decode: 
     """
     if not decoding:
         return False
-    gap_s = min(s.tpot_s for s in decoding)
+    gap_s = min([s.tpot_s for s in decoding])
     one_s = cost.forward_bound_s(decode_work([decoding[0].done], view.tile, view.reaches))
     return cost.forward_bound_s(decode) - one_s > CROWDED_SHARE * max(0.0, gap_s - one_s)
 
@@ -71,26 +71,28 @@ def _forward_room(view: View, cost: CostModel, serving: ForwardWork, due_s: floa
 
 
 def _backward(
-    view: View, cost: CostModel, segments: list[Segment], passes: tuple[PassView, ...]
+    view: View, cost: CostModel, passes: tuple[PassView, ...], *, forward: bool
 ) -> tuple[tuple[Unit, ...], float]:
-    """The units, and the seconds that they may take after the forward."""
+    """The units, and the seconds that they may take after the forward, which gives each sequence a token; `forward`:
+    whether it has windows.
+    """
     longest_s = UNIT_SHARE * view.ttft_s
     if not view.sequences:
         budget_s = IDLE_SHARE * view.ttft_s
         units = finetuning.units(passes, cost, budget_s, longest_s)
         least = finetuning.first_unit(passes)
-        if units or least is None or any(s.kind is Kind.FINETUNE for s in segments):
+        if units or least is None or forward:
             return units, budget_s
         owner, unit = least  # or a job on a slow machine would never end
         return (unit,), 2 * cost.unit_bound_s(owner.shape.backward(*unit[1:]))
-    decode = decode_work([s.start + s.length for s in segments if s.sample], view.tile, view.reaches)
-    slots = {s.slot for s in segments if s.sample}
-    gap_s = min((s.tpot_s for s in view.sequences if s.slot in slots), default=view.tpot_s) - cost.turnaround_s
+    decode = decode_work([s.known for s in view.sequences], view.tile, view.reaches)
+    gap_s = min([s.tpot_s for s in view.sequences]) - cost.turnaround_s
     expected_s = inf
     if view.max_slowdown is not None:
         expected_s = (1 + view.max_slowdown) * cost.forward_s(decode) - cost.turnaround_s
     following = finetuning.next_windows(passes, cost, decode, Room(gap_s, expected_s), view.max_batch_tokens)
-    budget_s = min(gap_s - cost.forward_bound_s(following), expected_s - cost.forward_s(following))
+    following_s = cost.forward_s(following)
+    budget_s = min(gap_s - following_s * cost.forward_ratio, expected_s - following_s)
     return finetuning.units(passes, cost, budget_s, longest_s), max(0.0, budget_s)
 
 

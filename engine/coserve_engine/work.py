@@ -70,9 +70,11 @@ def keys_read(tile_end: int, reaches: Reaches) -> float:
 
 def decode_work(contexts: list[int], tile: int, reaches: Reaches = ()) -> ForwardWork:
     """One decode row for each sequence; `contexts` are its tokens in the cache."""
-    ends = ((context // tile + 1) * tile for context in contexts)
-    kv_rows = sum(keys_read(end, reaches) for end in ends) if reaches else sum(ends)
     count = len(contexts)
+    if reaches:
+        kv_rows = sum([keys_read((context // tile + 1) * tile, reaches) for context in contexts])
+    else:
+        kv_rows = tile * (count + sum([context // tile for context in contexts]))
     return ForwardWork(count, 0, 0, count, kv_rows, 4 * kv_rows)
 
 

@@ -26,14 +26,15 @@ class Linear(CostModel):
     def forward_s(self, work: ForwardWork) -> float:
         return self._row_s * (work.decode + work.prefill + work.finetune + work.pairs / 1000)
 
-    def forward_bound_s(self, work: ForwardWork) -> float:
-        return 1.5 * self.forward_s(work)
+    @property
+    def forward_ratio(self) -> float:
+        return 1.5
 
     def unit_s(self, work: UnitWork) -> float:
         return self._row_s * (1 + work.rows + work.pairs / 1000)
 
-    def unit_bound_s(self, work: UnitWork) -> float:
-        return 1.25 * self.unit_s(work)
+    def unit_ratio(self, *, head: bool) -> float:
+        return 1.25
 
 
 tpots, ttfts = st.sampled_from((0.05, 0.2, 0.2)), st.sampled_from((0.2, 1.0, 50.0))

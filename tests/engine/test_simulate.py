@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -44,7 +45,7 @@ def alone() -> float:
 
 def run(trace: list[Arrival], slo_s: float, load: float, policy: Policy = decide, **options: Any) -> Result:
     setup = Setup(CPU, tpot_s=slo_s, **options)
-    return World(setup, at_rate(trace, load * CAPACITY[slo_s]), policy).run()
+    return World(setup, at_rate(trace, load * CAPACITY[slo_s]), policy, reports=True).run()
 
 
 def nobody_trains(view: View, cost: CostModel, plan_id: int) -> Any:
@@ -263,6 +264,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     assert "load 100 % is" in text and "% bound" in text
     (split,) = [line for line in text.splitlines() if line.startswith("split 50/50")]
     assert float(split.split()[6]) == 50.0
+    assert re.fullmatch(r"simulated [\d.]+ h in [\d.]+ s: [\d,]+ times real time, [\d,]+ .*", text.splitlines()[-1])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

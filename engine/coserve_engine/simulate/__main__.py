@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -36,22 +38,38 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"error: --plot needs {error.name}; install the extra 'dev' or leave --plot away", file=sys.stderr)
         return 2
+    started = time.perf_counter()
     with ProcessPoolExecutor(options.processes) as pool:
-        rows = list(pool.map(_run, [(case, name, None) for case in cases for name in names]))
+        timed = list(pool.map(_run, [(case, name, None) for case in cases for name in names]))
+        rows = [row for row, _ in timed]
         print(table(rows))
         frontier: list[Row] = []
         if options.frontier:
-            frontier = list(pool.map(_run, [(case, "ours", limit) for case in cases for limit in SLOWDOWNS]))
+            slower = list(pool.map(_run, [(case, "ours", limit) for case in cases for limit in SLOWDOWNS]))
+            timed, frontier = timed + slower, [row for row, _ in slower]
             print("\nours with finetuning.maxSlowdownPercent 0, 25, 50, 100, 200, 400, 800, none")
             print(table(frontier))
+    print(_pace(timed, time.perf_counter() - started))
     if options.plot is not None:
         plot.draw(rows, frontier, options.plot)
     return 0
 
 
-def _run(job: tuple[Case, str, float | None]) -> Row:
+def _run(job: tuple[Case, str, float | None]) -> tuple[Row, float]:
+    """The run, and the seconds that it took here."""
     case, name, limit = job
-    return case.run(name, limit)
+    started = time.perf_counter()
+    return case.run(name, limit), time.perf_counter() - started
+
+
+def _pace(timed: list[tuple[Row, float]], wall_s: float) -> str:
+    """How much faster than real time the runs of the tables were, together and each."""
+    simulated_s = sum(row.simulated_s for row, _ in timed)
+    each = simulated_s / sum(seconds for _, seconds in timed)
+    return (
+        f"simulated {simulated_s / 3600:.1f} h in {wall_s:.1f} s: {simulated_s / wall_s:,.0f} times real time, "
+        f"{each:,.0f} times in each process"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policies", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--frontier", action="store_true", help="also ours at several maxSlowdownPercent")
     parser.add_argument("--plot", type=Path, help="PNG to write")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     return parser
 
 

@@ -21,10 +21,11 @@ class Job:
         self._ledger, self._layers, self._per_step = ledger, layers, passes_per_step
         count, rest = divmod(tokens, tile)
         rows = [tile] * count + [rest] * (rest > 0)
-        self._tiles = tuple((n, (index + 1) * tile) for index, n in enumerate(rows))
+        tiles = tuple((n, (index + 1) * tile) for index, n in enumerate(rows))
+        self._shape = PassShape(0, tiles, layers, training=True)
         self._pages = -(-tokens // page)
         self._opened = 0
-        self._units_of_pass = (layers + 1) * len(self._tiles)
+        self._units_of_pass = (layers + 1) * len(tiles)
         self.tokens = tokens
         self.passes: dict[int, PassView] = {}
         self.done = 0
@@ -42,8 +43,8 @@ class Job:
                 self._ledger.reserve(f"pass:{self._opened}", self._pages)
             except OutOfPagesError:
                 return
-            shape = PassShape(self._opened, self._tiles, self._layers, training=True)
-            self.passes[self._opened] = PassView(shape, 0, self._layers, len(self._tiles))
+            shape = self._shape.like(self._opened)
+            self.passes[self._opened] = PassView(shape, 0, self._layers, len(shape.tiles))
             self._opened += 1
 
     def _next_step(self) -> int:
@@ -68,13 +69,13 @@ class Job:
         view = self.passes[unit.pass_id]
         if (unit.layer, unit.end) != (view.layer, view.end_tile) or not view.forward_done:
             raise ValueError(f"{unit} does not go on from {view}")
-        layer, end = (unit.layer, unit.first) if unit.first else (unit.layer - 1, len(self._tiles))
-        self.passes[unit.pass_id] = view._replace(layer=layer, end_tile=end)
+        layer, end = (unit.layer, unit.first) if unit.first else (unit.layer - 1, len(self._shape.tiles))
+        self.passes[unit.pass_id] = PassView(view.shape, view.fwd_tile, layer, end)
 
     @property
     def progress_tokens(self) -> float:
         """Tokens trained: those of finished passes, and of live ones by the share of their work (forward: a third)."""
-        tiles = len(self._tiles)
+        tiles = len(self._shape.tiles)
         part = 0.0
         for view in self.passes.values():
             backward = (self._layers - view.layer) * tiles + tiles - view.end_tile

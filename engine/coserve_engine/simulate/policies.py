@@ -13,7 +13,7 @@ from math import inf
 from coserve_engine import finetuning, prefill
 from coserve_engine.cost import CostModel
 from coserve_engine.finetuning import Room
-from coserve_engine.plan import Kind, PassView, Plan, Policy, Segment, Unit, View, empty_plan, forward_work
+from coserve_engine.plan import Kind, PassView, Plan, Policy, Segment, Unit, View, empty_plan, forward_work, split
 from coserve_engine.schedule import decide
 
 FLEXLLM_ROWS = 256
@@ -105,9 +105,10 @@ def fixed_budget(rows: int) -> Policy:
 
 def _serving_up_to(view: View, cost: CostModel, plan_id: int, rows: int) -> Plan:
     """Decode rows, and prompts in order of deadline up to `rows` in all, whatever time they take."""
-    plan = serving_alone(replace(view, sequences=tuple(s for s in view.sequences if s.decoding)), cost, plan_id)
+    decoding, prompts = split(view.sequences)
+    plan = serving_alone(replace(view, sequences=tuple(decoding)), cost, plan_id)
     limited = replace(view, max_batch_tokens=rows)
-    chunks, work, _, _ = prefill.chunks(limited, cost, plan.work, inf)
+    chunks, work, _, _ = prefill.chunks(prompts, limited, cost, plan.work, inf)
     return replace(plan, segments=(*plan.segments, *chunks), work=work, serving=work)
 
 

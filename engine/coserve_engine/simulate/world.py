@@ -43,26 +43,32 @@ class Setup:
 
 @dataclass(slots=True)
 class _Request:
-    """A request here: `done` tokens in the cache, `known` of prompt and output, `end` when it is finished."""
+    """A request here, as it is seen; finished with `end` tokens of prompt and output."""
 
-    slot: int
-    arrival_s: float
-    known: int
+    view: SequenceView
     end: int
     times: RequestTimes
     finetune_s: float
-    done: int = 0
     last_s: float | None = None
 
 
 class World:
-    """`finetuning`: whether there is a job. Without `stops` no arrival ends the units early (an ablation)."""
+    """`finetuning`: whether there is a job. Without `stops` no arrival ends the units early (an ablation). With
+    `reports` the result has the saturation that the engine would report.
+    """
 
     def __init__(
-        self, setup: Setup, arrivals: list[Arrival], policy: Policy, *, finetuning: bool = True, stops: bool = True
+        self,
+        setup: Setup,
+        arrivals: list[Arrival],
+        policy: Policy,
+        *,
+        finetuning: bool = True,
+        stops: bool = True,
+        reports: bool = False,
     ) -> None:
         self.setup, self.arrivals, self.policy = setup, arrivals, policy
-        self.finetuning, self.stops = finetuning, stops
+        self.finetuning, self.stops, self.reports = finetuning, stops, reports
         self.now = 0.0
         self._next = 0
         self._waiting: deque[_Request] = deque()
@@ -97,7 +103,7 @@ class World:
             done = accounts.close(plan, view, forward_end, units, s.machine.layers)
             result.iteration(done)
             self.now += s.machine.turnaround_ms / 1e3
-            if self.now - last_report >= REPORT_S:
+            if self.reports and self.now - last_report >= REPORT_S:
                 last_report = self.now
                 result.saturation.append(saturation_percent(self._demand(accounts), cost, s.ttft_s, s.tpot_s, s.tile))
         result.seconds, result.finetune_tokens = self.now, self._job.progress_tokens
@@ -113,8 +119,8 @@ class World:
         if not idle_plans or self._next == len(self.arrivals):
             raise SimulationError("the policy plans nothing although requests are running")
         until = min(seconds, max(self.now, self.arrivals[self._next].at_s))
-        for _ in range(int((until - self.now) / REPORT_S)):
-            result.saturation.append(0.0)
+        if self.reports:
+            result.saturation += [0.0] * int((until - self.now) / REPORT_S)
         self.now = until
         accounts.rest()
 
@@ -124,59 +130,59 @@ class World:
             self._next += 1
             times = RequestTimes(a.at_s)
             result.requests.append(times)
+            view = SequenceView.of(self._next, 0, a.prompt, a.at_s, None, self.setup.ttft_s, self.setup.tpot_s)
             end = a.prompt + a.output
             if self._pages(end) > self._ledger.total:
                 raise SimulationError(f"a request of {end} tokens needs more than the {self._ledger.total} KV pages")
-            self._waiting.append(_Request(self._next, a.at_s, a.prompt, end, times, accounts.time.finetune_s))
+            self._waiting.append(_Request(view, end, times, accounts.time.finetune_s))
         while self._waiting and len(self._running) < self.setup.max_requests:
             request = self._waiting[0]
             try:
-                self._ledger.reserve(f"request:{request.slot}", self._pages(request.end))
+                self._ledger.reserve(f"request:{request.view.slot}", self._pages(request.end))
             except OutOfPagesError:
                 if not self._job.drop_youngest():
                     return
                 continue
-            self._running[request.slot] = self._waiting.popleft()
+            self._running[request.view.slot] = self._waiting.popleft()
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.setup.page)
 
     def _view(self) -> View:
         s = self.setup
-        ttft_s, tpot_s = s.ttft_s, s.tpot_s
         return View(
             self.now,
-            tuple(
-                SequenceView.of(r.slot, r.done, r.known, r.arrival_s, r.last_s, ttft_s, tpot_s)
-                for r in self._running.values()
-            ),
+            tuple([request.view for request in self._running.values()]),
             tuple(self._job.passes.values()),
             len(self._waiting),
-            ttft_s,
-            tpot_s,
+            s.ttft_s,
+            s.tpot_s,
             s.max_batch_tokens,
             s.tile,
             s.max_slowdown,
         )
 
     def _commit(self, plan: Plan) -> None:
+        now, ttft_s, tpot_s = self.now, self.setup.ttft_s, self.setup.tpot_s
         for segment in plan.segments:
-            if segment.kind is Kind.FINETUNE:
+            kind, slot, start, length, sample = segment
+            if kind is Kind.FINETUNE:
                 self._job.window(segment)
                 continue
-            request = self._running[segment.slot]
-            request.done += segment.length
-            if not segment.sample:
+            request, done = self._running[slot], start + length
+            if not sample:
+                request.view = request.view._replace(done=done)
                 continue
-            request.known += 1
+            arrival_s = request.view.arrival
             if request.last_s is None:
-                request.times.first_s = self.now - request.arrival_s
+                request.times.first_s = now - arrival_s
             else:
-                request.times.gaps_s.append(self.now - request.last_s)
-            request.last_s = self.now
-            if request.known >= request.end:
-                del self._running[segment.slot]
-                self._ledger.free(f"request:{segment.slot}")
+                request.times.gaps_s.append(now - request.last_s)
+            request.last_s = now
+            request.view = SequenceView.of(slot, done, done + 1, arrival_s, now, ttft_s, tpot_s)
+            if done + 1 >= request.end:
+                del self._running[slot]
+                self._ledger.free(f"request:{slot}")
 
     def _backward(self, unit: Unit) -> None:
         shape = self._job.passes[unit.pass_id].shape
@@ -185,7 +191,7 @@ class World:
 
     def _demand(self, accounts: Accounts) -> Demand:
         requests = (
-            RequestLoad(r.done, r.known, r.last_s is None, r.arrival_s, r.finetune_s)
+            RequestLoad(r.view.done, r.view.known, r.last_s is None, r.view.arrival, r.finetune_s)
             for r in (*self._running.values(), *self._waiting)
         )
         return Demand.of(requests, self.now, accounts.time, self._ledger.held_by("request:"), self._ledger.total)
