@@ -53,11 +53,14 @@ def packed(problems: tuple[Problem, ...], tokenizer: Tokenizer) -> Rows:
     return rows
 
 
-def loss_function(model: LlamaForCausalLM, compiled: bool) -> Callable[[Rows], Tensor]:
-    """A function from rows to their next-token loss in nats, summed over all labels; gradients flow through it."""
+def loss_function(model: LlamaForCausalLM, compiled: bool, mixed: bool = True) -> Callable[[Rows], Tensor]:
+    """A function from rows to their next-token loss in nats, summed over all labels; gradients flow through it.
+
+    `mixed`: products in bfloat16, else all in float32.
+    """
 
     def summed(tokens: Tensor, positions: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             logits = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
         return functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
