@@ -38,13 +38,15 @@ from coserve_engine.messages import (
 )
 from coserve_engine.schedule import decide
 from coserve_engine.simulate.bound import capacity, work_conserving_bound
-from coserve_engine.simulate.machine import machine_of
+from coserve_engine.simulate.machine import ForwardCost, Machine, UnitCost, machine_of
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival, at_rate, read_trace
 from coserve_engine.simulate.world import Setup, World, alone_tokens_per_s
 
 TRACE = Path(__file__).parents[1] / "examples" / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
 PASS_TOKENS, PASSES_PER_STEP = 512, 4
+LOOK_S = 1.0
+"""Between two looks at what the engine has learned: it forgets within a hundred iterations."""
 
 
 @dataclass
@@ -55,6 +57,24 @@ class Run:
     times: dict[str, RequestTimes] = field(default_factory=dict)
     last_s: dict[str, float] = field(default_factory=dict)
     left: int = 0
+    learned: list[Machine] = field(default_factory=list)
+    """The machine as the engine saw it, each LOOK_S."""
+    noises: list[float] = field(default_factory=list)
+
+    def look(self, engine: Engine) -> None:
+        self.learned.append(machine_of(engine.cost, engine.executor.model.layers))
+        self.noises.append(engine.cost.forward_noise)
+
+    @property
+    def machine(self) -> Machine:
+        """The mean of what was learned."""
+        forward = ForwardCost(*map(statistics.mean, zip(*(m.forward for m in self.learned), strict=True)))
+        unit, head = (
+            UnitCost(*map(statistics.mean, zip(*(getattr(m, part) for m in self.learned), strict=True)))
+            for part in ("unit", "head")
+        )
+        turnaround_ms = statistics.mean(m.turnaround_ms for m in self.learned)
+        return Machine(forward, unit, head, self.learned[0].layers, turnaround_ms)
 
     def take(self, event: Event) -> None:
         if isinstance(event, IterationDone):
@@ -101,7 +121,11 @@ class Replay:
         def due() -> bool:
             return next_ < len(arrivals) and started + arrivals[next_].at_s <= time.monotonic()
 
+        looked = started
         while more(time.monotonic() - started, run):
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                run.look(self.engine)
             while due():
                 arrival = arrivals[next_]
                 next_, self._requests = next_ + 1, self._requests + 1
@@ -158,10 +182,10 @@ def one_load(replay: Replay, arrivals: list[Arrival], load: float, rates: list[f
     print(f"\nload {load:.0f} %: {rate:.2f} requests/s, {len(arrivals)} requests", flush=True)
     coming = at_rate(arrivals, rate)
     run = replay.run(coming, lambda seconds, run: run.left > 0)
-    real, noise = run.result, engine.cost.forward_noise
+    real, noise = run.result, statistics.mean(run.noises)
     rates.append(replay.run([], lambda seconds, run: seconds < alone_s).result.finetune_tokens_per_s)
     alone = statistics.mean(rates[-2:])
-    measured = replace(setup, noise=noise, machine=machine_of(engine.cost, layers))
+    measured = replace(setup, noise=noise, machine=run.machine)
     simulated = World(measured, coming, decide).run()
     bound = work_conserving_bound(measured, coming, rate)
     print(f"noise {100 * noise:.1f} %, learned: {measured.machine}")
