@@ -57,9 +57,9 @@ def main() -> None:
 
     def observe() -> None:
         nonlocal clock
-        clock = plan.forward_s
+        clock = forward_s = cost.forward_s(plan.work)
         units = run_units(plan, seen, cost, now, backward, lambda: False)
-        accounts.close(plan, seen, plan.forward_s * source.uniform(0.95, 1.05), units, 8)
+        accounts.close(plan, seen, forward_s * source.uniform(0.95, 1.05), units, 8)
 
     demand = Demand(tuple(s.done for s in seen.sequences), (), (), 0.6, 900, 4096)
     parts: dict[str, Callable[[], object]] = {

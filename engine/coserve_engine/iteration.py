@@ -75,6 +75,7 @@ class Accounts:
             end - view.now + (turnaround_s or 0.0),
             busy=bool(view.sequences),
         )
+        predicted_s = total_s + sum(cost.unit_s(work) for work, _ in units)
         cost.observe(plan.work, forward_s, units, turnaround_s)
         self._last_end = end
         return IterationDone(
@@ -85,5 +86,5 @@ class Accounts:
             prefill_tokens=plan.work.prefill,
             finetune_tokens=plan.work.finetune,
             backward_tokens=sum(work.rows for work, _ in units if not work.head) / layers,
-            predicted_s=plan.forward_s,
+            predicted_s=predicted_s,
         )

@@ -133,7 +133,8 @@ class AdapterFailed:
 class IterationDone:
     """What one iteration did.
 
-    `finetune_tokens` counts forward rows of passes, `backward_tokens` rows x layers / layers.
+    `finetune_tokens` counts forward rows of passes, `backward_tokens` rows x layers / layers; `predicted_s` is what its
+    forward and the units that ran were expected to take.
     """
 
     started_s: float

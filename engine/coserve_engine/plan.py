@@ -71,8 +71,6 @@ class Plan:
     """Counts of the forward."""
     serving: ForwardWork
     """Those of its decode and prefill rows."""
-    forward_s: float
-    """Predicted time of the forward, in seconds."""
 
 
 class SequenceView(NamedTuple):
@@ -253,4 +251,4 @@ def forward_work(segments: tuple[Segment, ...] | list[Segment], view: View) -> F
 
 def empty_plan(plan_id: int, now: float) -> Plan:
     """Nothing to do."""
-    return Plan(plan_id, (), (), now, 0.0, NO_WORK, NO_WORK, 0.0)
+    return Plan(plan_id, (), (), now, 0.0, NO_WORK, NO_WORK)

@@ -41,9 +41,8 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
         windows, work, passes = finetuning.windows(view, cost, work, room, at_least_one=not view.sequences)
         segments += windows
         units, units_s = _backward(view, cost, passes, forward=bool(windows))
-    forward_s = cost.forward_s(work)
-    until_s = forward_s * cost.forward_ratio + units_s
-    return Plan(plan_id, tuple(segments), units, view.now + until_s, units_s, work, serving, forward_s)
+    until_s = cost.forward_bound_s(work) + units_s
+    return Plan(plan_id, tuple(segments), units, view.now + until_s, units_s, work, serving)
 
 
 def _crowded(view: View, cost: CostModel, decoding: list[SequenceView], decode: ForwardWork) -> bool:

@@ -131,7 +131,6 @@ def test_a_plan_says_what_it_is_made_of(view: View, cost: Linear) -> None:
     plan = decide(view, cost, 0)
     assert plan.work == forward_work(plan.segments, view)
     assert plan.serving == forward_work([s for s in plan.segments if s.kind is not Kind.FINETUNE], view)
-    assert plan.forward_s == cost.forward_s(plan.work)
     assert plan.until == pytest.approx(view.now + cost.forward_bound_s(plan.work) + plan.units_s)
 
 

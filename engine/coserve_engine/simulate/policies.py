@@ -41,8 +41,7 @@ def _with(plan: Plan, view: View, cost: CostModel, segments: list[Segment], unit
     """The plan with these forward windows and units, which run whatever the clock says."""
     everything = (*plan.segments, *segments)
     work = forward_work(everything, view)
-    forward_s = cost.forward_s(work)
-    return Plan(plan.id, everything, units, inf, inf, work, plan.serving, forward_s)
+    return Plan(plan.id, everything, units, inf, inf, work, plan.serving)
 
 
 def _whole_units(owner: PassView, layers: int) -> tuple[Unit, ...]:
@@ -169,8 +168,7 @@ def fixed_window(tiles: int) -> Policy:
                 left_s -= cost.unit_s(work)
                 layer, end = (layer, first) if first else (layer - 1, len(owner.shape.tiles))
         forward = forward_work(segments, view)
-        seconds = cost.forward_s(forward)
-        return replace(plan, segments=tuple(segments), units=tuple(units), work=forward, forward_s=seconds)
+        return replace(plan, segments=tuple(segments), units=tuple(units), work=forward)
 
     return policy
 
@@ -189,7 +187,7 @@ def no_fusion(view: View, cost: CostModel, plan_id: int) -> Plan:
     )
     if windows:
         bound_s = cost.forward_bound_s(work)
-        return Plan(plan_id, tuple(windows), (), view.now + bound_s, 0.0, work, work._replace(finetune=0), bound_s)
+        return Plan(plan_id, tuple(windows), (), view.now + bound_s, 0.0, work, work._replace(finetune=0))
     # No unit in this iteration where a forward is due: it will find its room in the next.
     if plan_id % 2 and view.sequences:
         return replace(plan, units=())

@@ -36,6 +36,8 @@ class Result:
     """Percent, a report each 250 ms."""
     iterations: int = 0
     over_bound: int = 0
+    errors: float = 0.0
+    """Sum of |predicted / actual - 1|."""
     seconds: float = 0.0
     finetune_tokens: float = 0.0
 
@@ -43,6 +45,7 @@ class Result:
         """Count an iteration."""
         self.iterations += 1
         self.over_bound += done.started_s + done.duration_s > done.until_s
+        self.errors += abs(done.predicted_s / done.duration_s - 1.0)
 
     @property
     def strict_percent(self) -> float:
@@ -56,6 +59,11 @@ class Result:
     def over_percent(self) -> float:
         """Iterations that ended after their bound."""
         return 100.0 * self.over_bound / max(1, self.iterations)
+
+    @property
+    def error_percent(self) -> float:
+        """Mean absolute error of the predicted length of an iteration (MAPE)."""
+        return 100.0 * self.errors / max(1, self.iterations)
 
     @property
     def finetune_tokens_per_s(self) -> float:
