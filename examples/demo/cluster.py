@@ -4,7 +4,6 @@ Service and admin port.
 
 from __future__ import annotations
 
-import copy
 import json
 import socket
 import subprocess
@@ -23,13 +22,11 @@ GROUP, VERSION = "coserve.dev", "v1alpha1"
 NAMESPACE = "default"
 ENDPOINTS, JOBS = "inferenceendpoints", "finetunejobs"
 
+DEV_IMAGE = "localhost/coserve-agent-dev:dev"
 DEV_TEMPLATE: dict[str, Any] = {
-    "image": "localhost/coserve-agent-dev:dev",
-    "template": {
-        "env": [{"name": "PYTHONPATH", "value": "/env/coserve:/env/site-packages"}],
-        "volumes": [{"name": "env", "persistentVolumeClaim": {"claimName": "coserve-env", "readOnly": True}}],
-        "volumeMounts": [{"name": "env", "mountPath": "/env", "readOnly": True}],
-    },
+    "env": [{"name": "PYTHONPATH", "value": "/env/coserve:/env/site-packages"}],
+    "volumes": [{"name": "env", "persistentVolumeClaim": {"claimName": "coserve-env", "readOnly": True}}],
+    "volumeMounts": [{"name": "env", "mountPath": "/env", "readOnly": True}],
 }
 """The development cluster's thin agent image finds its Python packages on a volume instead of carrying 4.5
 GB of them.
@@ -44,8 +41,8 @@ def manifest(path: Path, *, mounted_environment: bool) -> dict[str, Any]:
     """The object in `path`; an endpoint takes its packages from a volume where the cluster has only the thin image."""
     body: dict[str, Any] = yaml.safe_load(path.read_text())
     if body["kind"] == "InferenceEndpoint" and mounted_environment:
-        body = copy.deepcopy(body)
-        body["spec"].update(DEV_TEMPLATE)
+        spec = body["spec"]
+        spec["image"], spec["template"] = DEV_IMAGE, {**spec.get("template", {}), **DEV_TEMPLATE}
     return body
 
 

@@ -43,7 +43,7 @@ start() {
   local scope=$1 name=$2
   shift 2
   # shellcheck disable=SC2016
-  enter "$scope" bash -c 'exec 9>&- >>"$1" 2>&1 </dev/null; shift; setsid bash -c '\''exec -a "$0" "$@"'\'' "$@" &' \
+  enter "$scope" nice -n 10 bash -c 'exec 9>&- >>"$1" 2>&1 </dev/null; shift; setsid bash -c '\''exec -a "$0" "$@"'\'' "$@" &' \
     start "$(log_of "$name")" "$ID/$name" "$@"
   for _ in {1..40}; do
     ! find_process "$name" >/dev/null || return 0
@@ -103,6 +103,9 @@ delegate() { # FOLDER of cgroup v2: hand every controller down to its children
   [ -z "$controllers" ] || echo "$controllers" >"$1/cgroup.subtree_control"
 }
 
+# A node's pods go before the control plane, which on other clusters has machines of its own.
+NODE_SHARES=4096 # of the CPU; a process outside counts 1024
+
 make_cgroup() { # NAME
   local dir
   while read -r dir; do
@@ -111,6 +114,8 @@ make_cgroup() { # NAME
       delegate "$dir"
       delegate "$dir/$1"
     fi
+    [ ! -e "$dir/$1/cpu.shares" ] || echo "$NODE_SHARES" >"$dir/$1/cpu.shares"
+    [ ! -e "$dir/$1/cpu.weight" ] || echo $((NODE_SHARES * 100 / 1024)) >"$dir/$1/cpu.weight"
   done < <(cgroup_hierarchies)
 }
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from demo.cluster import DEV_TEMPLATE
+from demo.cluster import manifest
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".cache" / "test-cluster"
@@ -104,9 +103,7 @@ def step(body: dict[str, Any]) -> int:
 
 def example(name: str, **spec: Any) -> dict[str, Any]:
     """An example's object with parts of its spec replaced; an endpoint runs on the cluster's thin image."""
-    body: dict[str, Any] = yaml.safe_load((ROOT / "examples" / name).read_text())
-    if body["kind"] == "InferenceEndpoint":
-        body["spec"].update(DEV_TEMPLATE)
+    body = manifest(ROOT / "examples" / name, mounted_environment=True)
     for key, value in spec.items():
         part = body["spec"].get(key)
         body["spec"][key] = part | value if isinstance(part, dict) and isinstance(value, dict) else value
