@@ -1,15 +1,21 @@
-"""The engine in a process of its own, behind one queue of commands and one of events: neither side ever
-waits for the other.
+"""The engine in a process of its own, behind a queue of commands and a pipe of events.
+
+The agent never waits for the engine. The engine writes its events itself: a queue's thread would have to win the
+interpreter and a core from the computing one for each token, which takes tens of milliseconds on a busy machine. It
+waits for the agent only while PIPE_BYTES are unread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import logging
 import multiprocessing
 import queue
 import signal
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING
 
@@ -26,6 +32,7 @@ IDLE_S = 0.25
 """How long an idle engine sleeps at most between load reports."""
 WAIT_S = 0.002
 """How long an engine sleeps that waits for files only."""
+PIPE_BYTES = 1 << 20
 
 
 def settle() -> None:
@@ -43,9 +50,11 @@ class EngineHost:
     def __init__(self, config: EngineConfig) -> None:
         context = multiprocessing.get_context("spawn")
         self._commands: Queue[Command] = context.Queue()
-        self._events: Queue[list[Event]] = context.Queue()
+        self._events, self._engines_end = context.Pipe(duplex=False)
+        with contextlib.suppress(PermissionError):  # no more than the system's limit for all pipes of a user
+            fcntl.fcntl(self._events.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._process = context.Process(
-            target=_main, args=(config, self._commands, self._events), name="coserve-engine", daemon=True
+            target=_main, args=(config, self._commands, self._engines_end), name="coserve-engine", daemon=True
         )
 
     @classmethod
@@ -53,6 +62,7 @@ class EngineHost:
         """Start the process. Its first event is EngineReady or EngineFailed."""
         host = cls(config)
         host._process.start()
+        host._engines_end.close()  # or the end of the process would not be seen
         return host
 
     def submit(self, command: Command) -> None:
@@ -60,11 +70,17 @@ class EngineHost:
         self._commands.put(command)
 
     def events(self, timeout_s: float) -> list[Event]:
-        """The next batch of events, or none after `timeout_s`. Blocks: call it in a thread."""
+        """The next batch of events, or none after `timeout_s` or where the process has ended and all is read. Blocks:
+        call it in a thread.
+
+        Raises:
+            OSError: the process ended within a batch.
+        """
         try:
-            return self._events.get(timeout=timeout_s)
-        except queue.Empty:
+            batch: list[Event] = self._events.recv() if self._events.poll(timeout_s) else []
+        except EOFError:
             return []
+        return batch
 
     @property
     def alive(self) -> bool:
@@ -114,7 +130,7 @@ class _Inbox:
         return any(isinstance(command, AddRequest) for command in self._ahead)
 
 
-def _main(config: EngineConfig, commands: Queue[Command], events: Queue[list[Event]]) -> None:
+def _main(config: EngineConfig, commands: Queue[Command], events: Connection) -> None:
     from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
@@ -123,24 +139,26 @@ def _main(config: EngineConfig, commands: Queue[Command], events: Queue[list[Eve
         engine = Engine(config)
         ready = engine.ready()
         settle()
-        events.put([ready])
+        events.send([ready])
         _serve(engine, commands, events)
+    except BrokenPipeError:
+        return  # whoever started it is gone
     except EngineError as error:
-        events.put([EngineFailed(str(error))])
+        events.send([EngineFailed(str(error))])
     except Exception as error:
         log.exception("the engine's own mistake")
-        events.put([EngineFailed(f"the engine's own mistake: {error!r}; its log has the rest")])
+        events.send([EngineFailed(f"the engine's own mistake: {error!r}; its log has the rest")])
 
 
-def _serve(engine: Engine, commands: Queue[Command], events: Queue[list[Event]]) -> None:
+def _serve(engine: Engine, commands: Queue[Command], events: Connection) -> None:
     inbox = _Inbox(commands)
     parent = multiprocessing.parent_process()
     while not engine.closed and (parent is None or parent.is_alive()):
         for command in inbox.drain(IDLE_S if engine.idle else 0.0):
             engine.submit(command)
-        batch = engine.step(inbox.request_came, events.put)
+        batch = engine.step(inbox.request_came, events.send)
         if batch:
-            events.put(batch)
+            events.send(batch)
         elif not engine.idle:
             for command in inbox.drain(WAIT_S):
                 engine.submit(command)
