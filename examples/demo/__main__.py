@@ -195,11 +195,12 @@ async def traffic(console: Console, watcher: Watcher, replayer: Replayer, replay
     """Replay; returns finetuning tokens a second while the job trained and requests came."""
     stop = asyncio.Event()
     await watcher.poll()
-    marks, started = watcher.mark(), time.monotonic()
-    polling = asyncio.create_task(watcher.run(stop))
-    sending = asyncio.create_task(replayer.run(replay.arrivals, started))
-    trained_until = started
     with Display(console, watcher, slo, f"kubectl get ftj {JOB}") as display:
+        display.update("traffic, 0 s", replayer)  # the first takes long: requests that wait here would look late
+        marks, started = watcher.mark(), time.monotonic()
+        polling = asyncio.create_task(watcher.run(stop))
+        sending = asyncio.create_task(replayer.run(replay.arrivals, started))
+        trained_until = started
         while not sending.done():
             await asyncio.sleep(1.0)
             if watcher.mix(2.0)["backward"] > 0:
