@@ -1,0 +1,28 @@
+"""What the demo decides from what it measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from demo.__main__ import LEAST_STEPS, fitting_steps
+
+
+def job(max_steps: int, step: int, tokens: int) -> dict[str, Any]:
+    return {"spec": {"training": {"maxSteps": max_steps}}, "status": {"progress": {"step": step, "tokens": tokens}}}
+
+
+@pytest.mark.parametrize("tokens_per_s", (3000.0, 4500.0, 40_000.0))
+def test_a_job_that_ends_with_the_traffic_stays_as_it_is(tokens_per_s: float) -> None:
+    assert fitting_steps(job(360, 10, 10_000), tokens_per_s, 120.0) is None
+
+
+def test_on_a_slow_machine_it_takes_as_long_as_the_traffic() -> None:
+    steps = fitting_steps(job(360, 10, 10_000), 2000.0, 120.0)
+    assert steps == 192
+    assert steps * 1000 / (0.8 * 2000.0) == pytest.approx(120.0)
+
+
+def test_it_always_learns_something() -> None:
+    assert fitting_steps(job(360, 3, 3000), 50.0, 120.0) == LEAST_STEPS
+    assert fitting_steps(job(120, 3, 3000), 50.0, 120.0) is None
