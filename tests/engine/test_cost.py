@@ -198,3 +198,20 @@ def test_no_count_makes_work_cheaper() -> None:
         fit.update([((1.0, x), 1e-2 - 5e-4 * x)])
     assert fit.coefficients[1] == 0.0
     assert fit.predict((1.0, 9.0)) == fit.predict((1.0, 0.0)) > 0
+
+
+def test_a_fit_that_makes_its_sums_lighter_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights grow with every iteration: an engine comes to the point where they are made small again."""
+
+    def learned() -> list[float]:
+        made, source = OnlineFit(2), random.Random(0)
+        for _ in range(400):
+            x = (1.0, source.uniform(1.0, 9.0))
+            made.update([(x, (2e-3 + 5e-4 * x[1]) * source.uniform(0.8, 1.2))])
+        return made.coefficients
+
+    plain = learned()
+    monkeypatch.setattr("coserve_engine.fit.HEAVIEST", 1.5)
+    assert learned() == pytest.approx(plain, rel=1e-6)
+    monkeypatch.setattr(OnlineFit, "_lighten", lambda self: setattr(self, "_weight", 1.0))
+    assert learned() != pytest.approx(plain, rel=1e-3), "the control: sums that keep their weight"
