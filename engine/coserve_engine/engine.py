@@ -42,7 +42,7 @@ from coserve_engine.messages import (
 )
 from coserve_engine.plan import Kind, PassView, Plan, Policy, Unit, View
 from coserve_engine.probe import probe_row_invariance
-from coserve_engine.schedule import decide
+from coserve_engine.schedule import decide, gives_way
 from coserve_engine.serving import Serving
 
 LOAD_REPORT_S = 0.25
@@ -155,7 +155,8 @@ class Engine:
         """One iteration: admit, decide, run, commit. Returns its events.
 
         Args:
-            interrupted: ends the backward units early (a new request came).
+            interrupted: ends the backward units early (a new request came), and a forward that serves nobody where
+                the request would wait too long for its end.
             emit: takes the events that are there before the units run, tokens among them; without it they are returned
                 with the others.
         """
@@ -202,10 +203,18 @@ class Engine:
         emit: Callable[[list[Event]], None] | None,
     ) -> None:
         if plan.segments:
-            forwarded = self.executor.forward(plan.segments, self.serving.rows())
+            layers = self.executor.model.layers
+
+            def goes_on(layer: int) -> bool:
+                return not (gives_way(plan, view, self.cost, layer / layers) and interrupted())
+
+            forwarded = self.executor.forward(plan.segments, self.serving.rows(), goes_on)
+            if forwarded is None:
+                self._accounts.rest()
+                return
             for segment in plan.segments:
                 if segment.kind is Kind.FINETUNE:
-                    self._jobs.charge(segment.slot, segment.length * self.executor.model.layers)
+                    self._jobs.charge(segment.slot, segment.length * layers)
             self._events += self.serving.commit(plan.segments, forwarded, self._clock)
         forward_end = self._clock()
         if plan.units and emit is not None and self._events:

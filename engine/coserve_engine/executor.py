@@ -5,7 +5,7 @@ about requests or jobs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,10 +111,17 @@ class Executor:
         self.ledger.free(f"pass:{pass_id}")
         self.buffers.release(pass_id)
 
-    def forward(self, segments: tuple[Segment, ...], sequences: Mapping[int, SequenceRows]) -> Forwarded:
-        """Run a batch."""
+    def forward(
+        self,
+        segments: tuple[Segment, ...],
+        sequences: Mapping[int, SequenceRows],
+        goes_on: Callable[[int], bool] = lambda layer: True,
+    ) -> Forwarded | None:
+        """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
         batch = bind(segments, sequences, self.passes, self.numerics, self.device)
-        hidden = self.transformer.forward(batch, self.cache)
+        hidden = self.transformer.forward(batch, self.cache, goes_on)
+        if hidden is None:
+            return None
         for rows in batch.kept:
             done = rows.first + rows.stop - rows.start
             rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)

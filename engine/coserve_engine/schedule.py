@@ -17,13 +17,14 @@ from coserve_engine.finetuning import Room
 from coserve_engine.plan import Kind, PassShape, PassView, Plan, Segment, SequenceView, Unit, View, split
 from coserve_engine.work import NO_WORK, ForwardWork, decode_work
 
-IDLE_SHARE = 0.25
-"""Share of the time to first token that an iteration may take when no request is here: one that comes waits so long."""
+IDLE_SHARE = 0.5
+"""Share of the time to first token that a forward, and the units after it, may take when no request is here."""
 CROWDED_SHARE = 0.24
 """Share of the gap, without its fixed part, that decode rows may need before finetuning waits. It makes requests stay
 longer, so more decode at once when a burst of prompts comes, and those need what decode leaves."""
-UNIT_SHARE = 0.0625
-"""The same for one backward unit, between which an iteration stops for it."""
+WAIT_SHARE = 0.125
+"""Share of it that a request may wait for what runs when it comes to nobody: a backward unit, between which an
+iteration stops for it, or the rest of a forward, which is dropped where that is longer."""
 
 
 def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
@@ -75,7 +76,7 @@ def _backward(
     """The units, and the seconds that they may take after the forward, which gives each sequence a token; `forward`:
     whether it has windows.
     """
-    longest_s = UNIT_SHARE * view.ttft_s
+    longest_s = WAIT_SHARE * view.ttft_s
     if not view.sequences:
         budget_s = IDLE_SHARE * view.ttft_s
         units = finetuning.units(passes, cost, budget_s, longest_s)
@@ -93,6 +94,13 @@ def _backward(
     following_s = cost.forward_s(following)
     budget_s = min(gap_s - following_s * cost.forward_ratio, expected_s - following_s)
     return finetuning.units(passes, cost, budget_s, longest_s), max(0.0, budget_s)
+
+
+def gives_way(plan: Plan, view: View, cost: CostModel, done: float) -> bool:
+    """Whether the plan's forward, of which the share `done` is over, is to be dropped for a request that has just come:
+    it serves nobody, and the rest would keep the request waiting too long. Its windows are planned again.
+    """
+    return not view.sequences and (1 - done) * cost.forward_s(plan.work) > WAIT_SHARE * view.ttft_s
 
 
 def fitting_unit(unit: Unit, shape: PassShape, cost: CostModel, left_s: float) -> Unit | None:

@@ -6,7 +6,7 @@ inputs, silu(gate) * up) and never computes a gradient of a frozen weight or bia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,15 +96,22 @@ class Transformer:
 
     # ---- forward ----
 
-    def forward(self, batch: BoundBatch, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, batch: BoundBatch, cache: KVCache, goes_on: Callable[[int], bool] = lambda layer: True
+    ) -> torch.Tensor | None:
         """All layers for every row: keys and values to the cache, kept tensors to their passes.
 
-        Returns hidden [T, H].
+        Args:
+            goes_on: asked before each layer but the first; False ends the forward. The same forward may be begun again.
+
+        Returns hidden [T, H], or None where it was ended.
         """
         x = self.weights.embed[batch.tokens]
         cos, sin = self.rope[:, batch.positions].unsqueeze(2)
         singles = {reach: self._readers(mask, batch, cache) for reach, mask in {m.reach: m for m in self.masks}.items()}
         for layer in range(self.config.layers):
+            if layer > 0 and not goes_on(layer):
+                return None
             x = self._layer(layer, x, batch, cache, singles, cos, sin)
         for rows in batch.kept:
             rows.state.final[rows.first : rows.first + rows.stop - rows.start] = x[rows.start : rows.stop]

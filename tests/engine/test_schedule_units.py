@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from schedule_views import TILE, Linear, costs, decoding, eight_tiles, long_pass, of, view_of, views
 
 from coserve_engine.plan import Kind, PassShape, PassView, Plan, Unit, View
-from coserve_engine.schedule import IDLE_SHARE, decide, fitting_unit
+from coserve_engine.schedule import IDLE_SHARE, WAIT_SHARE, decide, fitting_unit, gives_way
 from coserve_engine.work import ForwardWork, decode_work
 
 
@@ -42,6 +42,13 @@ def test_units_leave_room_for_the_next_forward(view: View, cost: Linear) -> None
             assert plan.units_s + cost.turnaround_s + alone <= (1 + view.max_slowdown) * alone + 1e-9
     elif len(plan.units) > 1:
         assert unit_seconds(plan, view, cost) <= IDLE_SHARE * view.ttft_s + 1e-9
+
+
+@given(view=views, cost=costs, done=st.floats(0, 1))
+def test_only_a_long_forward_that_serves_nobody_gives_way(view: View, cost: Linear, done: float) -> None:
+    plan = decide(view, cost, 0)
+    rest_s = (1 - done) * cost.forward_s(plan.work)
+    assert gives_way(plan, view, cost, done) == (not view.sequences and rest_s > WAIT_SHARE * view.ttft_s)
 
 
 @given(count=st.integers(1, 40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 from coserve_engine.cost import CostModel
 from coserve_engine.load import Demand, saturation_percent
 from coserve_engine.plan import Policy, View
-from coserve_engine.schedule import decide
+from coserve_engine.schedule import IDLE_SHARE, WAIT_SHARE, decide
 from coserve_engine.simulate import world
 from coserve_engine.simulate.__main__ import main
 from coserve_engine.simulate.bound import capacity, service_s, work_conserving_bound
@@ -131,6 +132,23 @@ def test_one_request_takes_what_its_forwards_take() -> None:
     assert times.first_s == pytest.approx(CPU.forward_s(prefill_work(0, 40, 64)))
     assert times.gaps_s == pytest.approx([turnaround_s + CPU.forward_s(ForwardWork(decode=1))] * 3)
     assert result.iterations == 4
+
+
+def longest_wait_s(setup: Setup) -> float:
+    """Of requests that come when nobody is served, beyond what the first token takes."""
+    source, prompt = random.Random(1), 16
+    arrivals = [Arrival(3.0 * i + source.random(), prompt, 1) for i in range(1, 60)]
+    waits = [times.first_s for times in World(setup, arrivals, decide).run().requests]
+    assert None not in waits
+    return max(waits) - setup.machine.forward_s(prefill_work(0, prompt, setup.tile))  # type: ignore[type-var, operator]
+
+
+def test_a_request_that_comes_to_nobody_does_not_wait_for_a_long_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(CPU.slower(3), noise=0.0)
+    layer_s = setup.ttft_s * IDLE_SHARE / setup.machine.layers
+    assert longest_wait_s(setup) < WAIT_SHARE * setup.ttft_s + layer_s
+    monkeypatch.setattr(world, "gives_way", lambda *_: False)
+    assert longest_wait_s(setup) > 2 * WAIT_SHARE * setup.ttft_s
 
 
 def test_the_same_seed_is_the_same_run(trace: list[Arrival]) -> None:

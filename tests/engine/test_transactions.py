@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from coserve_engine import schedule
 from coserve_engine.jobs import Job
 from coserve_engine.messages import AddRequest, ForwardBackward, PassDone, SamplingParams, StepDone
 from coserve_engine.numerics import Numerics
 from coserve_engine.passes import PassState
+from coserve_engine.transformer import Transformer
 
 STEPS = 8
 TIGHT = {"kv_cache_bytes": 45 * 8192, "max_model_length": 256, "numerics": Numerics(page=16)}
@@ -79,6 +82,64 @@ def test_interleaving_with_requests_leaves_no_trace(
     under_pressure(d, draw_tokens, 9)
     assert not drops
     assert torch.equal(d.parameters(), undisturbed)
+
+
+@pytest.fixture
+def gave_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers before which forwards were dropped for a request, which waits for none of them."""
+    monkeypatch.setattr(schedule, "WAIT_SHARE", 0.0)
+    layers: list[int] = []
+    forward = Transformer.forward
+
+    def spy(self: Transformer, batch: Any, cache: Any, goes_on: Callable[[int], bool]) -> torch.Tensor | None:
+        def asked(layer: int) -> bool:
+            going = goes_on(layer)
+            layers.extend([] if going else [layer])
+            return going
+
+        return forward(self, batch, cache, asked)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    return layers
+
+
+def interrupted_at_random(d: Any, commands: Any, seed: int) -> torch.Tensor:
+    """Parameters after `commands`, where it mostly looks as if a request had come."""
+    source = random.Random(seed)
+    d.submit(*commands)
+    d.run(lambda: source.random() < 0.8)
+    assert len(d.of(StepDone)) == STEPS
+    return d.parameters()  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_gives_way_leaves_no_trace(
+    driver: Any, training: Any, start_job: Any, undisturbed: torch.Tensor, gave_way: list[int]
+) -> None:
+    d = driver(jitter_s=0.004)
+    assert torch.equal(interrupted_at_random(d, (start_job(), *training(steps=STEPS)), 5), undisturbed)
+    assert len(gave_way) > 5
+
+
+def test_a_forward_that_gives_way_and_counts_as_done_breaks_it(
+    driver: Any,
+    training: Any,
+    start_job: Any,
+    undisturbed: torch.Tensor,
+    gave_way: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = Transformer.forward
+
+    def hasty(self: Transformer, batch: Any, cache: Any, goes_on: Callable[[int], bool]) -> torch.Tensor:
+        hidden = forward(self, batch, cache, goes_on)
+        return self.weights.embed[batch.tokens] if hidden is None else hidden
+
+    monkeypatch.setattr(Transformer, "forward", hasty)
+    d = driver(jitter_s=0.004)
+    assert not torch.allclose(
+        interrupted_at_random(d, (start_job(), *training(steps=STEPS)), 5), undisturbed, rtol=1e-3, atol=1e-4
+    )
+    assert len(gave_way) > 5
 
 
 def test_two_jobs_are_each_as_if_alone(

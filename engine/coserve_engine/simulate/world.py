@@ -7,12 +7,13 @@ import random
 from collections import deque
 from dataclasses import dataclass, replace
 
+from coserve_engine.cost import CostModel
 from coserve_engine.errors import OutOfPagesError
 from coserve_engine.iteration import Accounts, run_units
 from coserve_engine.load import Demand, RequestLoad, saturation_percent
 from coserve_engine.pages import PageLedger
 from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
-from coserve_engine.schedule import decide
+from coserve_engine.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.machine import Machine, calibrated
@@ -53,8 +54,8 @@ class _Request:
 
 
 class World:
-    """`finetuning`: whether there is a job. Without `stops` no arrival ends the units early (an ablation). With
-    `reports` the result has the saturation that the engine would report.
+    """`finetuning`: whether there is a job. Without `stops` no arrival ends units or a forward early (an ablation).
+    With `reports` the result has the saturation that the engine would report.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class World:
             if not plan.segments and not plan.units:
                 self._wait_for_the_next(accounts, result, seconds, idle_plans=not self._running)
                 continue
-            if plan.segments:
-                self.now += s.machine.forward_s(plan.work) * self._error()
+            if plan.segments and not self._forward(plan, view, cost):
+                accounts.rest()
+                continue
             forward_end = self.now
             self._commit(plan)
             units = run_units(plan, view, cost, lambda: self.now, self._backward, self._interrupted)
@@ -108,6 +110,19 @@ class World:
                 result.saturation.append(saturation_percent(self._demand(accounts), cost, s.ttft_s, s.tpot_s, s.tile))
         result.seconds, result.finetune_tokens = self.now, self._job.progress_tokens
         return result
+
+    def _forward(self, plan: Plan, view: View, cost: CostModel) -> bool:
+        """Move the clock to the end of the forward, or of the layer in which it is dropped for an arrival; whether it
+        came to its end.
+        """
+        layers, seconds = self.setup.machine.layers, self.setup.machine.forward_s(plan.work) * self._error()
+        if self.stops and not view.sequences and self._next < len(self.arrivals):
+            layer = math.ceil(layers * max(0.0, self.arrivals[self._next].at_s - self.now) / seconds)
+            if layer < layers and gives_way(plan, view, cost, layer / layers):
+                self.now += seconds * layer / layers
+                return False
+        self.now += seconds
+        return True
 
     def _error(self) -> float:
         return math.exp(self._noise.gauss(0.0, self.setup.noise))
