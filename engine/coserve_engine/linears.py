@@ -45,9 +45,11 @@ class PlainLinear:
 def by_inputs(weight: torch.Tensor) -> torch.Tensor:
     """A weight [out, in] of no fewer outputs than inputs, on a CPU, laid out with the outputs of one input side by
     side; any other as it is. BLAS reads it in order then: 1.1 to 1.2 times as fast in forward, no slower in backward.
+    Widths that are no multiples of 8 stay: a row's bits would depend on its place.
     """
     out, into = weight.shape
-    return weight.t().contiguous().t() if out >= into and weight.device.type == "cpu" else weight
+    fits = out >= into and out % 8 == into % 8 == 0 and weight.device.type == "cpu"
+    return weight.t().contiguous().t() if fits else weight
 
 
 class PackedLinear:
@@ -82,12 +84,12 @@ def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def differing_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numerics: Numerics) -> list[int]:
-    """Row counts among PROBED_ROWS for which the last rows of x [max(PROBED_ROWS), in], copied elsewhere, give other
-    bits than among all of them: none where a row's bits depend on the row alone.
+    """Row counts among PROBED_ROWS for which the last rows of x [max(PROBED_ROWS), in], copied elsewhere and turned by
+    one place, give other bits than among all of them: none where a row's bits depend on the row alone.
     """
     whole = product(x)
     counts = (rows for rows in PROBED_ROWS if rows % numerics.row_multiple == 0)
-    return [rows for rows in counts if not torch.equal(product(x[-rows:].clone()), whole[-rows:])]
+    return [rows for rows in counts if not torch.equal(product(x[-rows:].roll(1, 0)), whole[-rows:].roll(1, 0))]
 
 
 class LinearChoice:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coserve_engine import linears
-from coserve_engine.linears import PROBED_ROWS, LinearChoice, PackedLinear, PlainLinear, differing_rows
+from coserve_engine.linears import PROBED_ROWS, LinearChoice, PackedLinear, PlainLinear, by_inputs, differing_rows
 from coserve_engine.numerics import Numerics
 
 CPU = torch.device("cpu")
@@ -45,6 +45,29 @@ def test_a_product_whose_bits_depend_on_the_rows_shows() -> None:
         return rows[:, :13] @ w.t()[:13] + rows[:, 13:] @ w.t()[13:]
 
     assert differing_rows(halves, x, Numerics()) == [rows for rows in PROBED_ROWS if rows <= 48]
+
+
+def test_a_product_whose_bits_depend_on_a_rows_place_shows() -> None:
+    def second(rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.tensor([1.0, 1.0 + 1e-6]).repeat(rows.shape[0] // 2).unsqueeze(1)
+
+    assert differing_rows(second, draw(PROBED_ROWS[-1], 64), Numerics()) == list(PROBED_ROWS)
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, (64, 64), (24, 16)))
+def test_a_layout_by_inputs_keeps_a_rows_bits(shape: tuple[int, int]) -> None:
+    weight = draw(*shape)
+    laid = by_inputs(weight)
+    assert torch.equal(laid, weight)
+    assert laid.t().is_contiguous() == (shape[0] >= shape[1])
+    plain, x, dy = PlainLinear(laid), draw(PROBED_ROWS[-1], shape[1], seed=2), draw(PROBED_ROWS[-1], shape[0], seed=3)
+    assert differing_rows(plain.forward, x, Numerics()) == []
+    assert differing_rows(plain.backward, dy, Numerics()) == []
+
+
+def test_widths_that_leave_tails_keep_their_layout() -> None:
+    assert by_inputs(draw(10, 8)).is_contiguous()
+    assert by_inputs(draw(16, 12)).is_contiguous()
 
 
 def test_it_gives_way_to_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
