@@ -146,9 +146,9 @@ def timed(d: Any, monkeypatch: pytest.MonkeyPatch, row_s: float = 5e-4, unit_s: 
     executor = d.engine.executor
     forward, backward = executor.forward, executor.backward
 
-    def slow_forward(segments: Any, sequences: Any) -> Any:
+    def slow_forward(segments: Any, *rest: Any) -> Any:
         d.clock.now += 0.01 + row_s * sum(segment.length for segment in segments)
-        return forward(segments, sequences)
+        return forward(segments, *rest)
 
     def slow_backward(unit: Any) -> None:
         d.clock.now += unit_s * (unit.end - unit.first)

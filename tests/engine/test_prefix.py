@@ -131,12 +131,12 @@ def write_shared(d: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ledger, found, page = d.engine.executor.ledger, [], d.engine.executor.numerics.page
     forward = d.engine.executor.forward
 
-    def spy(segments: Any, rows: Any) -> Any:
+    def spy(segments: Any, rows: Any, *rest: Any) -> Any:
         for segment in segments:
             if segment.slot in rows:
                 pages = rows[segment.slot].pages[segment.start // page : -(-(segment.start + segment.length) // page)]
                 found.extend(p for p in pages if ledger.shared(p))
-        return forward(segments, rows)
+        return forward(segments, rows, *rest)
 
     monkeypatch.setattr(d.engine.executor, "forward", spy)
     return found
