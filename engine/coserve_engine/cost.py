@@ -39,13 +39,16 @@ class Predictor:
         """(features, seconds) of one iteration."""
         kept, errors, warm = [], [], self._fit.warm
         for x, seconds in samples:
-            predicted = self.seconds(x)
+            predicted, counted = self.seconds(x), seconds
             if predicted > 0:
                 ratio = seconds / predicted
                 self.error.update(ratio)
                 if warm:
-                    errors.append(min(SPEED_CLIP, max(-SPEED_CLIP, math.log(max(ratio, 1e-3)))))
-            kept.append((x, min(seconds, OUTLIER * predicted) if warm and predicted > 0 else seconds))
+                    error = math.log(ratio if ratio > 1e-3 else 1e-3)
+                    errors.append(error if -SPEED_CLIP < error < SPEED_CLIP else math.copysign(SPEED_CLIP, error))
+                    if seconds > OUTLIER * predicted:
+                        counted = OUTLIER * predicted
+            kept.append((x, counted))
         if errors:
             # Towards 1 by itself: the fit catches up with a change that lasts.
             self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from bisect import bisect_left, insort
 from collections import deque
 
 QUANTILE = 0.99
@@ -14,15 +14,17 @@ class _Ranked:
     """The last `size` values, also in order."""
 
     def __init__(self, size: int) -> None:
-        self._recent: deque[float] = deque(maxlen=size)
+        self._size = size
+        self._recent: deque[float] = deque()
         self.ranked: list[float] = []
 
     def add(self, value: float) -> None:
         """Take one more in the place of the oldest."""
-        if len(self._recent) == self._recent.maxlen:
-            self.ranked.pop(bisect.bisect_left(self.ranked, self._recent[0]))
-        self._recent.append(value)
-        bisect.insort(self.ranked, value)
+        recent, ranked = self._recent, self.ranked
+        if len(recent) == self._size:
+            del ranked[bisect_left(ranked, recent.popleft())]
+        recent.append(value)
+        insort(ranked, value)
 
 
 class ErrorBound:
@@ -44,10 +46,11 @@ class ErrorBound:
     def update(self, ratio: float) -> None:
         """Learn one actual / predicted."""
         missed = ratio > self.ratio
-        self._shift += self._step * (missed - self._miss_rate)
-        self._shift = min(1.0, max(-0.05, self._shift))
+        shift = self._shift + self._step * (missed - self._miss_rate)
+        self._shift = shift = shift if -0.05 < shift < 1.0 else min(1.0, max(-0.05, shift))
         self._last.add(ratio)
-        self.ratio = min(self._ceiling, max(1.02, self._quantile() + self._shift))
+        bound = self._quantile() + shift
+        self.ratio = bound if 1.02 < bound < self._ceiling else min(self._ceiling, max(1.02, bound))
 
     @property
     def spread(self) -> float:
@@ -57,11 +60,11 @@ class ErrorBound:
 
     def _quantile(self) -> float:
         ranked, count = self._last.ranked, len(self._last.ranked)
-        if count < 8:
-            return max(1.4, min(2.0, ranked[-1]))
-        top = ranked[min(count - 1, int(QUANTILE * count))]
+        top = ranked[int(QUANTILE * count)]
         if count >= YOUNG:
             return top
+        if count < 8:
+            return max(1.4, min(2.0, ranked[-1]))
         middle = ranked[count // 2]
         return min(top, middle + 6 * (ranked[int(0.84 * count)] - middle) + 0.05)
 
