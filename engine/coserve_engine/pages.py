@@ -1,5 +1,5 @@
 """Who holds which page of the KV cache, and which pages can be found again by what they hold. Only counts, ids and
-keys: the simulator and the engine can share it.
+keys, no tensors.
 
 A page is free, held by one pass, held by one or more requests, or cached: held by nobody, but full of tokens that a
 later request may begin with. Cached pages are given away last, and of those the one that was left first, as far as

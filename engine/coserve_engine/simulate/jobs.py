@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from coserve_engine.errors import OutOfPagesError
-from coserve_engine.pages import PageLedger
 from coserve_engine.plan import Kind, PassShape, PassView, Segment, Unit
+from coserve_engine.simulate.pool import PagePool
 
 MAX_LIVE = 2
 
@@ -15,10 +14,8 @@ class Job:
     The next step's passes open once all of this step's are done, since they need its parameters.
     """
 
-    def __init__(
-        self, ledger: PageLedger, layers: int, tile: int, page: int, tokens: int, passes_per_step: int
-    ) -> None:
-        self._ledger, self._layers, self._per_step = ledger, layers, passes_per_step
+    def __init__(self, pool: PagePool, layers: int, tile: int, page: int, tokens: int, passes_per_step: int) -> None:
+        self._pool, self._layers, self._per_step = pool, layers, passes_per_step
         count, rest = divmod(tokens, tile)
         rows = [tile] * count + [rest] * (rest > 0)
         tiles = tuple((n, (index + 1) * tile) for index, n in enumerate(rows))
@@ -36,12 +33,10 @@ class Job:
         for number, view in list(self.passes.items()):
             if view.layer < 0:
                 del self.passes[number]
-                self._ledger.free(f"pass:{number}")
+                self._pool.give(self._pages)
                 self.done += 1
         while may_open and len(self.passes) < MAX_LIVE and self._next_step() == self.done // self._per_step:
-            try:
-                self._ledger.reserve(f"pass:{self._opened}", self._pages)
-            except OutOfPagesError:
+            if not self._pool.take(self._pages):
                 return
             shape = self._shape.like(self._opened)
             self.passes[self._opened] = PassView(shape, 0, self._layers, len(shape.tiles))
@@ -54,8 +49,8 @@ class Job:
         """Give a pass up for its pages; it starts again later."""
         if not self.passes:
             return False
-        number, _ = self.passes.popitem()
-        self._ledger.free(f"pass:{number}")
+        self.passes.popitem()
+        self._pool.give(self._pages)
         return True
 
     def window(self, segment: Segment) -> None:

@@ -8,15 +8,14 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from coserve_engine.cost import CostModel
-from coserve_engine.errors import OutOfPagesError
 from coserve_engine.iteration import Accounts, run_units
 from coserve_engine.load import Demand, RequestLoad, saturation_percent
-from coserve_engine.pages import PageLedger
 from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
 from coserve_engine.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.machine import Machine, calibrated
+from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival
 
@@ -75,9 +74,9 @@ class World:
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._noise = random.Random(setup.seed)
-        self._ledger = PageLedger(setup.kv_pages)
+        self._pool = PagePool(setup.kv_pages)
         self._job = Job(
-            self._ledger, setup.machine.layers, setup.tile, setup.page, setup.pass_tokens, setup.passes_per_step
+            self._pool, setup.machine.layers, setup.tile, setup.page, setup.pass_tokens, setup.passes_per_step
         )
 
     def run(self, seconds: float = math.inf) -> Result:
@@ -147,18 +146,15 @@ class World:
             result.requests.append(times)
             view = SequenceView.of(self._next, 0, a.prompt, a.at_s, None, self.setup.ttft_s, self.setup.tpot_s)
             end = a.prompt + a.output
-            if self._pages(end) > self._ledger.total:
-                raise SimulationError(f"a request of {end} tokens needs more than the {self._ledger.total} KV pages")
+            if self._pages(end) > self._pool.total:
+                raise SimulationError(f"a request of {end} tokens needs more than the {self._pool.total} KV pages")
             self._waiting.append(_Request(view, end, times, accounts.time.finetune_s))
         while self._waiting and len(self._running) < self.setup.max_requests:
             request = self._waiting[0]
-            try:
-                self._ledger.reserve(f"request:{request.view.slot}", self._pages(request.end))
-            except OutOfPagesError:
-                if not self._job.drop_youngest():
-                    return
-                continue
-            self._running[request.view.slot] = self._waiting.popleft()
+            if self._pool.take(self._pages(request.end)):
+                self._running[request.view.slot] = self._waiting.popleft()
+            elif not self._job.drop_youngest():
+                return
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.setup.page)
@@ -178,10 +174,10 @@ class World:
         )
 
     def _commit(self, plan: Plan) -> None:
-        now, ttft_s, tpot_s = self.now, self.setup.ttft_s, self.setup.tpot_s
+        now, ttft_s, tpot_s, finetune = self.now, self.setup.ttft_s, self.setup.tpot_s, Kind.FINETUNE
         for segment in plan.segments:
             kind, slot, start, length, sample = segment
-            if kind is Kind.FINETUNE:
+            if kind is finetune:
                 self._job.window(segment)
                 continue
             request, done = self._running[slot], start + length
@@ -197,7 +193,7 @@ class World:
             request.view = SequenceView.of(slot, done, done + 1, arrival_s, now, ttft_s, tpot_s)
             if done + 1 >= request.end:
                 del self._running[slot]
-                self._ledger.free(f"request:{slot}")
+                self._pool.give(self._pages(request.end))
 
     def _backward(self, unit: Unit) -> None:
         shape = self._job.passes[unit.pass_id].shape
@@ -209,7 +205,8 @@ class World:
             RequestLoad(r.view.done, r.view.known, r.last_s is None, r.view.arrival, r.finetune_s)
             for r in (*self._running.values(), *self._waiting)
         )
-        return Demand.of(requests, self.now, accounts.time, self._ledger.held_by("request:"), self._ledger.total)
+        held_pages = sum(self._pages(request.end) for request in self._running.values())
+        return Demand.of(requests, self.now, accounts.time, held_pages, self._pool.total)
 
 
 def alone_tokens_per_s(setup: Setup, seconds: float = 60.0) -> float:
