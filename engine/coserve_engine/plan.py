@@ -20,6 +20,7 @@ from coserve_engine.work import (
     UnitWork,
     decode_work,
     keys_read,
+    make,
     mean_reaches,
     prefill_work,
 )
@@ -92,7 +93,8 @@ class SequenceView(NamedTuple):
         """The deadline rule: the first token within `ttft_s` of arrival, each later one within `tpot_s` of the `last`
         (None: there is none yet).
         """
-        return cls(slot, done, known, arrival + ttft_s if last is None else last + tpot_s, arrival, tpot_s)
+        deadline = arrival + ttft_s if last is None else last + tpot_s
+        return make(cls, (slot, done, known, deadline, arrival, tpot_s))
 
     @property
     def decoding(self) -> bool:
@@ -101,11 +103,15 @@ class SequenceView(NamedTuple):
 
 def split(sequences: Sequence[SequenceView]) -> tuple[list[SequenceView], list[SequenceView]]:
     """Those that decode, and those with more of a prompt to compute."""
-    decoding: list[SequenceView] = []
-    prompts: list[SequenceView] = []
-    for sequence in sequences:
-        (decoding if sequence.decoding else prompts).append(sequence)
+    decoding = [s for s in sequences if s.known - s.done == 1 and s.done > 0]
+    prompts = [s for s in sequences if not s.decoding] if len(decoding) < len(sequences) else []
     return decoding, prompts
+
+
+def decode_segments(decoding: list[SequenceView]) -> list[Segment]:
+    """The next row of each, and a token of it."""
+    kind = Kind.DECODE
+    return [make(Segment, (kind, s.slot, s.done, 1, True)) for s in decoding]
 
 
 class PassShape:

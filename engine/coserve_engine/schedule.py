@@ -14,7 +14,7 @@ from math import inf
 from coserve_engine import finetuning, prefill
 from coserve_engine.cost import CostModel
 from coserve_engine.finetuning import Room
-from coserve_engine.plan import Kind, PassShape, PassView, Plan, Segment, SequenceView, Unit, View, split
+from coserve_engine.plan import PassShape, PassView, Plan, SequenceView, Unit, View, decode_segments, split
 from coserve_engine.work import NO_WORK, ForwardWork, decode_work
 
 IDLE_SHARE = 0.5
@@ -30,7 +30,7 @@ iteration stops for it, or the rest of a forward, which is dropped where that is
 def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     """Plan one iteration. An empty plan has neither segments nor units."""
     decoding, prompts = split(view.sequences)
-    segments = [Segment(Kind.DECODE, s.slot, s.done, 1, True) for s in decoding]
+    segments = decode_segments(decoding)
     decode = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
     left_s = min([s.deadline for s in decoding], default=inf) - view.now
     chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, left_s)
