@@ -27,9 +27,10 @@ class Room(NamedTuple):
     bound_s: float
     expected_s: float
 
-    def holds(self, forward_s: float, cost: CostModel) -> bool:
-        """Whether it has room for a forward of so many expected seconds."""
-        return forward_s * cost.forward_ratio <= self.bound_s and forward_s <= self.expected_s
+    def holds(self, forward_s: float, ratio: float) -> bool:
+        """Whether it has room for a forward of so many expected seconds, where the bound is `ratio` times as many."""
+        bound_s, expected_s = self
+        return forward_s * ratio <= bound_s and forward_s <= expected_s
 
 
 def windows(
@@ -61,10 +62,11 @@ def _most_tiles(
     shape: PassShape, first: int, last: int, max_rows: int, cost: CostModel, work: ForwardWork, room: Room
 ) -> int:
     """Where the largest window from tile `first`, up to `last`, ends that fits beside `work`."""
+    ratio = cost.forward_ratio
 
     def too_many(end: int) -> bool:
         more = work.plus(shape.forward(first, end))
-        return more.rows > max_rows or not room.holds(cost.forward_s(more), cost)
+        return more.rows > max_rows or not room.holds(cost.forward_s(more), ratio)
 
     return first + bisect_left(range(first + 1, last + 1), True, key=too_many)
 
@@ -80,20 +82,22 @@ def next_windows(
         room: what units and the next forward may take together.
     """
     waiting = [p for p in passes if not p.forward_done]
-    backward_s = sum(_backward_s(p, cost) for p in passes if p.forward_done)
-    if not waiting or backward_s <= 0:
+    if not waiting or len(waiting) == len(passes):
         return decode
-    base_s = cost.forward_s(decode)
+    backward_s = sum([_backward_s(p, cost) for p in passes if p.forward_done])
+    if backward_s <= 0:
+        return decode
+    base_s, ratio = cost.forward_s(decode), cost.forward_ratio
     forward_s = sum(
-        cost.forward_s(decode.plus(p.shape.forward(p.fwd_tile, len(p.shape.tiles)))) - base_s for p in waiting
+        [cost.forward_s(decode.plus(p.shape.forward(p.fwd_tile, len(p.shape.tiles)))) - base_s for p in waiting]
     )
-    free_s = min(room.bound_s - base_s * cost.forward_ratio, room.expected_s - base_s)
+    free_s = min(room.bound_s - base_s * ratio, room.expected_s - base_s)
     wanted_s = max(0.0, free_s) * forward_s / (forward_s + backward_s)
     work, work_s, shape, first = decode, base_s, waiting[0].shape, waiting[0].fwd_tile
     for end in range(first + 1, len(shape.tiles) + 1):
         more = decode.plus(shape.forward(first, end))
         more_s = cost.forward_s(more)
-        if wanted_s < (more_s - work_s) / 2 or more.rows > max_rows or not room.holds(more_s, cost):
+        if wanted_s < (more_s - work_s) / 2 or more.rows > max_rows or not room.holds(more_s, ratio):
             break
         work, work_s, wanted_s = more, more_s, wanted_s - (more_s - work_s)
     return work
@@ -142,13 +146,17 @@ def _largest_unit(shape: PassShape, cost: CostModel, layer: int, end: int, limit
     the limit; of one tile if none has.
     """
     ratio = cost.unit_ratio(head=layer == shape.layers)
-
-    def fits(first: int) -> bool:
-        return cost.unit_s(shape.backward(layer, first, end)) * ratio <= limit_s
-
-    lowest = max(0, end - UNIT_TILES)
-    first = lowest + bisect_left(range(lowest, end - 1), True, key=fits)
+    low, first = max(0, end - UNIT_TILES), end - 1
     expected_s = cost.unit_s(shape.backward(layer, first, end))
+    if expected_s * ratio > limit_s:
+        low = first
+    while low < first:
+        middle = (low + first) // 2
+        longer_s = cost.unit_s(shape.backward(layer, middle, end))
+        if longer_s * ratio <= limit_s:
+            first, expected_s = middle, longer_s
+        else:
+            low = middle + 1
     return first, expected_s * ratio, expected_s
 
 
