@@ -131,10 +131,10 @@ class CostModel:
         """Learn from an outcome."""
         if not forward.empty:
             self._forward.learn(((forward.features(), forward_s),))
-        if units:
-            for predictor, head in ((self._unit, False), (self._head, True)):
-                samples = [(work.features(), seconds) for work, seconds in units if work.head is head]
-                if samples:
-                    predictor.learn(samples)
+        samples: dict[bool, list[tuple[Features, float]]] = {}
+        for unit, seconds in units:
+            samples.setdefault(unit.head, []).append((unit.features(), seconds))
+        for head, of_kind in samples.items():
+            (self._head if head else self._unit).learn(of_kind)
         if turnaround_s is not None:
             self._turnaround.update(turnaround_s)

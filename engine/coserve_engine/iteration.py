@@ -62,7 +62,11 @@ class Accounts:
         """An iteration that began at `view.now` has ended with `units`."""
         cost = self._cost
         forward_s = forward_end - view.now
-        unit_s = sum(seconds for _, seconds in units)
+        unit_s, units_expected_s, backward_rows = 0.0, 0.0, 0
+        for work, seconds in units:
+            unit_s += seconds
+            units_expected_s += cost.unit_s(work)
+            backward_rows += 0 if work.head else work.rows
         end = forward_end + unit_s
         turnaround_s = None if self._last_end is None else view.now - self._last_end
         total_s, serving_s = cost.forward_s(plan.work), cost.forward_s(plan.serving)
@@ -75,7 +79,6 @@ class Accounts:
             end - view.now + (turnaround_s or 0.0),
             busy=bool(view.sequences),
         )
-        predicted_s = total_s + sum(cost.unit_s(work) for work, _ in units)
         cost.observe(plan.work, forward_s, units, turnaround_s)
         self._last_end = end
         return IterationDone(
@@ -85,6 +88,6 @@ class Accounts:
             decode_tokens=plan.work.decode,
             prefill_tokens=plan.work.prefill,
             finetune_tokens=plan.work.finetune,
-            backward_tokens=sum(work.rows for work, _ in units if not work.head) / layers,
-            predicted_s=predicted_s,
+            backward_tokens=backward_rows / layers,
+            predicted_s=total_s + units_expected_s,
         )

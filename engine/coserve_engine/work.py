@@ -55,7 +55,8 @@ class UnitWork(NamedTuple):
     pairs: float
 
     def features(self) -> Features:
-        return (1.0, self.rows, self.tiles, self.pairs / 1e5)
+        _, rows, tiles, pairs = self
+        return (1.0, rows, tiles, pairs / 1e5)
 
 
 NO_WORK = ForwardWork()
