@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 from coserve_engine.simulate.bound import capacity
@@ -22,33 +22,31 @@ SLOWDOWNS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and write the plot. Returns the exit status: 2 for a flag or a trace that cannot be used."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        cases = _cases(options)
-        names = options.policies or list(named(1.0, lambda rows: rows))
-        unknown = [name for name in names if name not in named(1.0, lambda rows: rows)]
-        if unknown:
-            raise SimulationError(f"--policies names {unknown}; there are {list(named(1.0, lambda rows: rows))}")
+        setups, arrivals, names = _setups(options), _arrivals(options), _names(options)
         if options.plot is not None:
-            from coserve_engine.simulate import plot  # noqa: PLC0415  (a development dependency)
+            try:
+                from coserve_engine.simulate import plot  # noqa: PLC0415  (a development dependency)
+            except ImportError as error:
+                raise SimulationError(
+                    f"--plot needs {error.name}; install the extra 'dev' or leave --plot away"
+                ) from None
+        with ProcessPoolExecutor(options.processes) as pool:
+            cases = _cases(setups, arrivals, options.load, pool)
+            started = time.perf_counter()
+            timed = list(pool.map(_run, [(case, name, None) for case in cases for name in names]))
+            rows = [row for row, _ in timed]
+            print(table(rows))
+            frontier: list[Row] = []
+            if options.frontier:
+                slower = list(pool.map(_run, [(case, "ours", limit) for case in cases for limit in SLOWDOWNS]))
+                timed, frontier = timed + slower, [row for row, _ in slower]
+                print("\nours with finetuning.maxSlowdownPercent 0, 25, 50, 100, 200, 400, 800, none")
+                print(table(frontier))
     except SimulationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
-        print(f"error: --plot needs {error.name}; install the extra 'dev' or leave --plot away", file=sys.stderr)
-        return 2
-    started = time.perf_counter()
-    with ProcessPoolExecutor(options.processes) as pool:
-        timed = list(pool.map(_run, [(case, name, None) for case in cases for name in names]))
-        rows = [row for row, _ in timed]
-        print(table(rows))
-        frontier: list[Row] = []
-        if options.frontier:
-            slower = list(pool.map(_run, [(case, "ours", limit) for case in cases for limit in SLOWDOWNS]))
-            timed, frontier = timed + slower, [row for row, _ in slower]
-            print("\nours with finetuning.maxSlowdownPercent 0, 25, 50, 100, 200, 400, 800, none")
-            print(table(frontier))
     print(_pace(timed, time.perf_counter() - started))
     if options.plot is not None:
         plot.draw(rows, frontier, options.plot)
@@ -93,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cases(options: argparse.Namespace) -> list[Case]:
+def _setups(options: argparse.Namespace) -> list[Setup]:
     for flag, values in (
         ("--slo-ms", options.slo_ms),
         ("--load", options.load),
@@ -111,10 +109,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     if options.requests < 2:
         raise SimulationError(f"--requests is {options.requests}; at least 2 are needed")
     machine = read_machine(options.cost)
-    arrivals = _arrivals(options)
-    cases = []
-    for slo_ms in options.slo_ms:
-        setup = Setup(
+    return [
+        Setup(
             machine,
             ttft_s=options.ttft_ms / 1e3,
             tpot_s=slo_ms / 1e3,
@@ -122,12 +118,32 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             seed=options.seed,
             kv_pages=options.kv_pages,
         )
-        most = capacity(setup, arrivals)
-        if most == 0:
-            raise SimulationError(f"--slo-ms is {slo_ms}: serving alone never keeps it here; choose a longer one")
-        alone = alone_tokens_per_s(setup)
-        print(f"SLO {slo_ms:.0f} ms: load 100 % is {most:.2f} requests/s; finetuning alone {alone:.0f} tokens/s")
-        cases += [Case(setup, tuple(arrivals), most, alone, load) for load in options.load]
+        for slo_ms in options.slo_ms
+    ]
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    known = list(named(1.0, lambda rows: rows))
+    names: list[str] = options.policies or known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SimulationError(f"--policies names {unknown}; there are {known}")
+    return names
+
+
+def _cases(setups: list[Setup], arrivals: list[Arrival], loads: list[float], pool: Executor) -> list[Case]:
+    alone = pool.map(alone_tokens_per_s, setups)
+    most = pool.map(capacity, setups, [arrivals] * len(setups))
+    cases = []
+    for setup, requests_per_s, tokens_per_s in zip(setups, most, alone, strict=True):
+        slo_ms = 1e3 * setup.tpot_s
+        if requests_per_s == 0:
+            raise SimulationError(f"--slo-ms is {slo_ms:g}: serving alone never keeps it here; choose a longer one")
+        print(
+            f"SLO {slo_ms:.0f} ms: load 100 % is {requests_per_s:.2f} requests/s; "
+            f"finetuning alone {tokens_per_s:.0f} tokens/s"
+        )
+        cases += [Case(setup, tuple(arrivals), requests_per_s, tokens_per_s, load) for load in loads]
     return cases
 
 

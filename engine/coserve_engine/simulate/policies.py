@@ -34,7 +34,7 @@ class Entry:
 
 def serving_alone(view: View, cost: CostModel, plan_id: int) -> Plan:
     """No finetuning."""
-    return decide(replace(view, passes=()), cost, plan_id)
+    return decide(replace(view, passes=()) if view.passes else view, cost, plan_id)
 
 
 def _with(plan: Plan, view: View, cost: CostModel, segments: list[Segment], units: tuple[Unit, ...]) -> Plan:
