@@ -122,7 +122,7 @@ class Finetuning(SpecModel):
 class Engine(SpecModel):
     """The engine's size in each agent."""
 
-    max_batch_tokens: Annotated[int, Field(ge=16, le=65_536)] = 512
+    max_batch_tokens: Annotated[int, Field(ge=128, le=65_536)] = 512
     """The most tokens of one iteration."""
     kv_cache_memory: Memory = "256Mi"
     """Memory of the paged KV cache, of inference and finetuning together."""

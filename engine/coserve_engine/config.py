@@ -100,8 +100,8 @@ class EngineConfig:
     Args:
         model_path: a Hugging Face folder (config.json, safetensors).
         max_model_length: tokens of prompt and output together.
-        max_batch_tokens: rows of one forward.
-        max_requests: requests that run at once; others wait.
+        max_batch_tokens: rows of one forward. A finetuning window needs a tile of them beside the decode rows.
+        max_requests: requests that run at once, fewer where `max_batch_tokens` is small; others wait.
         max_waiting: requests that wait; more are refused.
         kv_cache_bytes: size of the page pool.
         ttft_s, tpot_s: the promise: time to first token, and between tokens, in seconds.
@@ -129,3 +129,11 @@ class EngineConfig:
     dtype: str = "float32"
     device: str = "cpu"
     numerics: Numerics = field(default_factory=Numerics)
+
+    @property
+    def places(self) -> int:
+        """Requests that run at once: their decode rows leave a tile of a forward, or half of a short one, to prompts
+        and windows, which would never run otherwise.
+        """
+        rest = min(self.numerics.tile, self.max_batch_tokens // 2)
+        return max(1, min(self.max_requests, self.max_batch_tokens - rest))

@@ -118,9 +118,11 @@ def _backward_s(owner: PassView, cost: CostModel) -> float:
 
 def units(passes: tuple[PassView, ...], cost: CostModel, budget_s: float, longest_s: float) -> tuple[Unit, ...]:
     """Backward units in order, as large as fit: what those before are expected to take and the bound of the last one
-    stay within the budget; none but a unit of one tile is longer than `longest_s`.
+    stay within the budget; none but a unit of one tile is longer than `longest_s`. A pass whose next unit would not
+    even fit alone lets the others go first.
     """
     planned: list[Unit] = []
+    whole_s = budget_s
     for owner in passes:
         if not owner.forward_done:
             continue
@@ -133,6 +135,8 @@ def units(passes: tuple[PassView, ...], cost: CostModel, budget_s: float, longes
             if largest is None or largest[1] > budget_s:
                 largest = known[alike] = _largest_unit(shape, cost, layer, end, min(budget_s, longest_s))
             first, bound_s, expected_s = largest
+            if bound_s > whole_s:
+                break
             if bound_s > budget_s:
                 return tuple(planned)
             planned.append(Unit(shape.id, layer, first, end))

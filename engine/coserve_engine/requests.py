@@ -168,7 +168,7 @@ class RequestTable:
 
         Returns the pages that the first one left lacks, 0 if none.
         """
-        while self.waiting and len(self.running) < self._config.max_requests:
+        while self.waiting and len(self.running) < self._config.places:
             request = self.waiting[0]
             hits, comes_soon = self._look_up(request)
             if comes_soon:

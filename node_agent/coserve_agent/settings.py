@@ -74,7 +74,7 @@ class AgentSettings(RedisSettings):
     max_concurrent_jobs: int = Field(1, ge=1, le=64)
     max_slowdown_percent: Annotated[int | None, Field(ge=0), BeforeValidator(_blank_is_none)] = None
     pass_bytes: Annotated[int | None, Field(ge=1), BeforeValidator(_blank_is_none)] = None
-    max_batch_tokens: int = Field(512, ge=1)
+    max_batch_tokens: int = Field(512, ge=128)
     kv_cache_bytes: int = Field(256 << 20, ge=1)
     threads: int = Field(1, ge=1, le=1024)
     artifacts: Path = Path("/artifacts")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coserve_engine.config import EngineConfig
 from coserve_engine.messages import (
     AdapterVersion,
     AddRequest,
@@ -74,6 +75,25 @@ def test_a_cancelled_request_is_silent(driver: Any, steps: int) -> None:
     assert {token.request_id for token in later} == {"second"}
     assert len(d.tokens()["second"]) == 4
     assert d.failures == []
+
+
+def test_a_prompt_comes_to_its_turn_beside_a_full_forward(driver: Any, draw_tokens: Any) -> None:
+    """As many requests would decode as a forward has rows."""
+    d = driver(max_batch_tokens=32)
+    for n in range(32):
+        d.submit(AddRequest(f"r{n}", draw_tokens(n, 3), SamplingParams(40, ignore_eos=True), d.clock.now))
+    d.submit(AddRequest("late", draw_tokens(99, 20), SamplingParams(1, ignore_eos=True), d.clock.now))
+    most = 0
+    while not d.engine.idle:
+        d.step()
+        most = max(most, len(d.engine.requests.running))
+    assert most == d.engine.config.places == 16
+    assert len(d.tokens()["late"]) == 1
+
+
+@pytest.mark.parametrize(("rows", "places"), ((512, 64), (128, 64), (100, 50), (16, 8), (1, 1)))
+def test_decode_leaves_room_for_prompts(rows: int, places: int) -> None:
+    assert EngineConfig("", max_batch_tokens=rows).places == places
 
 
 def test_a_waiting_request_can_be_cancelled(driver: Any) -> None:

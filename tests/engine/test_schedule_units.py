@@ -11,7 +11,7 @@ from schedule_views import TILE, Linear, costs, decoding, eight_tiles, long_pass
 
 from coserve_engine.plan import Kind, PassShape, PassView, Plan, Unit, View
 from coserve_engine.schedule import IDLE_SHARE, WAIT_SHARE, decide, fitting_unit, gives_way
-from coserve_engine.work import ForwardWork, decode_work
+from coserve_engine.work import ForwardWork, UnitWork, decode_work
 
 
 def unit_seconds(plan: Plan, view: View, cost: Linear) -> float:
@@ -154,6 +154,17 @@ def test_passes_are_served_in_the_order_given() -> None:
     assert plan.units and {u.pass_id for u in plan.units} == {7}
     plan = decide(replace(view_of(*decoding(1)), passes=(second, first)), Linear(1e-4), 0)
     assert {u.pass_id for u in plan.units} == {3}
+
+
+def test_a_unit_that_never_fits_keeps_no_other_pass_back() -> None:
+    class SlowHead(Linear):
+        def unit_s(self, work: ForwardWork | UnitWork) -> float:
+            return 1.0 if isinstance(work, UnitWork) and work.head else 1e-3
+
+    head, layers = (PassView(PassShape(n, eight_tiles().tiles, 3, True), 8, layer, 8) for n, layer in ((1, 3), (2, 2)))
+    for passes in ((head, layers), (layers, head)):
+        plan = decide(replace(view_of(*decoding(1)), passes=passes), SlowHead(1e-4), 0)
+        assert plan.units and {u.pass_id for u in plan.units} == {2}
 
 
 def test_forward_keeps_up_with_backward() -> None:

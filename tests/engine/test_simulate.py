@@ -298,6 +298,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
         (["--drawn", "1", "--cost", "tpu"], ["tpu", "cpu"]),
         (["--drawn", "1", "--requests", "20", "--slo-ms", "1"], ["--slo-ms", "longer"]),
         (["--drawn", "1", *QUICK, "--policies", "best"], ["best", "ours"]),
+        (["--drawn", "1", *QUICK, "--policies", "temporal 1:0"], ["temporal 1:0", "temporal 1:N"]),
     ],
 )
 def test_wrong_flags_are_explained(options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

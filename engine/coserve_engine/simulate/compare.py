@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from coserve_engine.simulate.bound import part, work_conserving_bound
-from coserve_engine.simulate.policies import named
+from coserve_engine.simulate.policies import policy_named
 from coserve_engine.simulate.trace import Arrival, at_rate
 from coserve_engine.simulate.world import Setup, World
 from coserve_engine.work import ForwardWork
@@ -45,7 +45,7 @@ class Case:
         """Run one policy."""
         setup = replace(self.setup, max_slowdown=max_slowdown)
         machine = setup.machine
-        entry = named(setup.tpot_s, lambda rows: machine.forward_s(ForwardWork(prefill=rows)))[name]
+        entry = policy_named(name, setup.tpot_s, lambda rows: machine.forward_s(ForwardWork(prefill=rows)))
         rate = self.capacity * self.load_percent / 100
         arrivals = at_rate(list(self.arrivals), rate)
         used = setup if entry.share is None else part(setup, entry.share)

@@ -6,6 +6,7 @@ an iteration, backward by whole layers), the loop is Loquetier's (five decode st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -15,6 +16,7 @@ from coserve_engine.cost import CostModel
 from coserve_engine.finetuning import Room
 from coserve_engine.plan import Kind, PassView, Plan, Policy, Segment, Unit, View, empty_plan, forward_work, split
 from coserve_engine.schedule import decide
+from coserve_engine.simulate.errors import SimulationError
 
 FLEXLLM_ROWS = 256
 LOQUETIER_STEPS = 5
@@ -213,3 +215,25 @@ def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
         "ours, window 128": Entry(fixed_window(2)),
         "ours, no model": Entry(no_latency_model(rows), stops=False),
     }
+
+
+SCALED: dict[str, Callable[..., Entry]] = {
+    r"temporal 1:([1-9]\d*)": lambda steps: Entry(temporal(steps), stops=False),
+    r"split ([1-9]\d*)/([1-9]\d*)": lambda a, b: Entry(serving_alone, finetuning=False, share=a / (a + b)),
+    r"fixed ([1-9]\d*) rows": lambda rows: Entry(fixed_budget(rows), stops=False),
+}
+"""Policies of any ratio or budget, by the form of their names."""
+
+
+def policy_named(name: str, tpot_s: float, cost: Callable[[int], float]) -> Entry:
+    """One of `named`, or of SCALED. Raises SimulationError: there is none of that name."""
+    entries = named(tpot_s, cost)
+    if name in entries:
+        return entries[name]
+    for form, made in SCALED.items():
+        found = re.fullmatch(form, name)
+        if found:
+            return made(*map(int, found.groups()))
+    raise SimulationError(
+        f"--policies names {name!r}; there are {list(entries)}, and 'temporal 1:N', 'split A/B' and 'fixed N rows'"
+    )
