@@ -1,83 +1,148 @@
-"""What an iteration costs beside the model: View, decide, the latency model's lesson and the load report.
+"""What an iteration of a real engine costs beside the model: `Engine.step` without what transformer, head, sampling,
+gradients' sums and optimizer take, and without opening and closing passes, which make tensors.
 
-Prints microseconds of each and their sum for 32 requests and two jobs with two live passes of 512 tokens each, beside
-the floor that the sum is held to: 1,000 us (half a percent of the default time per output token).
+32 requests decode and two jobs train on a small model, whose size changes nothing of this. Prints the median
+microseconds of the parts and of the whole, beside the floor that the whole is held to: 1,000 us (half a percent of the
+default time per output token).
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
-import pstats
 import random
-import timeit
-from collections.abc import Callable
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from coserve_engine.iteration import Accounts, run_units
-from coserve_engine.load import Demand, saturation_percent
-from coserve_engine.plan import PassShape, PassView, SequenceView, View
-from coserve_engine.schedule import decide
-from coserve_engine.simulate.machine import CPU, calibrated
+from random_model import VOCAB, write_random_model
+
+from coserve_engine import engine as engine_module
+from coserve_engine import executor as executor_module
+from coserve_engine import jobs, serving
+from coserve_engine.config import LINEARS, EngineConfig
+from coserve_engine.engine import Engine
+from coserve_engine.executor import Executor
+from coserve_engine.host import settle
+from coserve_engine.iteration import Accounts
+from coserve_engine.job_table import JobTable
+from coserve_engine.messages import (
+    AddRequest,
+    ForwardBackward,
+    IterationDone,
+    LoraSpec,
+    OptimStep,
+    Pass,
+    SamplingParams,
+    StartJob,
+    TrainSeq,
+)
+from coserve_engine.serving import Serving
+from coserve_engine.transformer import Transformer
 
 FLOOR_US = 1000.0
-TILE = 64
+MODEL: tuple[tuple[Any, str], ...] = (
+    (Transformer, "forward"),
+    (Transformer, "backward"),
+    (Executor, "_logits"),
+    (Executor, "open_pass"),
+    (Executor, "close_pass"),
+    (executor_module.head, "head_unit"),
+    (serving, "choose"),
+    (serving, "finite_rows"),
+    (jobs.Job, "_commit"),
+    (jobs.Job, "_optimize"),
+)
+PARTS: tuple[tuple[str, Any, str], ...] = (
+    ("batch of the forward", executor_module, "bind"),
+    ("jobs", JobTable, "advance"),
+    ("room for requests", Serving, "make_room"),
+    ("view", Engine, "_view"),
+    ("tokens", Serving, "commit"),
+    ("units", engine_module, "run_units"),
+    ("accounts and lesson", Accounts, "close"),
+    ("load report", Engine, "_report"),
+)
 
 
-def view(requests: int, source: random.Random) -> View:
-    """`requests` that decode, and four passes: of each job one in backward and one in forward."""
-    contexts = [source.randrange(100, 900) for _ in range(requests)]
-    shape = tuple((TILE, (n + 1) * TILE) for n in range(8))
-    passes = tuple(
-        PassView(PassShape(2 * job + n, shape, 8, True), 8 * (1 - n) + 2 * n, 5 + 3 * n, 8)
-        for job in range(2)
-        for n in range(2)
-    )
-    sequences = tuple(SequenceView(n, c, c + 1, 0.2, -1.0, 0.2) for n, c in enumerate(contexts))
-    return View(0.0, sequences, passes, 0, 1.0, 0.2, 512, TILE)
+class Stopwatch:
+    """Seconds by name, those of the model apart from whatever calls it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.model_s = 0.0
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, its own time counted as `name`, or as the model's."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            model_s, started = self.model_s, time.perf_counter()
+            try:
+                return call(*args, **options)
+            finally:
+                passed_s = time.perf_counter() - started
+                if name == "model":
+                    self.model_s = model_s + passed_s
+                else:
+                    own_s = passed_s - (self.model_s - model_s)
+                    self.seconds[name] = self.seconds.get(name, 0.0) + own_s
+
+        return run
+
+    @contextmanager
+    def iteration(self) -> Iterator[None]:
+        """Counts a step anew."""
+        self.seconds, self.model_s = {}, 0.0
+        started = time.perf_counter()
+        yield
+        self.seconds["sum"] = time.perf_counter() - started - self.model_s
+
+
+def busy_engine(path: Path, requests: int) -> Engine:
+    """`requests` that decode for long, and two jobs with hundreds of passes."""
+    draw = random.Random(0)
+    engine = Engine(EngineConfig(str(path), kv_cache_bytes=128 << 20))
+    engine.ready()
+    for job in ("a", "b"):
+        engine.submit(StartJob(job, LoraSpec(8, 16.0, LINEARS), 0))
+        for n in range(400):
+            tokens = tuple(draw.randrange(VOCAB) for _ in range(500))
+            work = Pass(n, job, n // 4, n % 4, (TrainSeq(n, tokens, (1e-3,) * len(tokens)),))
+            engine.submit(ForwardBackward(job, 2 * n + 1, work))
+            engine.submit(OptimStep(job, 2 * n + 2, 1e-4))
+    for n in range(requests):
+        prompt = tuple(draw.randrange(VOCAB) for _ in range(draw.randrange(100, 600)))
+        engine.submit(AddRequest(f"r{n}", prompt, SamplingParams(400, ignore_eos=True), time.monotonic()))
+    return engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--profile", action="store_true", help="print where the time of decide and observe goes")
+    parser.add_argument("--iterations", type=int, default=150)
     options = parser.parse_args()
-    source = random.Random(0)
-    cost = calibrated(CPU.slower(0.5), TILE, 0.05, source)  # where so many requests leave finetuning its part
-    seen, clock = view(options.requests, source), 0.0
-    plan = decide(seen, cost, 0)
-    print(f"a plan of {len(plan.segments)} segments and {len(plan.units)} units")
-    accounts = Accounts(cost)
-
-    def now() -> float:
-        return clock
-
-    def backward(unit: object) -> None:
-        nonlocal clock
-        clock += 0.02
-
-    def observe() -> None:
-        nonlocal clock
-        clock = forward_s = cost.forward_s(plan.work)
-        units = run_units(plan, seen, cost, now, backward, lambda: False)
-        accounts.close(plan, seen, forward_s * source.uniform(0.95, 1.05), units, 8)
-
-    demand = Demand(tuple(s.done for s in seen.sequences), (), (), 0.6, 900, 4096)
-    parts: dict[str, Callable[[], object]] = {
-        "view": lambda: view(options.requests, source),
-        "decide": lambda: decide(seen, cost, 0),
-        "units, accounts and lesson": observe,
-        "load report (at most 4 a second)": lambda: saturation_percent(demand, cost, 1.0, 0.2, TILE),
-    }
-    total_us = 0.0
-    for name, part in parts.items():
-        best_us = 1e6 * min(timeit.repeat(part, number=200, repeat=5)) / 200
-        total_us += best_us
-        print(f"{name:<34}{best_us:8.0f} us")
-    print(f"{'sum':<34}{total_us:8.0f} us, floor {FLOOR_US:.0f} us: {total_us / FLOOR_US:.2f} x")
-    if options.profile:
-        profile = cProfile.Profile()
-        profile.runcall(lambda: [(decide(seen, cost, 0), observe()) for _ in range(500)])
-        pstats.Stats(profile).sort_stats("tottime").print_stats(15)
+    watch = Stopwatch()
+    for owner, name in MODEL:
+        setattr(owner, name, watch.timed("model", getattr(owner, name)))
+    for part, owner, name in PARTS:
+        setattr(owner, name, watch.timed(part, getattr(owner, name)))
+    with tempfile.TemporaryDirectory() as folder:
+        engine = busy_engine(write_random_model(Path(folder), layers=1, hidden=64, intermediate=64), options.requests)
+        engine._policy = watch.timed("decide", engine._policy)
+        settle()
+        seen: list[dict[str, float]] = []
+        while len(seen) < options.iterations:
+            with watch.iteration():
+                events = engine.step()
+            if any(isinstance(e, IterationDone) and e.decode_tokens == options.requests for e in events):
+                seen.append(watch.seconds)
+    for part in ("decide", *(name for name, _, _ in PARTS)):
+        print(f"{part:<24}{1e6 * statistics.median(s.get(part, 0.0) for s in seen):8.0f} us")
+    total_us = 1e6 * statistics.median(s["sum"] for s in seen)
+    print(f"{'sum, with the rest':<24}{total_us:8.0f} us, floor {FLOOR_US:.0f} us: {total_us / FLOOR_US:.2f} x")
 
 
 if __name__ == "__main__":

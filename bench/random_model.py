@@ -10,13 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB = 8192
 
 
-def write_random_model(folder: Path, *, layers: int = 8, positions: int = 2048) -> Path:
-    """Write a Hugging Face folder: hidden 512, intermediate 1,408, 8 heads of 64 over 4 key-value heads, float32."""
+def write_random_model(
+    folder: Path, *, layers: int = 8, positions: int = 2048, hidden: int = 512, intermediate: int = 1408
+) -> Path:
+    """Write a Hugging Face folder: 8 heads over 4 key-value heads, float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,

@@ -93,11 +93,15 @@ def bind(
     for segment in (s for s in segments if s.kind is not Kind.FINETUNE):
         sequence = sequences[segment.slot]
         end = segment.start + segment.length
-        tokens += sequence.tokens[segment.start : end]
-        positions += range(segment.start, end)
-        page = numerics.page
-        write += [sequence.pages[p // page] * page + p % page for p in range(segment.start, end)]
-        position = segment.start
+        position, page = segment.start, numerics.page
+        if segment.length == 1:
+            tokens.append(sequence.tokens[position])
+            positions.append(position)
+            write.append(sequence.pages[position // page] * page + position % page)
+        else:
+            tokens += sequence.tokens[position:end]
+            positions += range(position, end)
+            write += [sequence.pages[p // page] * page + p % page for p in range(position, end)]
         while position < end:
             tile_end = (position // numerics.tile + 1) * numerics.tile
             count = min(end, tile_end) - position

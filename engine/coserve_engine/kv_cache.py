@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -30,7 +31,9 @@ class PageRun:
         return cls.of((*pages[:need], *([NULL_PAGE] * (need - len(pages)))), device)
 
     @classmethod
-    def of(cls, pages: Sequence[int], device: torch.device) -> PageRun:
+    @lru_cache(maxsize=4096)
+    def of(cls, pages: tuple[int, ...], device: torch.device) -> PageRun:
+        """These pages; asked again in every iteration of a sequence."""
         first = pages[0]
         neighbours = all(page == first + i for i, page in enumerate(pages))
         return cls(first, None if neighbours else torch.tensor(pages, dtype=torch.int64, device=device))

@@ -34,6 +34,12 @@ class Choice:
     processors: Processors | None = None
 
 
+def finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Which rows of logits [N, vocab] hold finite numbers only."""
+    highest, lowest = logits.amax(-1), logits.amin(-1)  # a NaN is both
+    return (highest.isfinite() & lowest.isfinite()).tolist()
+
+
 def sample_u(seed: int, position: int) -> float:
     """A number in [0, 1) for a request's seed and the position of the token (SplitMix64, Steele et al.
 

@@ -14,7 +14,7 @@ from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDone, RequestFailed, Token, TokenBatch
 from coserve_engine.plan import Kind, Segment
 from coserve_engine.requests import Request, RequestTable
-from coserve_engine.sampling import choose
+from coserve_engine.sampling import choose, finite_rows
 
 
 class Serving:
@@ -75,8 +75,7 @@ class Serving:
             first += segment.length
         if not forwarded.slots:
             return []
-        highest, lowest = forwarded.logits.amax(-1), forwarded.logits.amin(-1)  # a NaN is both
-        finite = (highest.isfinite() & lowest.isfinite()).tolist()
+        finite = finite_rows(forwarded.logits)
         requests = [self.requests.running[slot] for slot in forwarded.slots]
         chosen = choose(forwarded.logits, [request.choice() for request in requests])
         wanted = [
