@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,7 @@ from coserve_engine.passes import PassState
 from coserve_engine.plan import Kind, Segment
 
 
-@dataclass(frozen=True, slots=True)
-class TileCall:
+class TileCall(NamedTuple):
     """One attention call: rows [start, stop) of the batch, the first of them row `first` of its tile.
 
     `pages` hold the `kv_length` positions up to the tile's end (null pages where the sequence has none yet).

@@ -27,8 +27,10 @@ class PageRun:
     @classmethod
     def covering(cls, pages: Sequence[int], end: int, numerics: Numerics, device: torch.device) -> PageRun:
         """The first of a sequence's `pages`, up to position `end`; null pages where it has none yet."""
-        need = numerics.pages(end)
-        return cls.of((*pages[:need], *([NULL_PAGE] * (need - len(pages)))), device)
+        need, there = numerics.pages(end), tuple(pages)
+        if need != len(there):
+            there = (*there[:need], *([NULL_PAGE] * (need - len(there))))
+        return cls.of(there, device)
 
     @classmethod
     @lru_cache(maxsize=4096)
