@@ -132,6 +132,16 @@ PositiveDecimal = Annotated[
         lambda text: 0.0 < float(text) <= 1.0,
     ),
 ]
+EpsilonDecimal = Annotated[
+    str,
+    Text(
+        _DECIMAL,
+        24,
+        'must be a decimal string from 1e-12 to 1, such as "1e-8"',
+        "double(self) >= 1e-12 && double(self) <= 1.0",
+        lambda text: 1e-12 <= float(text) <= 1.0,
+    ),
+]
 UnitDecimal = Annotated[
     str,
     Text(

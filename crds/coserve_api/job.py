@@ -12,6 +12,7 @@ from coserve_api.common import (
     BetaDecimal,
     DropoutDecimal,
     Elapsed,
+    EpsilonDecimal,
     Label,
     Measured,
     NonNegativeDecimal,
@@ -186,7 +187,7 @@ class Training(SpecModel):
     """AdamW's decay of the first moment, a decimal string."""
     adam_beta2: BetaDecimal = "0.999"
     """AdamW's decay of the second moment, a decimal string."""
-    adam_epsilon: PositiveDecimal = "1e-8"
+    adam_epsilon: EpsilonDecimal = "1e-8"
     """AdamW's epsilon, a decimal string."""
     max_grad_norm: NonNegativeDecimal = "1.0"
     """The gradient is clipped to this norm; "0" clips never."""

@@ -159,7 +159,7 @@ class BindingSpec(Part):
     use_rslora: bool = False
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    adam_epsilon: Annotated[float, Field(ge=1e-12, le=1)] = 1e-8
     eval_every_steps: Count = 0
     priority: Annotated[int, Field(ge=-4, le=4)] = 0
 

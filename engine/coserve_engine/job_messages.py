@@ -230,7 +230,9 @@ class JobStopped:
 
 @dataclass(frozen=True, slots=True)
 class JobFailed:
-    """The job's state is gone. `code`: invalid_checkpoint, invalid_command, artifact_store, internal_error."""
+    """A command could not be obeyed. `code`: job_running, the job runs already and goes on; with invalid_checkpoint,
+    invalid_command, artifact_store and internal_error its state is gone.
+    """
 
     job: str
     code: str

@@ -14,6 +14,7 @@ from coserve_engine.deferred import FileError, FileWork
 from coserve_engine.errors import JobError
 from coserve_engine.executor import Executor
 from coserve_engine.fair import FairShare
+from coserve_engine.job_limits import check_start
 from coserve_engine.job_messages import (
     JobCommand,
     JobEvent,
@@ -22,7 +23,7 @@ from coserve_engine.job_messages import (
     StartJob,
     StopJob,
 )
-from coserve_engine.jobs import Job, check_lora, training_state
+from coserve_engine.jobs import Job, training_state
 from coserve_engine.passes import PassState
 
 
@@ -73,12 +74,12 @@ class JobTable:
                 "invalid_command", "finetuning is disabled on this endpoint; set finetuning.policy to Allowed"
             )
         if command.job in self.running:
-            message = f"job {command.job} runs already"
-            self._say(JobFailed(command.job, "invalid_command", message))
+            message = f"job {command.job} runs already; stop it first"
+            self._say(JobFailed(command.job, "job_running", message))
             return
         if not 0.0 < command.priority < float("inf"):
             raise JobError("invalid_command", f"priority is {command.priority}; it must be a positive, finite weight")
-        check_lora(command.lora, self._config.max_rank)
+        check_start(command, self._config.max_rank)
         self._starting[command.job] = []
 
         def started(loaded: tuple[TrainingState, dict[str, str]]) -> None:

@@ -16,9 +16,9 @@ import torch
 
 from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from coserve_engine.config import LINEARS
-from coserve_engine.errors import JobError, OutOfPagesError
+from coserve_engine.errors import OutOfPagesError
 from coserve_engine.executor import Executor
+from coserve_engine.job_limits import check_pass, check_step, refused
 from coserve_engine.job_messages import (
     AdapterExported,
     CheckpointDone,
@@ -26,7 +26,6 @@ from coserve_engine.job_messages import (
     ForwardBackward,
     JobEvent,
     JobStopped,
-    LoraSpec,
     OptimStep,
     PassDone,
     PassMode,
@@ -37,7 +36,6 @@ from coserve_engine.job_messages import (
     StreamCommand,
 )
 from coserve_engine.lora import LoraWeights
-from coserve_engine.losses import LOSSES
 from coserve_engine.optim import AdamState, adamw
 from coserve_engine.passes import PassState, pages_of_pass
 
@@ -46,24 +44,8 @@ Defer = Callable[[str, Callable[[], JobEvent]], None]
 it is done.
 """
 
-MAX_DROPOUT = 0.9
 MAX_LIVE = 2
 """Live passes of a job: one in backward, one in forward."""
-
-
-def check_lora(spec: LoraSpec, max_rank: int) -> None:
-    """Raises JobError for an adapter that cannot be trained here."""
-    if spec.rank < 1:
-        raise JobError("invalid_command", f"rank {spec.rank} is below 1")
-    if spec.rank > max_rank:
-        raise JobError("invalid_command", f"rank {spec.rank} is above finetuning.maxRank {max_rank}")
-    if not math.isfinite(spec.alpha):
-        raise JobError("invalid_command", f"alpha is {spec.alpha}; it must be a finite number")
-    if not 0.0 <= spec.dropout <= MAX_DROPOUT:
-        raise JobError("invalid_command", f"dropout is {spec.dropout}; it must be between 0 and {MAX_DROPOUT}")
-    unknown = [name for name in spec.targets if name not in LINEARS]
-    if unknown or not spec.targets:
-        raise JobError("invalid_command", f"targets {unknown or 'are none'}; name some of {list(LINEARS)}")
 
 
 def training_state(command: StartJob, executor: Executor) -> tuple[TrainingState, dict[str, str]]:
@@ -119,34 +101,21 @@ class Job:
         """Queue a command; one that was seen before is ignored.
 
         Raises:
-            JobError: a pass is longer than the model's context, empty, or holds a token outside the vocabulary.
+            JobError: it cannot be obeyed (`job_limits`), or a pass needs more pages than there are.
         """
         if command.seq_no <= self._seen:
             return
+        if isinstance(command, OptimStep):
+            check_step(command)
         if isinstance(command, ForwardBackward):
-            self._check(command)
+            e = self._executor
+            check_pass(command, e.config.max_model_length, e.model.vocab_size)
+            if self._pages(command) > e.ledger.total:
+                raise refused(f"pass {command.work.id} needs more KV pages than the pool has; split it")
             work = replace(command.work, id=next(self._executor.pass_ids), job=self.id)  # drivers may count alike
             command = replace(command, work=work)
         self._seen = command.seq_no
         self._queue.append(command)
-
-    def _check(self, command: ForwardBackward) -> None:
-        limit, vocab = self._executor.config.max_model_length, self._executor.model.vocab_size
-        if not command.work.seqs:
-            raise JobError("invalid_command", f"pass {command.work.id} has no sequence")
-        for seq in command.work.seqs:
-            where = f"sample {seq.uid}"
-            if not 2 <= len(seq.tokens) <= limit:
-                raise JobError("invalid_command", f"{where} has {len(seq.tokens)} tokens; 2 to {limit} are allowed")
-            if len(seq.weights) != len(seq.tokens):
-                raise JobError(
-                    "invalid_command", f"{where} has {len(seq.tokens)} tokens but {len(seq.weights)} weights"
-                )
-            if not 0 <= min(seq.tokens) <= max(seq.tokens) < vocab:
-                raise JobError("invalid_command", f"{where} has a token outside the vocabulary of {vocab}")
-            LOSSES[command.loss].check(seq)
-        if self._pages(command) > self._executor.ledger.total:
-            raise JobError("invalid_command", f"pass {command.work.id} needs more KV pages than the pool has; split it")
 
     def _pages(self, command: ForwardBackward) -> int:
         return pages_of_pass(tuple(len(seq.tokens) for seq in command.work.seqs), self._executor.numerics)

@@ -73,6 +73,7 @@ def test_a_job_that_runs_already_goes_on(driver: Any, training: Any, start_job: 
     d = driver()
     d.submit(start_job(), start_job(), *training(steps=1))
     d.run()
+    assert d.one(JobFailed).code == "job_running"
     assert "runs already" in d.one(JobFailed).message
     assert len(d.of(StepDone)) == 1
 
@@ -93,9 +94,11 @@ def test_a_job_that_does_not_run(driver: Any, command: Any) -> None:
         ((TrainSeq(3, (5, 6), (1.0,)),), "1 weights"),
         ((TrainSeq(3, (5, 128), (1.0, 1.0)),), "vocabulary of 128"),
         ((TrainSeq(3, (5, -1), (1.0, 1.0)),), "vocabulary of 128"),
+        ((TrainSeq(3, (5, 6), (1.0, 0.0)),), "no supervised token"),
+        ((TrainSeq(3, (5, 6), (1.0, float("nan"))),), "sample 3 has weight nan"),
         (tuple(TrainSeq(n, (5,) * 256, (1.0,) * 256) for n in range(17)), "KV pages"),
     ],
-    ids=("none", "short", "long", "weights", "token", "negative", "pages"),
+    ids=("none", "short", "long", "weights", "token", "negative", "unsupervised", "nan", "pages"),
 )
 def test_a_pass_that_cannot_run(
     driver: Any, training: Any, start_job: Any, seqs: tuple[TrainSeq, ...], named: str
@@ -108,6 +111,53 @@ def test_a_pass_that_cannot_run(
     assert failed.code == "invalid_command"
     assert named in failed.message
     assert d.engine.jobs == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", float("nan")),
+        ("lr", -1e-3),
+        ("lr", float("inf")),
+        ("beta1", 1.0),
+        ("beta2", 1.0),
+        ("eps", 0.0),
+        ("eps", 1e-60),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", float("nan")),
+    ],
+)
+def test_a_step_that_would_ruin_the_adapter(
+    driver: Any, training: Any, start_job: Any, field: str, value: float
+) -> None:
+    *passes, step = training(steps=1)
+    d = driver()
+    d.submit(start_job(), *passes, replace(step, **{field: value}))
+    failed = failure(d)
+    assert failed.code == "invalid_command"
+    assert f"{field} is {value}" in failed.message
+
+
+def test_the_least_epsilon_leaves_finite_parameters(driver: Any, training: Any, start_job: Any) -> None:
+    """B's gradient is all there is at first: A's is zero, and divided by it."""
+    *passes, step = training(steps=1)
+    d = driver()
+    d.submit(start_job(), *passes, replace(step, eps=1e-12))
+    assert d.run().parameters().isfinite().all()
+
+
+@pytest.mark.parametrize(("seed", "priority", "named"), [(2**64, 1.0, "seed"), (-1, 1.0, "seed"), (0, 0.0, "priority")])
+def test_a_start_that_cannot_be(driver: Any, seed: int, priority: float, named: str) -> None:
+    d = driver()
+    d.submit(StartJob("job", SPEC, seed, priority=priority))
+    assert named in failure(d).message
+
+
+def test_a_loss_that_is_none(driver: Any, training: Any, start_job: Any) -> None:
+    first, *_ = training(steps=1)
+    d = driver()
+    d.submit(start_job(), replace(first, loss="nope"))
+    assert "cross_entropy" in failure(d).message
 
 
 def test_commands_sent_twice_count_once(driver: Any, training: Any, start_job: Any) -> None:
