@@ -5,9 +5,9 @@ manifest of checksums.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,7 @@ def read_peft_config(folder: Path, max_rank: int) -> LoraSpec:
     path = folder / ADAPTER_CONFIG
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
-        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
-        targets = raw["target_modules"]
+        rank, alpha, targets = raw["r"], raw["lora_alpha"], raw["target_modules"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterFolderError(f"{path}: not readable as a PEFT adapter's configuration ({error!r})") from None
     refused: dict[str, object] = {
@@ -128,12 +127,15 @@ def read_peft_config(folder: Path, max_rank: int) -> LoraSpec:
         raise AdapterFolderError(
             f"{path}: target_modules is {targets!r}; it must be a list of names among {list(LINEARS)}"
         )
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise AdapterFolderError(f"{path}: r is {rank!r}; it must be a whole number")
     if not 1 <= rank <= max_rank:
         raise AdapterFolderError(f"{path}: r is {rank}; this endpoint allows 1 to {max_rank} (finetuning.maxRank)")
-    if not math.isfinite(alpha):
-        raise AdapterFolderError(f"{path}: lora_alpha is {alpha}; it must be a finite number")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) <= sys.float_info.max:  # float() of a larger integer would raise
+        raise AdapterFolderError(f"{path}: lora_alpha is {alpha!r}; it must be a finite number")
     use_rslora = bool(raw.get("use_rslora"))
-    return LoraSpec(rank, alpha, tuple(n for n in LINEARS if n in targets), use_rslora=use_rslora)
+    return LoraSpec(rank, float(alpha), tuple(n for n in LINEARS if n in targets), use_rslora=use_rslora)
 
 
 def read_peft_weights(folder: Path, layout: LoraLayout, dtype: torch.dtype) -> torch.Tensor:

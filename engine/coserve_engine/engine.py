@@ -57,8 +57,9 @@ class Engine:
         self.config, self._clock, self._policy = config, clock, policy
         self.executor = Executor(config)
         self._adapters: dict[AdapterVersion, LoraWeights] = {}
-        self._wanted: set[AdapterVersion] = set()
-        """Versions that are loaded, or will be."""
+        self._wanted: dict[AdapterVersion, int] = {}
+        """Versions that are loaded, or will be, and the number of the load."""
+        self._loads = 0
         self.serving = Serving(self.executor, self._adapters)
         self.requests = self.serving.requests
         self.cost = CostModel()
@@ -111,27 +112,37 @@ class Engine:
 
     @_accept.register
     def _(self, command: LoadAdapter) -> None:
+        version = command.version
+        if version in self._wanted:
+            message = f"version is {version}, which is loaded or being loaded already; unload it first"
+            self._events.append(AdapterFailed(version, message))
+            return
+        self._loads += 1
+        number = self._wanted[version] = self._loads
+
         def load() -> LoraWeights:
             folder, e = Path(command.path), self.executor
             layout = e.layout(read_peft_config(folder, self.config.max_rank))
-            return LoraWeights(layout.spec.scale, layout.views(read_peft_weights(folder, layout, e.dtype).to(e.device)))
+            flat = read_peft_weights(folder, layout, e.dtype).to(e.device)
+            return LoraWeights(layout.spec.scale, layout.views(flat), number)
 
         def loaded(weights: LoraWeights) -> None:
-            if command.version not in self._wanted:
+            if self._wanted.get(version) != number:
                 failed(AdapterFolderError(f"{command.path}: unloaded before it was loaded"))
                 return
-            self._adapters[command.version] = weights
-            self._events.append(AdapterLoaded(command.version))
+            self._adapters[version] = weights
+            self._events.append(AdapterLoaded(version))
 
         def failed(error: FileError) -> None:
-            self._events.append(AdapterFailed(command.version, str(error)))
+            if self._wanted.get(version) == number:
+                del self._wanted[version]
+            self._events.append(AdapterFailed(version, str(error)))
 
-        self._wanted.add(command.version)
         self._files.defer(load, loaded, failed)
 
     @_accept.register
     def _(self, command: UnloadAdapter) -> None:
-        self._wanted.discard(command.version)
+        self._wanted.pop(command.version, None)
         self._adapters.pop(command.version, None)  # running requests keep their reference
 
     @_accept.register(StartJob)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from coserve_engine.errors import RequestError
 from coserve_engine.messages import MAX_LOGPROBS, AddRequest, SamplingParams
+
+LARGEST = sys.float_info.max
+"""Compared with, never converted to: Python's integers may be larger, and then no float holds them."""
+MAX_SHOWN = 10**20
 
 
 def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
@@ -14,18 +19,18 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
     if not prompt:
         raise RequestError("invalid_token", "the prompt has no tokens; send at least one")
     if params.max_tokens < 1:
-        raise RequestError("invalid_token", f"max_tokens is {params.max_tokens}; it must be at least 1")
+        raise RequestError("invalid_token", f"max_tokens is {_shown(params.max_tokens)}; it must be at least 1")
     if len(prompt) + params.max_tokens > max_model_length:
         raise RequestError(
             "context_length_exceeded",
-            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together more than the "
-            f"context of {max_model_length}; shorten the prompt or lower max_tokens",
+            f"the prompt has {len(prompt)} tokens and max_tokens is {_shown(params.max_tokens)}, together more than "
+            f"the context of {max_model_length}; shorten the prompt or lower max_tokens",
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise RequestError("invalid_token", f"the prompt has a token outside the vocabulary of {vocab_size}")
     for name, seconds in (("ttft_s", command.ttft_s), ("tpot_s", command.tpot_s)):
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise RequestError("invalid_slo", f"{name} is {seconds}; it must be a positive number of seconds")
+        if seconds is not None and not 0 < seconds <= LARGEST:
+            raise RequestError("invalid_slo", f"{name} is {_shown(seconds)}; it must be a positive number of seconds")
     _check_numbers(params)
     for name, tokens in (
         ("stop_token_ids", params.stop_token_ids),
@@ -33,28 +38,35 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
     ):
         wrong = [token for token in tokens if not 0 <= token < vocab_size]
         if wrong:
-            raise _refused(name, f"has token {wrong[0]}; it must be from 0 to {vocab_size - 1}")
+            raise _refused(name, f"has token {_shown(wrong[0])}; it must be from 0 to {vocab_size - 1}")
 
 
 def _check_numbers(params: SamplingParams) -> None:
     allowed = (
-        ("temperature", params.temperature, 0.0, math.inf),
+        ("temperature", params.temperature, 0.0, LARGEST),
         ("top_p", params.top_p, 0.0, 1.0),
         ("min_p", params.min_p, 0.0, 1.0),
-        ("top_k", params.top_k, 0, math.inf),
-        ("repetition_penalty", params.repetition_penalty, math.ulp(0.0), math.inf),
-        ("presence_penalty", params.presence_penalty, -math.inf, math.inf),
-        ("frequency_penalty", params.frequency_penalty, -math.inf, math.inf),
+        ("top_k", params.top_k, 0, LARGEST),
+        ("repetition_penalty", params.repetition_penalty, math.ulp(0.0), LARGEST),
+        ("presence_penalty", params.presence_penalty, -LARGEST, LARGEST),
+        ("frequency_penalty", params.frequency_penalty, -LARGEST, LARGEST),
         ("min_tokens", params.min_tokens, 0, params.max_tokens),
         ("logprobs", params.logprobs or 0, 0, MAX_LOGPROBS),
         ("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS),
     )
     for name, value, low, high in allowed:
-        if not (math.isfinite(value) and low <= value <= high):
-            raise _refused(name, f"is {value}; it must be a finite number from {low:g} to {high:g}")
+        if not low <= value <= high:
+            raise _refused(name, f"is {_shown(value)}; it must be a finite number from {low:g} to {high:g}")
     for token, value in params.logit_bias:
-        if not math.isfinite(value):
-            raise _refused("logit_bias", f"of token {token} is {value}; it must be a finite number")
+        if not -LARGEST <= value <= LARGEST:
+            raise _refused("logit_bias", f"of token {_shown(token)} is {_shown(value)}; it must be a finite number")
+
+
+def _shown(value: float) -> str:
+    """A number in a message; Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) > MAX_SHOWN:
+        return f"{'below -' if value < 0 else 'above '}{MAX_SHOWN:g}"
+    return str(value)
 
 
 def _refused(field: str, what: str) -> RequestError:

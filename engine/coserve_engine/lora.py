@@ -62,10 +62,11 @@ class LoraLayout:
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """One adapter, ready to compute with."""
+    """One adapter, ready to compute with. `load` tells apart what an engine loads, even under one version."""
 
     scale: float
     layers: tuple[Mapping[str, AB], ...]
+    load: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Load a PEFT folder into a slot as `version`. Answered by AdapterLoaded or AdapterFailed."""
+    """Load a PEFT folder into a slot as `version`, which must not be loaded, or being loaded, already. Answered by
+    AdapterLoaded or AdapterFailed.
+    """
 
     version: AdapterVersion
     path: str

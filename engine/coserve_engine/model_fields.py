@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from coserve_engine.errors import ModelFolderError
+
+MAX_COUNT = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +61,21 @@ class Fields:
             self.refuse(name, f"only {' or '.join(map(repr, allowed))} is supported")
 
     def count(self, name: str, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+        """A whole number from `least` to MAX_COUNT."""
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.refuse(name, f"it must be a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
+            self.refuse(name, f"it must be a whole number of at least {least} and at most {MAX_COUNT}")
         return int(value)
 
     def optional_count(self, name: str) -> int | None:
-        """A whole number of at least 1, or null."""
+        """A whole number from 1 to MAX_COUNT, or null."""
         return None if self.get(name) is None else self.count(name)
 
     def number(self, name: str) -> float:
         """A finite number above 0."""
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= sys.float_info.max:  # float() of a larger integer would raise
             self.refuse(name, "it must be a finite number above 0")
         return float(value)
 

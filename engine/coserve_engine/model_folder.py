@@ -141,9 +141,9 @@ def _read(config: Fields, architecture: _Architecture) -> ModelConfig:
     if head_size < 2 or head_size % 2:
         raise ModelFolderError(f"{config.path}: head_dim is {head_size}; rotary embedding needs an even number")
     given = {n for key, linears in architecture.bias_fields.items() if config.flag(key) for n in linears}
-    max_positions = config.count("max_position_embeddings")
+    vocab_size, max_positions = config.count("vocab_size"), config.count("max_position_embeddings")
     return ModelConfig(
-        vocab_size=config.count("vocab_size"),
+        vocab_size=vocab_size,
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -157,13 +157,19 @@ def _read(config: Fields, architecture: _Architecture) -> ModelConfig:
         qk_norm=architecture.qk_norm,
         windows=architecture.windows(config, layers),
         tied=config.flag("tie_word_embeddings"),
-        eos_token_ids=_eos(config),
+        eos_token_ids=_eos(config, vocab_size),
     )
 
 
-def _eos(config: Fields) -> tuple[int, ...]:
+def _eos(config: Fields, vocab_size: int) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
         config.refuse("eos_token_id", "it must be a token id, a list of them, or null")
+    if any(not 0 <= token < vocab_size for token in ids):
+        config.refuse(
+            "eos_token_id",
+            f"a token id must be from 0 to {vocab_size - 1} (vocab_size is {vocab_size}); copy config.json and weights "
+            "from the same model, or set it to null",
+        )
     return tuple(ids)

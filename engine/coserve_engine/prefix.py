@@ -2,7 +2,7 @@
 
 Keys and values at a position depend on all tokens up to it and on the adapter, bit for bit and on nothing else. The
 key of a page is therefore a hash over the key of the page before it, the page's tokens, and, at the root, the adapter
-version (the hash chain of vLLM's automatic prefix caching).
+version and which load of it this is, as a folder may have changed (the hash chain of vLLM's automatic prefix caching).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from coserve_engine.messages import AdapterVersion
 KEY_BYTES = 16
 
 
-def root_key(adapter: AdapterVersion | None) -> bytes:
+def root_key(adapter: AdapterVersion | None, load: int) -> bytes:
     """The key before the first page: the same for two requests only if they use the same weights."""
-    name = b"base" if adapter is None else f"adapter\0{adapter.uid}\0{adapter.number}".encode()
+    name = b"base" if adapter is None else f"adapter\0{adapter.uid}\0{adapter.number}\0{load}".encode()
     return hashlib.blake2b(name, digest_size=KEY_BYTES).digest()
 
 
@@ -28,10 +28,10 @@ def page_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class KeyChain:
-    """The keys of a growing sequence's whole pages; each page is hashed once."""
+    """The keys of a growing sequence's whole pages; each page is hashed once. `load` is that of the adapter."""
 
-    def __init__(self, adapter: AdapterVersion | None, page: int) -> None:
-        self._last, self._page = root_key(adapter), page
+    def __init__(self, adapter: AdapterVersion | None, page: int, load: int = 0) -> None:
+        self._last, self._page = root_key(adapter, load), page
         self.keys: list[bytes] = []
 
     def extend(self, tokens: Sequence[int], length: int) -> None:

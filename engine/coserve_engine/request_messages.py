@@ -61,7 +61,8 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Generate from `prompt` under `params`; `arrival_s` starts the clock of the time to first token.
+    """Generate from `prompt` under `params`; `arrival_s` starts the clock of the time to first token. No other request
+    that waits or runs may have its id.
 
     `ttft_s` and `tpot_s` are this request's own promise; None: the engine's.
     """
@@ -126,8 +127,8 @@ class TokenBatch:
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
     """A request that cannot run; `code` is stable: unknown_adapter, context_length_exceeded, invalid_token,
-    invalid_parameter, invalid_slo, overloaded (too many are waiting), internal_error. `field` of SamplingParams is at
-    fault, if one is.
+    invalid_parameter, invalid_slo, duplicate_request (another of this id waits or runs, and goes on), overloaded (too
+    many are waiting), internal_error. `field` of SamplingParams is at fault, if one is.
     """
 
     request_id: str

@@ -118,8 +118,13 @@ class RequestTable:
         """Queue a request.
 
         Raises:
-            RequestError: it can never run here, or too many wait.
+            RequestError: it can never run here, its id is taken, or too many wait.
         """
+        if self._find(command.request_id) is not None:
+            raise RequestError(
+                "duplicate_request",
+                f"request_id is {command.request_id!r}, which a request has that is not done yet; take another",
+            )
         check(command, self._model.vocab_size, self._config.max_model_length)
         prompt, params, numerics = command.prompt, command.params, self._config.numerics
         need = numerics.pages(len(prompt) + params.max_tokens)
@@ -134,7 +139,7 @@ class RequestTable:
                 "overloaded", f"{self._config.max_waiting} requests are waiting already; try again later"
             )
         self._slots += 1
-        chain = KeyChain(command.adapter, numerics.page)
+        chain = KeyChain(command.adapter, numerics.page, 0 if weights is None else weights.load)
         processors = Processors.create(params, prompt, self._enders(params), self._device)
         self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, processors))
 
@@ -207,14 +212,17 @@ class RequestTable:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request in whatever state it is."""
-        for request in self.waiting:
-            if request.command.request_id == request_id:
-                self.waiting.remove(request)
-                return
-        for request in self.running.values():
-            if request.command.request_id == request_id:
-                self.release(request)
-                return
+        request = self._find(request_id)
+        if request is None:
+            return
+        if request.slot in self.running:
+            self.release(request)
+        else:
+            self.waiting.remove(request)
+
+    def _find(self, request_id: str) -> Request | None:
+        known = (*self.waiting, *self.running.values())
+        return next((request for request in known if request.command.request_id == request_id), None)
 
     def advance(self, slot: int, rows: int) -> None:
         """`rows` more tokens of a running request are in the cache."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from coserve_agent.errors import AgentError, StartError
 
 Message = Mapping[str, Any]
+GENERATION_CONFIG = "generation_config.json"
 
 
 class ChatTemplateError(AgentError):
@@ -57,11 +58,17 @@ class Tokenizer:
         self.digest = hashlib.sha256(content.encode()).hexdigest()
 
     def check_fits(self, vocab_size: int, folder: Path) -> None:
-        """Refuse a tokenizer that could produce ids the model has no row for."""
+        """Refuse a tokenizer, and end tokens, with ids that the model has no row for."""
         if self.size > vocab_size:
             raise StartError(
                 f"{folder / 'tokenizer.json'}: has {self.size} tokens but the model's vocab_size is {vocab_size}; "
                 "tokenizer and weights are of different models: copy both from the same one"
+            )
+        wrong = [token for token in self.stop_token_ids if token >= vocab_size]
+        if wrong:
+            raise StartError(
+                f"{folder / GENERATION_CONFIG}: eos_token_id has {wrong[0]} but the model's vocab_size is "
+                f"{vocab_size}; copy the file from the same model, or take the id out"
             )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -148,7 +155,7 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
     """End tokens that generation_config.json names; chat models often have more than config.json says."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_CONFIG
     if not path.is_file():
         return ()
     try:
@@ -156,4 +163,6 @@ def _generation_eos(folder: Path) -> tuple[int, ...]:
     except (OSError, ValueError, AttributeError) as error:
         raise StartError(f"{path}: not readable as JSON ({error}); copy the model folder again") from None
     values = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(int(value) for value in values)
+    if any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in values):
+        raise StartError(f"{path}: eos_token_id is {eos!r}; it must be a token id, a list of them, or null")
+    return tuple(values)

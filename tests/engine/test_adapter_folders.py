@@ -163,15 +163,20 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"r": 65}, "65"),
     ({"r": 0}, "r is 0"),
     ({"r": "many"}, "many"),
-    ({"lora_alpha": None}, "not readable"),
-    ({"lora_alpha": float("nan")}, "lora_alpha"),
+    ({"r": float("inf")}, "r is inf"),
+    ({"r": 6.5}, "r is 6.5"),
+    ({"r": True}, "r is True"),
+    ({"lora_alpha": None}, "lora_alpha is None"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": float("-inf")}, "lora_alpha is -inf"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
     ({"layers_to_transform": [0]}, "layers_to_transform"),
     ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
 ]
 
 
-@pytest.mark.parametrize(("change", "named"), CONFIGS, ids=[str(change) for change, _ in CONFIGS])
+@pytest.mark.parametrize(("change", "named"), CONFIGS, ids=[str(change)[:60] for change, _ in CONFIGS])
 def test_a_configuration_that_is_refused(driver: Any, folder: Path, change: dict[str, Any], named: str) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -256,7 +261,27 @@ def test_unloaded_before_it_was_loaded(driver: Any, draw_tokens: Any, good: Path
     assert "unloaded" in d.run().one(AdapterFailed).message
     d.submit(AddRequest("r", draw_tokens(2, 30), SamplingParams(2), 0.0, VERSION))
     assert d.run().one(RequestFailed).code == "unknown_adapter"
-    d.submit(LoadAdapter(VERSION, str(good)), UnloadAdapter(VERSION), LoadAdapter(VERSION, str(good)))
+    d.submit(LoadAdapter(VERSION, "/nowhere"), UnloadAdapter(VERSION), LoadAdapter(VERSION, str(good)))
     d.run()
+    assert len(d.of(AdapterFailed)) == 2
+    assert d.one(AdapterLoaded).version == VERSION
+    d.submit(AddRequest("r", draw_tokens(2, 30), SamplingParams(2, ignore_eos=True), 0.0, VERSION))
+    assert len(d.run().tokens()["r"]) == 2
+
+
+@pytest.mark.parametrize("steps", (0, 1))
+def test_a_version_that_is_loaded_or_being_loaded(driver: Any, draw_tokens: Any, good: Path, steps: int) -> None:
+    """The weights of the first load stay; a version whose load failed can be loaded again."""
+    d = driver()
+    d.submit(LoadAdapter(VERSION, "/nowhere"))
+    assert "/nowhere" in d.run().one(AdapterFailed).message
+    d.submit(LoadAdapter(VERSION, str(good)))
+    if steps:
+        d.run()
+    d.submit(LoadAdapter(VERSION, "/elsewhere"))
+    refused = d.run().of(AdapterFailed)[-1]
+    assert str(VERSION) in refused.message
+    assert "unload it first" in refused.message
+    assert d.one(AdapterLoaded).version == VERSION
     d.submit(AddRequest("r", draw_tokens(2, 30), SamplingParams(2, ignore_eos=True), 0.0, VERSION))
     assert len(d.run().tokens()["r"]) == 2

@@ -182,6 +182,12 @@ SLIDING = ["sliding_attention"] * 4
         ("llama", {"hidden_size": 31}, ["head_dim is 0"]),
         ("llama", {"eos_token_id": "</s>"}, ["eos_token_id is '</s>'", "token id"]),
         ("llama", {"eos_token_id": [1, None]}, ["eos_token_id", "token id"]),
+        ("llama", {"eos_token_id": 128}, ["eos_token_id is 128", "0 to 127", "same model"]),
+        ("llama", {"eos_token_id": [1, -1]}, ["eos_token_id is [1, -1]", "0 to 127"]),
+        ("llama", {"vocab_size": 2, "eos_token_id": ...}, ["eos_token_id is 2", "0 to 1"]),
+        ("llama", {"rms_norm_eps": 10**400}, ["rms_norm_eps is 1000", "finite number"]),
+        ("llama", {"rope_theta": float("inf")}, ["rope_theta is inf", "finite number"]),
+        ("llama", {"num_hidden_layers": 10**400}, ["num_hidden_layers is 1000", "at most"]),
         ("llama", {"rms_norm_eps": 0}, ["rms_norm_eps is 0", "above 0"]),
         ("llama", {"vocab_size": True}, ["vocab_size is True", "whole number"]),
         ("llama", {"vocab_size": 128.0}, ["vocab_size is 128.0", "whole number"]),
@@ -211,7 +217,7 @@ SLIDING = ["sliding_attention"] * 4
         ("qwen2", {"layer_types": ["linear_attention"] * 4}, ["layer_types", "linear_attention"]),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": -1}, ["max_window_layers is -1", "at least 0"]),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_what_the_engine_cannot_do(tmp_path: Path, kind: str, fields: dict[str, Any], said: list[str]) -> None:
     read_model_config(write(tmp_path, kind))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine import prefix
+from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.executor import Executor
-from coserve_engine.messages import AdapterVersion, AddRequest, Cancel, IterationDone, PromptDone, SamplingParams
+from coserve_engine.messages import (
+    AdapterVersion,
+    AddRequest,
+    Cancel,
+    IterationDone,
+    LoadAdapter,
+    PromptDone,
+    SamplingParams,
+    TokenBatch,
+    UnloadAdapter,
+)
 from coserve_engine.numerics import Numerics
 from coserve_engine.prefix import KeyChain
 
@@ -20,6 +33,8 @@ GREEDY = SamplingParams(20, ignore_eos=True)
 VERSION = AdapterVersion("a", 1)
 OTHER = AdapterVersion("a", 2)
 
+USED = ((None, 0), (VERSION, 1), (VERSION, 2), (OTHER, 1))
+"""Adapter versions and loads of them."""
 tokens = st.lists(st.integers(0, 127), max_size=70)
 
 
@@ -36,11 +51,11 @@ def test_keys_do_not_depend_on_how_a_sequence_grew(
     assert grown.keys == whole.keys
 
 
-@given(tokens, tokens, st.sampled_from((None, VERSION)), st.sampled_from((None, VERSION, OTHER)))
+@given(tokens, tokens, st.sampled_from(((None, 0), (VERSION, 1))), st.sampled_from(USED))
 def test_keys_are_equal_as_far_as_tokens_and_adapter_are(
-    a: list[int], b: list[int], adapter: AdapterVersion | None, other: AdapterVersion | None
+    a: list[int], b: list[int], adapter: tuple[AdapterVersion | None, int], other: tuple[AdapterVersion | None, int]
 ) -> None:
-    first, second = KeyChain(adapter, 16), KeyChain(other, 16)
+    first, second = (KeyChain(version, 16, load) for version, load in (adapter, other))
     first.extend(a, len(a))
     second.extend(b, len(b))
     for n, (one, two) in enumerate(zip(first.keys, second.keys, strict=False), 1):
@@ -219,12 +234,51 @@ def test_a_key_without_the_adapter_gives_wrong_logits(
     prompt = draw_tokens(5, 100)
     right = {version: alone(driver, adapters, prompt, version) for version in (None, VERSION, OTHER)}
     root_key = prefix.root_key
-    monkeypatch.setattr(prefix, "root_key", lambda adapter: root_key(None))
+    monkeypatch.setattr(prefix, "root_key", lambda adapter, load: root_key(None, 0))
     d, found = three_versions(driver, adapters, prompt)
     assert cached(d)["1"] == 96
     assert found[None] == right[None]
     assert found[VERSION] != right[VERSION]
     assert found[OTHER] != right[OTHER]
+
+
+def scores(d: Any, name: str, prompt: Any) -> list[Any]:
+    """Log-probabilities of the answer under VERSION."""
+    d.submit(AddRequest(name, prompt, replace(GREEDY, logprobs=3), d.clock.now, VERSION))
+    d.run()
+    return [token.logprobs for batch in d.of(TokenBatch) for token in batch.tokens if token.request_id == name]
+
+
+@pytest.mark.parametrize("broken", (False, True))
+def test_a_version_that_is_loaded_again_with_other_weights(
+    driver: Any, draw_tokens: Any, random_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """Broken: the key does not say which load of the version it is. A request of the first load runs meanwhile."""
+    root_key = prefix.root_key
+    if broken:
+        monkeypatch.setattr(prefix, "root_key", lambda adapter, load: root_key(adapter, 0))
+    d, fresh, prompt = driver(), driver(), draw_tokens(5, 100)
+    folders = [str(tmp_path / str(seed)) for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        adapter = random_adapter(d.engine.executor, seed=seed)
+        write_folder(Path(folder), *peft_files(adapter.layout, adapter.flat, "base"))
+    d.submit(LoadAdapter(VERSION, folders[0]))
+    first = scores(d.run(), "first", prompt)
+    assert scores(d, "again", prompt) == first
+    d.submit(AddRequest("running", prompt, SamplingParams(60, ignore_eos=True), d.clock.now, VERSION))
+    d.step()
+    d.submit(UnloadAdapter(VERSION), LoadAdapter(VERSION, folders[1]))
+    while d.engine._files.idle is False:
+        d.step()
+    assert d.engine.requests.running
+    second = scores(d, "second", prompt)
+    fresh.submit(LoadAdapter(VERSION, folders[1]))
+    right = scores(fresh.run(), "fresh", prompt)
+    assert cached(d) == {"first": 0, "again": 96, "running": 96, "second": 96 if broken else 0}
+    assert (second == right) is not broken
+    assert first != right
+    assert scores(d, "third", prompt) == second
+    assert cached(d)["third"] == 96
 
 
 def test_pages_of_a_diverged_adapter_are_not_offered(driver: Any, draw_tokens: Any, random_adapter: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,53 @@ def test_a_request_that_cannot_run(
     assert named in failed.message
     assert {name: len(tokens) for name, tokens in d.tokens().items()} == {"good": 4}
     assert d.engine.executor.ledger.free_pages == free
+
+
+@pytest.mark.parametrize("digits", (400, 5000), ids=("no-float", "not-written"))
+@pytest.mark.parametrize("sign", (1, -1))
+@pytest.mark.parametrize(
+    "field",
+    (
+        *("min_tokens", "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "logprobs", "prompt_logprobs", "max_tokens", "logit_bias", "stop_token_ids", "ttft_s"),
+    ),
+)
+def test_a_number_that_no_float_holds(driver: Any, field: str, sign: int, digits: int) -> None:
+    number: Any = sign * 10**digits
+    value = {"logit_bias": ((5, number),), "stop_token_ids": (number,)}.get(field, number)
+    request = AddRequest("bad", (5, 6), FINE, 0.0)
+    params = replace(FINE, **{field: value}) if field != "ttft_s" else FINE
+    d = driver()
+    d.submit(replace(request, params=params, ttft_s=number if field == "ttft_s" else None))
+    d.submit(replace(request, request_id="good"))
+    failed = d.run().one(RequestFailed)
+    assert failed.request_id == "bad"
+    assert field in failed.message
+    assert len(d.tokens()["good"]) == 4
+
+
+@pytest.mark.parametrize("first", ("running", "waiting"))
+def test_the_id_of_a_request_that_is_not_done(driver: Any, first: str) -> None:
+    """The first goes on as if nothing had come; its id is free when it is done or cancelled."""
+    d = driver(max_requests=1)
+    if first == "waiting":
+        d.submit(AddRequest("before", (7, 8), FINE, 0.0))
+    d.submit(AddRequest("a", (5, 6), FINE, 0.0))
+    d.step()
+    d.submit(AddRequest("a", (9, 10), FINE, 0.0))
+    failed = d.run().one(RequestFailed)
+    assert (failed.request_id, failed.code) == ("a", "duplicate_request")
+    assert "request_id is 'a'" in failed.message
+    assert d.tokens()["a"] == driver_alone(driver, (5, 6))
+    d.submit(AddRequest("a", (9, 10), FINE, 0.0), Cancel("a"), AddRequest("a", (9, 10), FINE, 0.0))
+    assert d.run().tokens()["a"][4:] == driver_alone(driver, (9, 10))
+    assert len(d.failures) == 1
+
+
+def driver_alone(driver: Any, prompt: tuple[int, ...]) -> list[int]:
+    d = driver()
+    d.submit(AddRequest("alone", prompt, FINE, 0.0))
+    return list(d.run().tokens()["alone"])
 
 
 def test_the_longest_request_runs(driver: Any) -> None:

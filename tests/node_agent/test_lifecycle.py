@@ -149,6 +149,14 @@ def shrink(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+NO_IDS: list[object] = ["</s>", [3, None], [2.5], True, -1, float("inf")]
+
+
+def ends(value: object) -> Callable[[Path], None]:
+    """End tokens of generation_config.json."""
+    return rewrite("generation_config.json", json.dumps({"eos_token_id": value}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -156,14 +164,25 @@ def shrink(folder: Path) -> None:
         (remove("tokenizer.json"), ["tokenizer.json: no such file"]),
         (rewrite("tokenizer.json", "{}"), ["tokenizer.json", "cannot be read"]),
         (rewrite("generation_config.json", "{"), ["generation_config.json", "not readable as JSON"]),
+        *((ends(value), ["generation_config.json", "eos_token_id", "token id"]) for value in NO_IDS),
     ],
-    ids=["folder", "no-tokenizer", "broken-tokenizer", "generation"],
+    ids=["folder", "no-tokenizer", "broken-tokenizer", "generation", *map(str, NO_IDS)],
 )
 def test_a_broken_tokenizer_is_explained(broken: Path, damage: Callable[[Path], None], words: list[str]) -> None:
     damage(broken)
     with pytest.raises(StartError) as caught:
         Tokenizer(broken)
     assert all(word in str(caught.value) for word in [str(broken), *words]), str(caught.value)
+
+
+def test_an_end_token_that_the_model_lacks(broken: Path) -> None:
+    ends([3, 319])(broken)
+    Tokenizer(broken).check_fits(320, broken)
+    ends([3, 320])(broken)
+    with pytest.raises(StartError) as caught:
+        Tokenizer(broken).check_fits(320, broken)
+    words = [str(broken / "generation_config.json"), "eos_token_id has 320", "vocab_size is 320", "same model"]
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize(

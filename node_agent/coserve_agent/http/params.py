@@ -20,6 +20,7 @@ MAX_STOP_CHARS = 256
 MAX_SEED = (1 << 63) - 1
 MAX_CHOICES = 16
 MAX_BIASES = 1024
+MAX_COUNT = (1 << 31) - 1
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -54,9 +55,9 @@ class Common(_Base):
     logit_bias: (
         Annotated[dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
     ) = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_COUNT)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    min_tokens: Count | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = None
