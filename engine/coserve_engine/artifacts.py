@@ -42,6 +42,7 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     """
     scratch = path.with_name(f".{path.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
+    made = [folder for folder in path.parents if not folder.exists()]
     scratch.mkdir(parents=True)
     for name, text in texts.items():
         (scratch / name).write_text(text)
@@ -54,7 +55,8 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
         _sync(scratch / name)
     _sync(scratch)
     replace_folder(scratch, path)
-    _sync(path.parent)
+    for folder in (path.parent, *(folder.parent for folder in made)):
+        _sync(folder)
     return digest(path / MANIFEST)
 
 

@@ -122,3 +122,18 @@ def test_two_names_are_exchanged_at_once(tmp_path: Path) -> None:
         assert (tmp_path / "b" / "a").exists()
     with pytest.raises(FileNotFoundError):
         folders._exchange(tmp_path / "a", tmp_path / "none")
+
+
+def test_every_folder_that_was_made_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint of an epoch survives a power loss only if its parents' entries do."""
+    synced, sync = [], artifacts._sync
+
+    def spy(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr(artifacts, "_sync", spy)
+    write(tmp_path / "jobs" / "e1" / "c1", "text")
+    assert synced[-3:] == [tmp_path / "jobs" / "e1", tmp_path / "jobs", tmp_path]
+    write(tmp_path / "jobs" / "e1" / "c2", "text")
+    assert synced[-1] == tmp_path / "jobs" / "e1"
