@@ -17,6 +17,8 @@ from coserve_engine.runs import FreeRuns
 
 NULL_PAGE = 0
 """Padding rows write here and masked tails read from here; it is never owned."""
+HEADROOM_PAGES = 1
+"""Pages that admission leaves for each running request, so that the next few tokens preempt nobody."""
 GROWTH_PAGES = 4
 """Pages that nobody holds between two sequences, where there is room, for the first to grow into; fewer, or none, in a
 pool of less than 128.

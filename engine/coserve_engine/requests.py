@@ -20,14 +20,11 @@ from coserve_engine.limits import check
 from coserve_engine.load import RequestLoad
 from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
-from coserve_engine.pages import PageLedger
+from coserve_engine.pages import HEADROOM_PAGES, PageLedger
 from coserve_engine.plan import SequenceView
 from coserve_engine.prefix import KeyChain
 from coserve_engine.processors import Processors
 from coserve_engine.sampling import Choice
-
-HEADROOM_PAGES = 1
-"""Pages that admission leaves for each running request, so that the next few tokens preempt nobody."""
 
 
 @dataclass(slots=True)

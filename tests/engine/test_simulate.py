@@ -174,6 +174,26 @@ def test_pages_that_lack_are_taken_from_passes(trace: list[Arrival]) -> None:
         World(Setup(CPU, kv_pages=1), trace[:5], decide).run()
 
 
+def test_the_youngest_is_preempted_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight requests fit when they come and outgrow the pool together; the oldest never waits again."""
+    preempted: list[int] = []
+    preempt = World._preempt_youngest
+
+    def spy(self: World) -> None:
+        preempted.append(next(reversed(self._running)))
+        preempt(self)
+
+    monkeypatch.setattr(World, "_preempt_youngest", spy)
+    setup = Setup(CPU, tpot_s=1.0, noise=0.0, kv_pages=1 + 8 * 3)
+    w = World(setup, [Arrival(0.001 * n, 60, 200) for n in range(8)], decide)
+    result = w.run()
+    assert preempted and 1 not in preempted
+    assert [len(r.gaps_s) for r in result.requests] == [199] * 8
+    assert w._pool.extend() and w._pool.headroom == 0 and not w._running
+    stalls = [max(r.gaps_s) for r in result.requests]
+    assert stalls[0] < 1.0 < max(stalls)
+
+
 def test_strict_and_mean_differ_in_stalls() -> None:
     stalled = RequestTimes(0.0, 0.5, [0.01] * 49 + [0.3])
     assert stalled.by_mean(1.0, 0.1) and not stalled.strict(1.0, 0.1)

@@ -36,7 +36,7 @@ class Job:
                 self._pool.give(self._pages)
                 self.done += 1
         while may_open and len(self.passes) < MAX_LIVE and self._next_step() == self.done // self._per_step:
-            if not self._pool.take(self._pages):
+            if self._pool.reserve(self._pages):
                 return
             shape = self._shape.like(self._opened)
             self.passes[self._opened] = PassView(shape, 0, self._layers, len(shape.tiles))
@@ -66,6 +66,11 @@ class Job:
             raise ValueError(f"{unit} does not go on from {view}")
         layer, end = (unit.layer, unit.first) if unit.first else (unit.layer - 1, len(self._shape.tiles))
         self.passes[unit.pass_id] = PassView(view.shape, view.fwd_tile, layer, end)
+
+    @property
+    def held_pages(self) -> int:
+        """Pages of its live passes."""
+        return self._pages * len(self.passes)
 
     @property
     def progress_tokens(self) -> float:

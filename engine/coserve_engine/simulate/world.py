@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from coserve_engine.cost import CostModel
 from coserve_engine.iteration import Accounts, run_units
 from coserve_engine.load import Demand, RequestLoad, saturation_percent
+from coserve_engine.pages import HEADROOM_PAGES
 from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
 from coserve_engine.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
@@ -50,11 +51,15 @@ class _Request:
     times: RequestTimes
     finetune_s: float
     last_s: float | None = None
+    pages: int = 0
 
 
 class World:
     """`finetuning`: whether there is a job. Without `stops` no arrival ends units or a forward early (an ablation).
     With `reports` the result has the saturation that the engine would report.
+
+    Pages go as in the engine (`serving.Serving.make_room`), but for the prefixes that requests share there: what the
+    tokens of an arrival are, no trace says.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class World:
         self._next = 0
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
+        self._growing: deque[_Request] = deque()
+        """Those whose next token needs a page more."""
         self._noise = random.Random(setup.seed)
         self._pool = PagePool(setup.kv_pages)
         self._job = Job(
@@ -86,7 +93,8 @@ class World:
         accounts = Accounts(cost)
         result, plan_id, last_report = Result(s.ttft_s, s.tpot_s), 0, 0.0
         while self.now < seconds and (self._next < len(self.arrivals) or self._waiting or self._running):
-            self._admit(result, accounts)
+            self._arrive(result, accounts)
+            self._make_room()
             if self.finetuning:
                 self._job.advance(may_open=not self._waiting)
             view = self._view()
@@ -138,7 +146,7 @@ class World:
         self.now = until
         accounts.rest()
 
-    def _admit(self, result: Result, accounts: Accounts) -> None:
+    def _arrive(self, result: Result, accounts: Accounts) -> None:
         while self._next < len(self.arrivals) and self.arrivals[self._next].at_s <= self.now:
             a = self.arrivals[self._next]
             self._next += 1
@@ -149,12 +157,46 @@ class World:
             if self._pages(end) > self._pool.total:
                 raise SimulationError(f"a request of {end} tokens needs more than the {self._pool.total} KV pages")
             self._waiting.append(_Request(view, end, times, accounts.time.finetune_s))
+
+    def _make_room(self) -> None:
+        """Pages for those that run, oldest first, then for those that wait; passes give theirs up first, then the
+        youngest request.
+        """
+        growing, preempted = self._growing, False
+        while growing:
+            request = growing.popleft()
+            while request.pages and not self._pool.extend():
+                if not self._job.drop_youngest():
+                    self._preempt_youngest()
+                    preempted = True
+            request.pages += request.pages > 0
+        if self._waiting and not preempted:
+            self._admit()
+
+    def _preempt_youngest(self) -> None:
+        """It waits first in line and is computed again."""
+        _, request = self._running.popitem()
+        self._leave(request)
+        request.view = request.view._replace(done=0)
+        self._waiting.appendleft(request)
+
+    def _admit(self) -> None:
         while self._waiting and len(self._running) < self.setup.max_requests:
             request = self._waiting[0]
-            if self._pool.take(self._pages(request.end)):
+            pages = self._pages(request.view.known)
+            lacking = self._pool.reserve(pages)
+            if not lacking:
+                request.pages = pages
                 self._running[request.view.slot] = self._waiting.popleft()
-            elif not self._job.drop_youngest():
+                self._pool.headroom = HEADROOM_PAGES * len(self._running)
+            elif lacking > self._job.held_pages or not self._job.drop_youngest():
                 return
+
+    def _leave(self, request: _Request) -> None:
+        """It runs no more."""
+        self._pool.give(request.pages)
+        request.pages = 0
+        self._pool.headroom = HEADROOM_PAGES * len(self._running)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.setup.page)
@@ -174,7 +216,8 @@ class World:
         )
 
     def _commit(self, plan: Plan) -> None:
-        now, ttft_s, tpot_s, finetune = self.now, self.setup.ttft_s, self.setup.tpot_s, Kind.FINETUNE
+        s, now, finetune = self.setup, self.now, Kind.FINETUNE
+        ttft_s, tpot_s, page = s.ttft_s, s.tpot_s, s.page
         for segment in plan.segments:
             kind, slot, start, length, sample = segment
             if kind is finetune:
@@ -193,7 +236,9 @@ class World:
             request.view = SequenceView.of(slot, done, done + 1, arrival_s, now, ttft_s, tpot_s)
             if done + 1 >= request.end:
                 del self._running[slot]
-                self._pool.give(self._pages(request.end))
+                self._leave(request)
+            elif done >= request.pages * page:
+                self._growing.append(request)
 
     def _backward(self, unit: Unit) -> None:
         shape = self._job.passes[unit.pass_id].shape
@@ -205,7 +250,7 @@ class World:
             RequestLoad(r.view.done, r.view.known, r.last_s is None, r.view.arrival, r.finetune_s)
             for r in (*self._running.values(), *self._waiting)
         )
-        held_pages = sum(self._pages(request.end) for request in self._running.values())
+        held_pages = sum(request.pages for request in self._running.values())
         return Demand.of(requests, self.now, accounts.time, held_pages, self._pool.total)
 
 
