@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import optimizer_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_model import VOCAB, write_random_model
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -26,7 +27,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.kept import levels, row_values
-from coserve_engine.messages import ForwardBackward, LoraSpec, OptimStep, Pass, StartJob, TrainSeq
+from coserve_engine.messages import LoraSpec, StartJob
 
 RANK, ALPHA = 16, 32
 Batch = list[list[int]]
@@ -41,10 +42,8 @@ def ours(model: Path, work: list[Batch], pass_bytes: int | None) -> float:
         engine.step()
         time.sleep(0.001)  # as the host does: a loop that never waits holds up the thread that makes the adapter
     for step, batch in enumerate(work):
-        weight = 1.0 / sum(len(tokens) - 1 for tokens in batch)
-        seqs = tuple(TrainSeq(i, tuple(tokens), (weight,) * len(tokens)) for i, tokens in enumerate(batch))
-        engine.submit(ForwardBackward("bench", 2 * step + 1, Pass(step, "bench", step, 0, seqs)))
-        engine.submit(OptimStep("bench", 2 * step + 2, 1e-3))
+        for command in optimizer_step("bench", step, [batch]):
+            engine.submit(command)
     started = time.perf_counter()
     while not engine.idle:
         engine.step()

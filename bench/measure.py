@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from coserve_engine.engine import Engine
-from coserve_engine.messages import AddRequest
+from coserve_engine.messages import AddRequest, ForwardBackward, OptimStep, Pass, TrainSeq
 
 
 def machine_speed() -> tuple[float, float]:
@@ -24,6 +24,20 @@ def machine_speed() -> tuple[float, float]:
     for _ in range(20):
         torch.mm(a, b)
     return bandwidth, 20 * 2 * 512**3 / (time.perf_counter() - started)
+
+
+def optimizer_step(
+    job: str, step: int, passes: Sequence[Sequence[Sequence[int]]]
+) -> Iterator[ForwardBackward | OptimStep]:
+    """The commands of a job's `step`, from 0, of so many passes as each step before: samples of each pass, whose tokens
+    all count alike.
+    """
+    weight = 1.0 / sum(len(tokens) - 1 for samples in passes for tokens in samples)
+    number = step * (len(passes) + 1) + 1
+    for micro, samples in enumerate(passes):
+        seqs = tuple(TrainSeq(i, tuple(tokens), (weight,) * len(tokens)) for i, tokens in enumerate(samples))
+        yield ForwardBackward(job, number + micro, Pass(0, job, step, micro, seqs))
+    yield OptimStep(job, number + len(passes), 1e-3)
 
 
 def answer_s(engine: Engine, work: Iterable[AddRequest]) -> float:

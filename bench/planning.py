@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from measure import optimizer_step
 from random_model import VOCAB, write_random_model
 
 from coserve_engine import engine as engine_module
@@ -29,17 +30,7 @@ from coserve_engine.executor import Executor
 from coserve_engine.host import settle
 from coserve_engine.iteration import Accounts
 from coserve_engine.job_table import JobTable
-from coserve_engine.messages import (
-    AddRequest,
-    ForwardBackward,
-    IterationDone,
-    LoraSpec,
-    OptimStep,
-    Pass,
-    SamplingParams,
-    StartJob,
-    TrainSeq,
-)
+from coserve_engine.messages import AddRequest, IterationDone, LoraSpec, SamplingParams, StartJob
 from coserve_engine.serving import Serving
 from coserve_engine.transformer import Transformer
 
@@ -108,11 +99,9 @@ def busy_engine(path: Path, requests: int) -> Engine:
     engine.ready()
     for job in ("a", "b"):
         engine.submit(StartJob(job, LoraSpec(8, 16.0, LINEARS), 0))
-        for n in range(400):
-            tokens = tuple(draw.randrange(VOCAB) for _ in range(500))
-            work = Pass(n, job, n // 4, n % 4, (TrainSeq(n, tokens, (1e-3,) * len(tokens)),))
-            engine.submit(ForwardBackward(job, 2 * n + 1, work))
-            engine.submit(OptimStep(job, 2 * n + 2, 1e-4))
+        for step in range(400):
+            for command in optimizer_step(job, step, [[[draw.randrange(VOCAB) for _ in range(500)]]]):
+                engine.submit(command)
     for n in range(requests):
         prompt = tuple(draw.randrange(VOCAB) for _ in range(draw.randrange(100, 600)))
         engine.submit(AddRequest(f"r{n}", prompt, SamplingParams(400, ignore_eos=True), time.monotonic()))

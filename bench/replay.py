@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from measure import optimizer_step
 from random_model import VOCAB, write_random_model
 
 from coserve_engine.config import LINEARS, EngineConfig
@@ -27,16 +28,12 @@ from coserve_engine.host import settle
 from coserve_engine.messages import (
     AddRequest,
     Event,
-    ForwardBackward,
     IterationDone,
     LoraSpec,
-    OptimStep,
-    Pass,
     SamplingParams,
     StartJob,
     StepDone,
     TokenBatch,
-    TrainSeq,
 )
 from coserve_engine.schedule import decide
 from coserve_engine.simulate.bound import capacity, work_conserving_bound
@@ -107,13 +104,10 @@ class Replay:
 
     def _feed(self) -> None:
         while self._steps < self._done + 2:
-            for micro in range(PASSES_PER_STEP):
-                tokens = tuple(self._source.randrange(VOCAB) for _ in range(PASS_TOKENS))
-                weights = (1.0 / (PASSES_PER_STEP * PASS_TOKENS),) * PASS_TOKENS
-                work = Pass(0, "bench", self._steps, micro, (TrainSeq(micro, tokens, weights),))
-                self.engine.submit(ForwardBackward("bench", self._steps * (PASSES_PER_STEP + 1) + micro + 1, work))
+            passes = [[[self._source.randrange(VOCAB) for _ in range(PASS_TOKENS)]] for _ in range(PASSES_PER_STEP)]
+            for command in optimizer_step("bench", self._steps, passes):
+                self.engine.submit(command)
             self._steps += 1
-            self.engine.submit(OptimStep("bench", self._steps * (PASSES_PER_STEP + 1), 1e-4))
 
     def run(self, arrivals: list[Arrival], more: Callable[[float, Run], bool]) -> Run:
         """Submit `arrivals` in their time and step while `more(seconds, run)`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from coserve_engine.errors import AdapterFolderError
 from coserve_engine.folders import MANIFEST, digest, replace_folder
 from coserve_engine.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
+from coserve_engine.model_fields import is_finite_number
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -133,8 +133,7 @@ def read_peft_config(folder: Path, max_rank: int) -> LoraSpec:
         raise AdapterFolderError(f"{path}: r is {rank!r}; it must be a whole number")
     if not 1 <= rank <= max_rank:
         raise AdapterFolderError(f"{path}: r is {rank}; this endpoint allows 1 to {max_rank} (finetuning.maxRank)")
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not abs(alpha) <= sys.float_info.max:  # float() of a larger integer would raise
+    if not is_finite_number(alpha):
         raise AdapterFolderError(f"{path}: lora_alpha is {alpha!r}; it must be a finite number")
     use_rslora = bool(raw.get("use_rslora"))
     return LoraSpec(rank, float(alpha), tuple(n for n in LINEARS if n in targets), use_rslora=use_rslora)

@@ -7,6 +7,7 @@ import math
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import JobError
 from coserve_engine.job_messages import ForwardBackward, LoraSpec, OptimStep, StartJob
+from coserve_engine.limits import LARGEST, outside
 from coserve_engine.losses import LOSSES
 
 MAX_DROPOUT = 0.9
@@ -25,8 +26,8 @@ def check_start(command: StartJob, max_rank: int) -> None:
     """Raises JobError for a job that cannot be trained here."""
     _check_lora(command.lora, max_rank)
     _check_range("seed", command.seed, 0, MAX_SEED)
-    if not 0 < command.priority < math.inf:
-        raise refused(f"priority is {command.priority}; it must be a finite number above 0")
+    if not 0.0 < command.priority < math.inf:
+        raise refused(f"priority is {command.priority}; it must be a positive, finite weight")
 
 
 def _check_lora(spec: LoraSpec, max_rank: int) -> None:
@@ -50,11 +51,11 @@ def check_step(command: OptimStep) -> None:
         ("beta1", command.beta1, 0.0, BELOW_ONE),
         ("beta2", command.beta2, 0.0, BELOW_ONE),
         ("eps", command.eps, LEAST_EPSILON, 1.0),
-        ("weight_decay", command.weight_decay, 0.0, math.inf),
-        ("max_grad_norm", command.max_grad_norm, 0.0, math.inf),
-        ("lr * weight_decay", command.lr * command.weight_decay, 0.0, 1.0),
+        ("weight_decay", command.weight_decay, 0.0, LARGEST),
+        ("max_grad_norm", command.max_grad_norm, 0.0, LARGEST),
     ):
         _check_range(name, value, low, high)
+    _check_range("lr * weight_decay", command.lr * command.weight_decay, 0.0, 1.0)
 
 
 def check_pass(command: ForwardBackward, max_length: int, vocab_size: int) -> None:
@@ -78,5 +79,6 @@ def check_pass(command: ForwardBackward, max_length: int, vocab_size: int) -> No
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (low <= value <= high and value < math.inf):
-        raise refused(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
+    wrong = outside(value, low, high)
+    if wrong:
+        raise refused(f"{name} {wrong}")

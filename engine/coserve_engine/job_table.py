@@ -77,8 +77,6 @@ class JobTable:
             message = f"job {command.job} runs already; stop it first"
             self._say(JobFailed(command.job, "job_running", message))
             return
-        if not 0.0 < command.priority < float("inf"):
-            raise JobError("invalid_command", f"priority is {command.priority}; it must be a positive, finite weight")
         check_start(command, self._config.max_rank)
         self._starting[command.job] = []
 

@@ -112,7 +112,7 @@ class Job:
             check_pass(command, e.config.max_model_length, e.model.vocab_size)
             if self._pages(command) > e.ledger.total:
                 raise refused(f"pass {command.work.id} needs more KV pages than the pool has; split it")
-            work = replace(command.work, id=next(self._executor.pass_ids), job=self.id)  # drivers may count alike
+            work = replace(command.work, id=next(e.pass_ids), job=self.id)  # drivers may count alike
             command = replace(command, work=work)
         self._seen = command.seq_no
         self._queue.append(command)

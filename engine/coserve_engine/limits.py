@@ -55,11 +55,19 @@ def _check_numbers(params: SamplingParams) -> None:
         ("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS),
     )
     for name, value, low, high in allowed:
-        if not low <= value <= high:
-            raise _refused(name, f"is {_shown(value)}; it must be a finite number from {low:g} to {high:g}")
+        wrong = outside(value, low, high)
+        if wrong:
+            raise _refused(name, wrong)
     for token, value in params.logit_bias:
         if not -LARGEST <= value <= LARGEST:
             raise _refused("logit_bias", f"of token {_shown(token)} is {_shown(value)}; it must be a finite number")
+
+
+def outside(value: float, low: float, high: float) -> str:
+    """What is said of a number that is not from `low` to `high`; empty where it is."""
+    if low <= value <= high:
+        return ""
+    return f"is {_shown(value)}; it must be a finite number from {low:g} to {high:g}"
 
 
 def _shown(value: float) -> str:

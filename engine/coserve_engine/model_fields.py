@@ -14,6 +14,12 @@ from coserve_engine.errors import ModelFolderError
 MAX_COUNT = (1 << 31) - 1
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number that a float holds: float() of a larger integer would raise."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, slots=True)
 class Fields:
     """The object `raw` of file `path`, found there under `prefix`; `defaults` stand for fields that are left out.
@@ -74,8 +80,7 @@ class Fields:
     def number(self, name: str) -> float:
         """A finite number above 0."""
         value = self.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= sys.float_info.max:  # float() of a larger integer would raise
+        if not is_finite_number(value) or value <= 0:
             self.refuse(name, "it must be a finite number above 0")
         return float(value)
 

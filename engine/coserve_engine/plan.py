@@ -103,7 +103,7 @@ class SequenceView(NamedTuple):
 
 def split(sequences: Sequence[SequenceView]) -> tuple[list[SequenceView], list[SequenceView]]:
     """Those that decode, and those with more of a prompt to compute."""
-    decoding = [s for s in sequences if s.known - s.done == 1 and s.done > 0]
+    decoding = [s for s in sequences if s.decoding]
     prompts = [s for s in sequences if not s.decoding] if len(decoding) < len(sequences) else []
     return decoding, prompts
 

@@ -196,6 +196,18 @@ def no_fusion(view: View, cost: CostModel, plan_id: int) -> Plan:
     return plan
 
 
+def _split(serving: int, training: int) -> Entry:
+    return Entry(serving_alone, finetuning=False, share=serving / (serving + training))
+
+
+def _temporal(steps: int) -> Entry:
+    return Entry(temporal(steps), stops=False)
+
+
+def _fixed(rows: int) -> Entry:
+    return Entry(fixed_budget(rows), stops=False)
+
+
 def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
     """All policies. `cost(rows)`: expected seconds of a forward, from which the budget of "no model" is made."""
     rows = 16
@@ -204,11 +216,11 @@ def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
     return {
         "ours": Entry(decide),
         "serving alone": Entry(serving_alone, finetuning=False),
-        "split 50/50": Entry(serving_alone, finetuning=False, share=0.5),
-        "split 90/10": Entry(serving_alone, finetuning=False, share=0.9),
-        "temporal 1:64": Entry(temporal(64), stops=False),
-        "temporal 1:512": Entry(temporal(512), stops=False),
-        "fixed 256 rows": Entry(fixed_budget(FLEXLLM_ROWS), stops=False),
+        "split 50/50": _split(50, 50),
+        "split 90/10": _split(90, 10),
+        "temporal 1:64": _temporal(64),
+        "temporal 1:512": _temporal(512),
+        "fixed 256 rows": _fixed(FLEXLLM_ROWS),
         "5 steps, 1 training": Entry(loquetier, stops=False),
         "ours, no fusion": Entry(no_fusion),
         "ours, no stop": Entry(decide, stops=False),
@@ -218,9 +230,9 @@ def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
 
 
 SCALED: dict[str, Callable[..., Entry]] = {
-    r"temporal 1:([1-9]\d*)": lambda steps: Entry(temporal(steps), stops=False),
-    r"split ([1-9]\d*)/([1-9]\d*)": lambda a, b: Entry(serving_alone, finetuning=False, share=a / (a + b)),
-    r"fixed ([1-9]\d*) rows": lambda rows: Entry(fixed_budget(rows), stops=False),
+    r"temporal 1:([1-9]\d*)": _temporal,
+    r"split ([1-9]\d*)/([1-9]\d*)": _split,
+    r"fixed ([1-9]\d*) rows": _fixed,
 }
 """Policies of any ratio or budget, by the form of their names."""
 

@@ -124,7 +124,7 @@ class World:
         """
         layers, seconds = self.setup.machine.layers, self.setup.machine.forward_s(plan.work) * self._error()
         if self.stops and not view.sequences and self._next < len(self.arrivals):
-            layer = math.ceil(layers * max(0.0, self.arrivals[self._next].at_s - self.now) / seconds)
+            layer = math.ceil(layers * (self.arrivals[self._next].at_s - self.now) / seconds)
             if layer < layers and gives_way(plan, view, cost, layer / layers):
                 self.now += seconds * layer / layers
                 return False

@@ -24,7 +24,7 @@ MAX_COUNT = (1 << 31) - 1
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=0)]
+Count = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -57,7 +57,7 @@ class Common(_Base):
     ) = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_COUNT)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] | None = None
+    min_tokens: Count | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = None
