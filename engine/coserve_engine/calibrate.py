@@ -67,7 +67,7 @@ def _forward(
 def _pass(executor: Executor, cost: CostModel, clock: Callable[[], float], length: int) -> None:
     spec = LoraSpec(min(8, executor.config.max_rank), 16.0, LINEARS)
     layout = executor.layout(spec)
-    weights = LoraWeights(spec.scale, layout.views(layout.fresh(0, executor.dtype, executor.device)))
+    weights = LoraWeights.trained(layout, layout.fresh(0, executor.dtype, executor.device))
     draw = random.Random(length)
     tokens = tuple(draw.randrange(executor.model.vocab_size) for _ in range(length))
     work = Pass(PASS_ID, "calibration", 0, 0, (TrainSeq(0, tokens, (1.0,) * length),))

@@ -83,6 +83,8 @@ def load_checkpoint(
         m, v = (moments[name].to(device=device, dtype=dtype) for name in ("m", "v"))
         if m.shape != param.shape or v.shape != param.shape:
             raise CheckpointError(f"{path / MOMENTS}: moments have {m.numel()} values, the adapter {param.numel()}")
+        if not torch.isfinite(m).all() or not (torch.isfinite(v) & (v >= 0)).all():
+            raise CheckpointError(f"{path / MOMENTS}: moments are not finite, or squares below zero")
         files = {name: (path / name).read_text() for name in facts["files"]}
         return TrainingState(
             param, AdamState(m, v, int(facts["updates"])), int(facts["step"]), int(facts["seq_no"])

@@ -124,7 +124,7 @@ class Engine:
             folder, e = Path(command.path), self.executor
             layout = e.layout(read_peft_config(folder, self.config.max_rank))
             flat = read_peft_weights(folder, layout, e.dtype).to(e.device)
-            return LoraWeights(layout.spec.scale, layout.views(flat), number)
+            return LoraWeights.served(layout, flat, number)
 
         def loaded(weights: LoraWeights) -> None:
             if self._wanted.get(version) != number:

@@ -7,7 +7,7 @@ import math
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import JobError
 from coserve_engine.job_messages import ForwardBackward, LoraSpec, OptimStep, StartJob
-from coserve_engine.limits import LARGEST, outside
+from coserve_engine.limits import LARGEST, outside, shown
 from coserve_engine.losses import LOSSES
 
 MAX_DROPOUT = 0.9
@@ -26,19 +26,17 @@ def check_start(command: StartJob, max_rank: int) -> None:
     """Raises JobError for a job that cannot be trained here."""
     _check_lora(command.lora, max_rank)
     _check_range("seed", command.seed, 0, MAX_SEED)
-    if not 0.0 < command.priority < math.inf:
-        raise refused(f"priority is {command.priority}; it must be a positive, finite weight")
+    if not 0.0 < command.priority <= LARGEST:
+        raise refused(f"priority is {shown(command.priority)}; it must be a positive, finite weight")
 
 
 def _check_lora(spec: LoraSpec, max_rank: int) -> None:
     if spec.rank < 1:
-        raise refused(f"rank {spec.rank} is below 1; choose 1 to {max_rank}")
+        raise refused(f"rank {shown(spec.rank)} is below 1; choose 1 to {max_rank}")
     if spec.rank > max_rank:
-        raise refused(f"rank {spec.rank} is above finetuning.maxRank {max_rank}")
-    if not math.isfinite(spec.alpha):
-        raise refused(f"alpha is {spec.alpha}; it must be a finite number")
-    if not 0.0 <= spec.dropout <= MAX_DROPOUT:
-        raise refused(f"dropout is {spec.dropout}; it must be between 0 and {MAX_DROPOUT}")
+        raise refused(f"rank {shown(spec.rank)} is above finetuning.maxRank {max_rank}")
+    _check_range("alpha", spec.alpha, -LARGEST, LARGEST)
+    _check_range("dropout", spec.dropout, 0.0, MAX_DROPOUT)
     unknown = [name for name in spec.targets if name not in LINEARS]
     if unknown or not spec.targets:
         raise refused(f"targets {unknown or 'are none'}; name some of {list(LINEARS)}")
@@ -72,7 +70,7 @@ def check_pass(command: ForwardBackward, max_length: int, vocab_size: int) -> No
             raise refused(f"{where} has {len(seq.tokens)} tokens but {len(seq.weights)} weights")
         wrong = [token for token in seq.tokens if not 0 <= token < vocab_size]
         if wrong:
-            raise refused(f"{where} has token {wrong[0]}, outside the vocabulary of {vocab_size}")
+            raise refused(f"{where} has token {shown(wrong[0])}, outside the vocabulary of {vocab_size}")
         LOSSES[command.loss].check(seq)
     if not any(any(seq.weights[1:]) for seq in command.work.seqs):
         raise refused(f"{where} and the rest of its pass have no supervised token: every weight is 0")

@@ -67,7 +67,7 @@ class Job:
     def __init__(self, command: StartJob, executor: Executor, state: TrainingState) -> None:
         self.id, self._seed, self._executor, self._state = command.job, command.seed, executor, state
         self.layout = executor.layout(command.lora)
-        self.weights = LoraWeights(command.lora.scale, self.layout.views(self._state.param))
+        self.weights = LoraWeights.trained(self.layout, self._state.param)
         self._grad = torch.zeros_like(self._state.param)
         self._summed = False
         """Whether a pass of the running step is in `_grad`, which no checkpoint holds."""
@@ -197,6 +197,8 @@ class Job:
                 c.weight_decay,
                 c.max_grad_norm,
             )
+        if changed:
+            self.weights.renew()
         self._grad.zero_()
         self._summed, self._finite = False, True
         self._done(c, steps=1)

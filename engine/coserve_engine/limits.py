@@ -19,18 +19,18 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
     if not prompt:
         raise RequestError("invalid_token", "the prompt has no tokens; send at least one")
     if params.max_tokens < 1:
-        raise RequestError("invalid_token", f"max_tokens is {_shown(params.max_tokens)}; it must be at least 1")
+        raise RequestError("invalid_token", f"max_tokens is {shown(params.max_tokens)}; it must be at least 1")
     if len(prompt) + params.max_tokens > max_model_length:
         raise RequestError(
             "context_length_exceeded",
-            f"the prompt has {len(prompt)} tokens and max_tokens is {_shown(params.max_tokens)}, together more than "
+            f"the prompt has {len(prompt)} tokens and max_tokens is {shown(params.max_tokens)}, together more than "
             f"the context of {max_model_length}; shorten the prompt or lower max_tokens",
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise RequestError("invalid_token", f"the prompt has a token outside the vocabulary of {vocab_size}")
     for name, seconds in (("ttft_s", command.ttft_s), ("tpot_s", command.tpot_s)):
         if seconds is not None and not 0 < seconds <= LARGEST:
-            raise RequestError("invalid_slo", f"{name} is {_shown(seconds)}; it must be a positive number of seconds")
+            raise RequestError("invalid_slo", f"{name} is {shown(seconds)}; it must be a positive number of seconds")
     _check_numbers(params)
     for name, tokens in (
         ("stop_token_ids", params.stop_token_ids),
@@ -38,7 +38,7 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
     ):
         wrong = [token for token in tokens if not 0 <= token < vocab_size]
         if wrong:
-            raise _refused(name, f"has token {_shown(wrong[0])}; it must be from 0 to {vocab_size - 1}")
+            raise _refused(name, f"has token {shown(wrong[0])}; it must be from 0 to {vocab_size - 1}")
 
 
 def _check_numbers(params: SamplingParams) -> None:
@@ -60,18 +60,18 @@ def _check_numbers(params: SamplingParams) -> None:
             raise _refused(name, wrong)
     for token, value in params.logit_bias:
         if not -LARGEST <= value <= LARGEST:
-            raise _refused("logit_bias", f"of token {_shown(token)} is {_shown(value)}; it must be a finite number")
+            raise _refused("logit_bias", f"of token {shown(token)} is {shown(value)}; it must be a finite number")
 
 
 def outside(value: float, low: float, high: float) -> str:
     """What is said of a number that is not from `low` to `high`; empty where it is."""
     if low <= value <= high:
         return ""
-    return f"is {_shown(value)}; it must be a finite number from {low:g} to {high:g}"
+    return f"is {shown(value)}; it must be a finite number from {low:g} to {high:g}"
 
 
-def _shown(value: float) -> str:
-    """A number in a message; Python refuses to write integers of thousands of digits."""
+def shown(value: float) -> str:
+    """A number as it stands in a message: Python refuses to write integers of thousands of digits."""
     if isinstance(value, int) and abs(value) > MAX_SHOWN:
         return f"{'below -' if value < 0 else 'above '}{MAX_SHOWN:g}"
     return str(value)

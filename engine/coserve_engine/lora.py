@@ -2,7 +2,8 @@
 
 All adapters of a batch share the one GEMM of the frozen weight; each adapter adds scale * (x A^T) B^T to its own
 rows. Ranks are stored rounded up to 8 with zeros (products of 5 to 7 columns are not row-invariant on CPUs), A and B
-unscaled as in PEFT.
+unscaled as in PEFT. Products of forward read copies of A and B that are turned: BLAS's kernels for few rows of x A^T
+sum in another order than those for many on some processors, and are slower; those of x (A^T) do not.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.dropout import dropout
@@ -22,6 +23,19 @@ from coserve_engine.numerics import repeat_last
 
 AB = tuple[torch.Tensor, torch.Tensor]
 """A [padded rank, in] and B [out, padded rank]."""
+
+
+class Pair(NamedTuple):
+    """What a linear adds by one adapter: A and B, and both turned, each in memory of its own."""
+
+    a: torch.Tensor
+    """[padded rank, in]."""
+    b: torch.Tensor
+    """[out, padded rank]."""
+    down: torch.Tensor
+    """[in, padded rank]."""
+    up: torch.Tensor
+    """[padded rank, out]."""
 
 
 class LoraLayout:
@@ -48,6 +62,13 @@ class LoraLayout:
             layers.append(layer)
         return tuple(layers)
 
+    def turned(self, flat: torch.Tensor) -> tuple[dict[str, AB], ...]:
+        """Per layer: linear name -> (A^T, B^T), copies of what is in `flat` [size]."""
+        return tuple(
+            {name: (a.t().contiguous(), b.t().contiguous()) for name, (a, b) in layer.items()}
+            for layer in self.views(flat)
+        )
+
     def fresh(self, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Initial parameters as PEFT's: A uniform with Kaiming's bound for a = sqrt(5), B zero."""
         flat = torch.zeros(self.size, dtype=dtype)
@@ -65,8 +86,28 @@ class LoraWeights:
     """One adapter, ready to compute with. `load` tells apart what an engine loads, even under one version."""
 
     scale: float
-    layers: tuple[Mapping[str, AB], ...]
+    layers: tuple[Mapping[str, Pair], ...]
     load: int = 0
+
+    @classmethod
+    def served(cls, layout: LoraLayout, flat: torch.Tensor, load: int = 0) -> LoraWeights:
+        """Of parameters `flat` [layout.size], which are copied."""
+        layers = ({n: Pair(a.t(), b.t(), a, b) for n, (a, b) in layer.items()} for layer in layout.turned(flat))
+        return cls(layout.spec.scale, tuple(layers), load)
+
+    @classmethod
+    def trained(cls, layout: LoraLayout, flat: torch.Tensor) -> LoraWeights:
+        """Of parameters `flat` [layout.size] that change; to be renewed when they did."""
+        layers = zip(layout.views(flat), layout.turned(flat), strict=True)
+        pairs = tuple({name: Pair(*ab, *turned[name]) for name, ab in layer.items()} for layer, turned in layers)
+        return cls(layout.spec.scale, pairs)
+
+    def renew(self) -> None:
+        """A or B changed."""
+        for layer in self.layers:
+            for a, b, down, up in layer.values():
+                down.copy_(a.t())
+                up.copy_(b.t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +201,9 @@ AdapterRows = tuple[LoraGroup | ScatteredRows, ...]
 """Which rows of a batch use which adapter."""
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, pair: AB, scale: float) -> None:
+def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair, scale: float) -> None:
     """y [R, out] += scale * (x [R, in] A^T) B^T, in two calls: with many adapters it is calls that take the time."""
-    a, b = pair
-    y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scale)
+    y.addmm_(torch.mm(x, pair.down), pair.up, alpha=scale)
 
 
 def linear(x: torch.Tensor, weight: FrozenLinear, adapters: AdapterRows, layer: int, name: str) -> torch.Tensor:
@@ -178,7 +218,7 @@ def linear_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: FrozenLinear,
-    pair: AB | None,
+    pair: Pair | None,
     grads: AB | None,
     scale: float,
     tiles: tuple[tuple[int, int], ...],
@@ -190,7 +230,7 @@ def linear_backward(
 
     Args:
         dy: [R, out]; x: [R, in]; weight: from in to out, frozen.
-        pair, grads: the adapter's (A, B) and the buffers its gradients are added to; None where it has none here.
+        pair, grads: the adapter's A and B, and the buffers of the gradients of both; None where it has none here.
         tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
         drop: dropout of the rows' inputs to A; None where nothing is dropped.
         need_dx: False leaves dx out (nothing below the first layer needs it).
@@ -200,17 +240,16 @@ def linear_backward(
     """
     dx = weight.backward(dy) if need_dx else None
     if pair is not None and grads is not None:
-        a, b = pair
         x = x if drop is None else drop(x)
-        low = functional.linear(x, a).mul_(scale)
-        dlow = (dy @ b).mul_(scale)
+        low = torch.mm(x, pair.down).mul_(scale)
+        dlow = (dy @ pair.b).mul_(scale)
         for start, stop in tiles:
             grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
             grads[1].addmm_(dy[start:stop].t(), low[start:stop])
         if dx is None:
             return None
         if drop is None:
-            dx.addmm_(dlow, a)
+            dx.addmm_(dlow, pair.a)
         else:
-            dx += drop(dlow @ a)
+            dx += drop(dlow @ pair.a)
     return dx

@@ -52,12 +52,13 @@ def _products(
             continue
         tried.add(shape)
         (a, b), (x, y) = (draw(RANK, into), draw(out, RANK)), (draw(into), draw(out))
+        down, up = a.t().contiguous(), b.t().contiguous()
         if not isinstance(weight, PackedLinear):
             yield name, into, weight.forward
             if backward:
                 yield f"{name} backward", out, weight.backward
-        yield f"{name} A", into, partial(functional.linear, weight=a)
-        yield f"{name} B", RANK, partial(_added, y, b.t())
+        yield f"{name} A", into, partial(torch.mm, mat2=down)
+        yield f"{name} B", RANK, partial(_added, y, up)
         if backward:
             yield f"{name} A backward", RANK, partial(_added, x, a)
             yield f"{name} B backward", out, partial(torch.matmul, other=b)

@@ -1,14 +1,16 @@
-"""An engine driven to its end, by a clock that the test moves."""
+"""An engine driven to its end, by a clock that the test moves, and the events of one in a process of its own."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from coserve_engine.engine import Engine
+from coserve_engine.host import EngineHost
 from coserve_engine.messages import (
     Command,
     Event,
@@ -19,6 +21,17 @@ from coserve_engine.messages import (
 )
 
 E = TypeVar("E")
+PATIENCE_S = 60.0
+
+
+def gather(host: EngineHost, enough: Callable[[list[Event]], bool]) -> list[Event]:
+    """Events until there are enough."""
+    found: list[Event] = []
+    end = time.monotonic() + PATIENCE_S
+    while not enough(found):
+        assert time.monotonic() < end, f"no end in sight; got {found[-5:]}"
+        found += host.events(0.2)
+    return found
 
 
 class FakeClock:
@@ -82,4 +95,4 @@ class Driver:
     def parameters(self, job: str = "job") -> torch.Tensor:
         """The job's adapter as one vector, copied."""
         layers = self.engine.jobs[job].weights.layers
-        return torch.cat([x.flatten() for layer in layers for pair in layer.values() for x in pair])
+        return torch.cat([x.flatten() for layer in layers for pair in layer.values() for x in (pair.a, pair.b)])

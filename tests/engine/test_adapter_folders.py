@@ -49,9 +49,7 @@ def engine_logits(r: Any, folder: Path, tokens: tuple[int, ...]) -> torch.Tensor
     layout = r.executor.layout(read_peft_config(folder, 64))
     flat = read_peft_weights(folder, layout, torch.float32)
     slot = r.add(tokens)
-    r.sequences[slot] = type(r.sequences[slot])(
-        tokens, r.sequences[slot].pages, LoraWeights(layout.spec.scale, layout.views(flat))
-    )
+    r.sequences[slot] = type(r.sequences[slot])(tokens, r.sequences[slot].pages, LoraWeights.served(layout, flat))
     return r.forward(Segment(Kind.PREFILL, slot, 0, len(tokens), sample=True))[slot]
 
 

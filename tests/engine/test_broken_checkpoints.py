@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from coserve_engine import folders
 from coserve_engine.config import LINEARS
@@ -115,9 +116,24 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     facts = json.loads(file.read_text())
     change(facts)
     file.write_text(json.dumps(facts))
+    agree(folder, file)
+
+
+def agree(folder: Path, file: Path) -> None:
+    """Have the manifest say what the file is."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.json"]["sha256"] = folders.digest(file)
+    manifest["files"][file.name]["sha256"] = folders.digest(file)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("name", "value"), [("m", float("nan")), ("v", float("inf")), ("v", -1.0)])
+def test_moments_that_no_step_leaves(driver: Any, start_job: Any, folder: Path, name: str, value: float) -> None:
+    file = folder / "optimizer.safetensors"
+    moments = load_file(file)
+    moments[name][7] = value
+    save_file(moments, file)
+    agree(folder, file)
+    assert "optimizer.safetensors: moments are" in refusal(driver(), start_job(resume=str(folder)))
 
 
 @pytest.mark.parametrize("field", ("step", "seq_no", "updates", "lora", "numerics", "files"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_driver import PATIENCE_S, gather
 
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost
@@ -26,18 +27,6 @@ from coserve_engine.messages import (
     StepDone,
     TokenBatch,
 )
-
-PATIENCE_S = 60.0
-
-
-def gather(host: EngineHost, enough: Callable[[list[Event]], bool]) -> list[Event]:
-    """Events until there are enough."""
-    found: list[Event] = []
-    end = time.monotonic() + PATIENCE_S
-    while not enough(found):
-        assert time.monotonic() < end, f"no end in sight; got {found[-5:]}"
-        found += host.events(0.2)
-    return found
 
 
 def any_of(kind: type) -> Callable[[list[Event]], bool]:

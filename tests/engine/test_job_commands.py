@@ -45,12 +45,14 @@ def failure(d: Any) -> JobFailed:
     [
         (LoraSpec(0, 8.0, LINEARS), "rank 0"),
         (LoraSpec(-1, 8.0, LINEARS), "rank -1"),
+        (LoraSpec(10**5000, 8.0, LINEARS), "rank above 1e+20"),
+        (LoraSpec(4, 8.0, LINEARS, dropout=0.95), "dropout is 0.95"),
         (LoraSpec(65, 8.0, LINEARS), "maxRank 64"),
         (LoraSpec(4, float("inf"), LINEARS), "alpha"),
         (LoraSpec(4, 8.0, ()), "targets"),
         (LoraSpec(4, 8.0, ("q_proj", "lm_head")), "lm_head"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_an_adapter_that_cannot_be_trained(driver: Any, spec: LoraSpec, named: str) -> None:
     d = driver()
@@ -145,7 +147,17 @@ def test_the_least_epsilon_leaves_finite_parameters(driver: Any, training: Any, 
     assert d.run().parameters().isfinite().all()
 
 
-@pytest.mark.parametrize(("seed", "priority", "named"), [(2**64, 1.0, "seed"), (-1, 1.0, "seed"), (0, 0.0, "priority")])
+@pytest.mark.parametrize(
+    ("seed", "priority", "named"),
+    [
+        (2**64, 1.0, "seed"),
+        (-1, 1.0, "seed"),
+        (10**5000, 1.0, "seed is above 1e+20"),
+        (0, 0.0, "priority"),
+        (0, 10**5000, "priority is above 1e+20"),
+    ],
+    ids=("wide", "negative", "digits", "none", "many"),
+)
 def test_a_start_that_cannot_be(driver: Any, seed: int, priority: float, named: str) -> None:
     d = driver()
     d.submit(StartJob("job", SPEC, seed, priority=priority))

@@ -143,6 +143,7 @@ def diverged_job(d: Any, start_job: Any, draw_tokens: Any) -> None:
     d.run()
     job = d.engine.jobs["job"]
     job._state.param.mul_(1e30).add_(1e30)
+    job.weights.renew()
     seqs = (TrainSeq(0, draw_tokens(1, 250), (0.01,) * 250),)
     d.submit(ForwardBackward("job", 1, Pass(0, "job", 0, 0, seqs)), OptimStep("job", 2, 1e-3))
     assert d.run().one(StepDone).skipped

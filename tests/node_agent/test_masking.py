@@ -75,7 +75,7 @@ def transformers_gradient(model: Path, samples: tuple[Sample, ...], *, masked: b
     parameters = dict(tuned.named_parameters())
     order = []
     for index, layer in enumerate(engine.jobs["job"].weights.layers):
-        for name, (a, _) in layer.items():
+        for name, (a, *_) in layer.items():
             stem = next(key for key in parameters if f"layers.{index}." in key and f"{name}.lora_A" in key)
             parameters[stem].data.copy_(a)
             order.append(parameters[stem.replace("lora_A", "lora_B")])

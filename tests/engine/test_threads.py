@@ -1,0 +1,112 @@
+"""With two torch threads too, what an engine says depends on nobody else: long sums are not split by their rows."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_driver import gather
+
+from coserve_engine.artifacts import peft_files, write_folder
+from coserve_engine.config import EngineConfig
+from coserve_engine.host import EngineHost
+from coserve_engine.messages import (
+    AdapterLoaded,
+    AdapterVersion,
+    AddRequest,
+    EngineReady,
+    Event,
+    LoadAdapter,
+    SamplingParams,
+    StepDone,
+    Token,
+    TokenBatch,
+)
+
+VERSION = AdapterVersion("a", 1)
+PARAMS = SamplingParams(12, ignore_eos=True, logprobs=3)
+INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Callable[[str], str]) -> str:
+    return model_path("smol")
+
+
+@pytest.fixture(scope="module")
+def adapter(rig: Any, model: str, random_adapter: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    made = random_adapter(rig(model, kv_cache_bytes=64 << 20).executor)
+    folder = tmp_path_factory.mktemp("adapters") / "a"
+    write_folder(folder, *peft_files(made.layout, made.flat, "base"))
+    return str(folder)
+
+
+@contextmanager
+def started(model: str, adapter: str) -> Iterator[tuple[EngineHost, EngineReady]]:
+    host = EngineHost.start(EngineConfig(model, max_model_length=512, kv_cache_bytes=64 << 20, threads=2))
+    try:
+        (ready,) = gather(host, bool)
+        assert isinstance(ready, EngineReady)
+        host.submit(LoadAdapter(VERSION, adapter))
+        gather(host, lambda events: any(isinstance(event, AdapterLoaded) for event in events))
+        yield host, ready
+    finally:
+        host.close()
+
+
+def said(host: EngineHost, request: str, prompts: list[tuple[int, ...]], *, jobs: int = 0) -> list[Any]:
+    """Tokens of the first of these prompts and their log-probabilities, and the norms of `jobs` finished steps."""
+    for n, prompt in enumerate(prompts):
+        host.submit(AddRequest(f"{request}{n}", prompt, PARAMS, time.monotonic(), VERSION))
+
+    def tokens(events: list[Event]) -> list[Token]:
+        return [token for event in events if isinstance(event, TokenBatch) for token in event.tokens]
+
+    def enough(events: list[Event]) -> bool:
+        finished = sum(token.finish is not None for token in tokens(events))
+        return finished == len(prompts) and sum(isinstance(event, StepDone) for event in events) == jobs
+
+    events = gather(host, enough)
+    steps = [event.grad_norm for event in events if isinstance(event, StepDone)]
+    return [*((t.token, t.logprobs) for t in tokens(events) if t.request_id == f"{request}0"), *steps]
+
+
+def alone_and_in_company(host: EngineHost, draw_tokens: Any, training: Any, start_job: Any) -> tuple[list[Any], ...]:
+    prompt = draw_tokens(1, 70)
+    others = [draw_tokens(n, 20 + 30 * n) for n in range(2, 6)]
+    alone = said(host, "alone", [prompt])
+    for command in (start_job("one"), *training("one", steps=2)):
+        host.submit(command)
+    quiet = said(host, "quiet", [], jobs=2)
+    for command in (start_job("two"), *training("two", steps=2)):
+        host.submit(command)
+    busy = said(host, "busy", [prompt, *others], jobs=2)
+    return alone + quiet, busy
+
+
+def test_rows_depend_on_nobody_else(model: str, adapter: str, draw_tokens: Any, training: Any, start_job: Any) -> None:
+    """Log-probabilities of a request alone and beside others and a job; gradients of a job alone and beside these. On
+    other processors than Intel's the log may say that it is not so.
+    """
+    with started(model, adapter) as (host, ready):
+        exact = not any("not bit-exact" in note for note in ready.notes)
+        alone, busy = alone_and_in_company(host, draw_tokens, training, start_job)
+    assert exact or not INTEL
+    assert len(alone) == PARAMS.max_tokens + 2
+    assert alone == busy or not exact
+
+
+@pytest.mark.skipif(not INTEL, reason="MKL's strict mode is for Intel's processors")
+def test_without_the_strict_mode_they_do(
+    model: str, adapter: str, draw_tokens: Any, training: Any, start_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "MKL_CBWR", "AUTO")
+    with started(model, adapter) as (host, ready):
+        assert any("not bit-exact" in note for note in ready.notes)
+        alone, busy = alone_and_in_company(host, draw_tokens, training, start_job)
+    assert alone != busy
