@@ -37,13 +37,19 @@ WAIT_S = 0.002
 PIPE_BYTES = 1 << 20
 
 
-def sum_alike() -> None:
-    """Have MKL sum in one order on Intel's processors, however many rows or threads there are (conditional numerical
-    reproducibility, strict): with several threads it would split the long sums of products of few rows.
+def on_intel() -> bool:
+    """Whether the processor is Intel's."""
+    return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+
+
+def sum_alike(config: EngineConfig) -> None:
+    """Have MKL sum rows in one order, however many of them or threads there are (conditional numerical
+    reproducibility, strict), where it would not: on Intel's processors it splits the sums of few rows over threads,
+    and those of wide weights that oneDNN does not take.
 
     To be called before torch is loaded. What MKL_CBWR says already stays.
     """
-    if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+    if on_intel() and (config.threads > 1 or config.dtype != "float32"):
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
@@ -143,8 +149,7 @@ class _Inbox:
 
 
 def _main(config: EngineConfig, commands: Queue[Command], events: Connection) -> None:
-    if config.threads > 1:
-        sum_alike()
+    sum_alike(config)
     from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides

@@ -25,7 +25,7 @@ class Adapter:
 
     @property
     def weights(self) -> LoraWeights:
-        return LoraWeights.served(self.layout, self.flat)
+        return LoraWeights.trained(self.layout, self.flat)
 
 
 def wrap_in_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coserve_engine import linears
+from coserve_engine.host import on_intel
 from coserve_engine.linears import PROBED_ROWS, LinearChoice, PackedLinear, PlainLinear, by_inputs, differing_rows
 from coserve_engine.numerics import Numerics
 
@@ -60,6 +61,8 @@ def test_a_layout_by_inputs_keeps_a_rows_bits(shape: tuple[int, int]) -> None:
     laid = by_inputs(weight)
     assert torch.equal(laid, weight)
     assert laid.t().is_contiguous() == (shape[0] >= shape[1])
+    if on_intel():
+        return  # there only MKL's strict sums keep a row's bits, in either layout
     plain, x, dy = PlainLinear(laid), draw(PROBED_ROWS[-1], shape[1], seed=2), draw(PROBED_ROWS[-1], shape[0], seed=3)
     assert differing_rows(plain.forward, x, Numerics()) == []
     assert differing_rows(plain.backward, dy, Numerics()) == []
