@@ -22,6 +22,7 @@ from random_model import VOCAB, write_random_model
 from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.host import set_environment
 from coserve_engine.messages import AdapterVersion, AddRequest, LoadAdapter, LoraSpec, SamplingParams
 
 RANKS = (4, 8, 16, 32, 64)
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    set_environment()
     with tempfile.TemporaryDirectory() as folder:
         path = write_random_model(Path(folder) / "model")
         config = EngineConfig(

@@ -23,6 +23,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCau
 
 from coserve_engine.config import EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.host import set_environment
 from coserve_engine.messages import AddRequest, SamplingParams
 
 FEW = 2
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=34, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    set_environment()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.host import set_environment
 from coserve_engine.kept import levels, row_values
 from coserve_engine.messages import LoraSpec, StartJob
 
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="samples of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    set_environment()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

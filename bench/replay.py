@@ -24,7 +24,7 @@ from random_model import VOCAB, write_random_model
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
-from coserve_engine.host import settle
+from coserve_engine.host import set_environment, settle
 from coserve_engine.messages import (
     AddRequest,
     Event,
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--alone-s", type=float, default=30.0, help="seconds of finetuning alone, before and after")
     options = parser.parse_args()
+    set_environment()
     arrivals = read_trace(options.trace, options.requests, 8, 4)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(Path(folder))

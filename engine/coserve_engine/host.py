@@ -42,14 +42,16 @@ def on_intel() -> bool:
     return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
-def sum_alike(config: EngineConfig) -> None:
-    """Have MKL sum rows in one order, however many of them or threads there are (conditional numerical
-    reproducibility, strict), where it would not: on Intel's processors it splits the sums of few rows over threads,
-    and those of wide weights that oneDNN does not take.
+def set_environment(threads: int = 1, dtype: str = "float32") -> None:
+    """Set what torch and MKL read when they begin, where it is not set: to be called before torch is used.
 
-    To be called before torch is loaded. What MKL_CBWR says already stays.
+    Weights, keys and values lie in huge pages where the kernel grants them (1.1 to 1.2 times as fast in decode on a
+    virtual machine, where each address is looked up twice). MKL sums rows in one order, however many of them or
+    threads there are (conditional numerical reproducibility, strict), where it would not: on Intel's processors it
+    splits the sums of few rows over threads, and those of wide weights that oneDNN does not take.
     """
-    if on_intel() and (config.threads > 1 or config.dtype != "float32"):
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if on_intel() and (threads > 1 or dtype != "float32"):
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
@@ -149,7 +151,7 @@ class _Inbox:
 
 
 def _main(config: EngineConfig, commands: Queue[Command], events: Connection) -> None:
-    sum_alike(config)
+    set_environment(config.threads, config.dtype)
     from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
