@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from coserve_engine.numerics import Numerics, repeat_last
 from coserve_engine.pages import NULL_PAGE
 from coserve_engine.passes import PassState
 from coserve_engine.plan import Kind, Segment
+from coserve_engine.work import make
 
 
 class TileCall(NamedTuple):
@@ -62,18 +63,32 @@ class BoundBatch:
     """Rows that are not padding."""
 
 
+class Bindable(Protocol):
+    """What binding must know of a running request."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def pages(self) -> tuple[int, ...]: ...
+
+    @property
+    def weights(self) -> LoraWeights | None:
+        """Of its adapter."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """What binding must know of a running request: its tokens, its pages and its adapter."""
+    """A sequence that is no request."""
 
     tokens: Sequence[int]
     pages: tuple[int, ...]
-    weights: LoraWeights | None
+    weights: LoraWeights | None = None
 
 
 def bind(
     segments: tuple[Segment, ...],
-    sequences: Mapping[int, SequenceRows],
+    sequences: Mapping[int, Bindable],
     passes: Mapping[int, PassState],
     numerics: Numerics,
     device: torch.device,
@@ -89,56 +104,57 @@ def bind(
     adapter_rows: dict[int, tuple[LoraWeights, list[int]]] = {}
     tuned: list[LoraGroup] = []
     kept: list[KeptRows] = []
-    row = 0
-    for segment in (s for s in segments if s.kind is not Kind.FINETUNE):
-        sequence = sequences[segment.slot]
-        end = segment.start + segment.length
-        position, page = segment.start, numerics.page
-        if segment.length == 1:
+    row, page, tile = 0, numerics.page, numerics.tile
+    for kind, slot, begin, length, sample in segments:
+        if kind is Kind.FINETUNE:
+            continue
+        sequence, position, end = sequences[slot], begin, begin + length
+        pages = sequence.pages
+        if length == 1:
             tokens.append(sequence.tokens[position])
             positions.append(position)
-            write.append(sequence.pages[position // page] * page + position % page)
+            write.append(pages[position // page] * page + position % page)
         else:
             tokens += sequence.tokens[position:end]
             positions += range(position, end)
-            write += [sequence.pages[p // page] * page + p % page for p in range(position, end)]
+            write += [pages[p // page] * page + p % page for p in range(position, end)]
+        made = singles if kind is Kind.DECODE else calls
         while position < end:
-            tile_end = (position // numerics.tile + 1) * numerics.tile
+            first = position % tile
+            tile_end = position - first + tile
             count = min(end, tile_end) - position
-            pages = PageRun.covering(sequence.pages, tile_end, numerics, device)
-            start = row + position - segment.start
-            call = TileCall(start, start + count, position % numerics.tile, pages, tile_end)
-            (singles if segment.kind is Kind.DECODE else calls).append(call)
+            run = PageRun.covering(pages, tile_end, numerics, device)
+            start = row + position - begin
+            made.append(make(TileCall, (start, start + count, first, run, tile_end, False)))
             position += count
         if sequence.weights is not None:
-            adapter_rows.setdefault(id(sequence.weights), (sequence.weights, []))[1].extend(
-                range(row, row + segment.length)
-            )
-        row += segment.length
-        if segment.sample:
+            rows = adapter_rows.setdefault(id(sequence.weights), (sequence.weights, []))[1]
+            rows.extend(range(row, row + length))
+        row += length
+        if sample:
             sample_rows.append(row - 1)
-            sample_slots.append(segment.slot)
-    parts = [_tensor(tokens, device)], [_tensor(positions, device)], [_tensor(write, device)]
+            sample_slots.append(slot)
+    parts = [_tensor([tokens, positions, write], device)]
     for segment in (s for s in segments if s.kind is Kind.FINETUNE):
         state = passes[segment.slot]
         first, stop = segment.start, segment.start + segment.length
-        for part, source in zip(parts, (state.tokens, state.positions, state.write_index), strict=True):
-            part.append(source[first:stop])
+        parts.append(state.places[:, first:stop])
         for span in state.spans:
             if first <= span.start < stop:
-                start, tile_end = row + span.start - first, (span.index + 1) * numerics.tile
+                start, tile_end = row + span.start - first, (span.index + 1) * tile
                 stop_row = start + span.stop - span.start
-                calls.append(TileCall(start, stop_row, 0, state.runs[span], tile_end, state.training))
+                calls.append(make(TileCall, (start, stop_row, 0, state.runs[span], tile_end, state.training)))
         tuned.append(LoraGroup(state.weights, slice(row, row + segment.length), state.drop(slice(first, stop))))
         kept.append(KeptRows(state, row, row + segment.length, first))
         row += segment.length
     padding = numerics.pad(row) - row
-    for part, fill in zip(parts, (0, 0, NULL_PAGE * numerics.page), strict=True):
-        part.append(torch.full((padding,), fill, dtype=torch.int64, device=device))
+    if padding:
+        parts.append(_tensor([[0] * padding, [0] * padding, [NULL_PAGE * page] * padding], device))
+    places = torch.cat(parts, 1)
     return BoundBatch(
-        tokens=torch.cat(parts[0]),
-        positions=torch.cat(parts[1]),
-        write_index=torch.cat(parts[2]),
+        tokens=places[0],
+        positions=places[1],
+        write_index=places[2],
         singles=tuple(singles),
         calls=tuple(calls),
         adapters=(*_adapters(adapter_rows.values(), numerics, device), *tuned),
@@ -161,5 +177,5 @@ def _adapters(parts: Iterable[tuple[LoraWeights, list[int]]], numerics: Numerics
     return (*in_place, ScatteredRows.of(scattered, numerics.row_multiple, device)) if scattered else tuple(in_place)
 
 
-def _tensor(values: list[int], device: torch.device) -> torch.Tensor:
+def _tensor(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)

@@ -56,7 +56,7 @@ def _forward(
     slots = range(count) if kind is Kind.DECODE else range(1)
     length = 1 if kind is Kind.DECODE else count
     segments = tuple(Segment(kind, slot, start, length, sample=True) for slot in slots)
-    rows = {slot: SequenceRows(tokens, pages, None) for slot in slots}
+    rows = {slot: SequenceRows(tokens, pages) for slot in slots}
     begin = clock()
     executor.forward(segments, rows)
     seconds, how = clock() - begin, (executor.numerics.tile, executor.reaches)

@@ -7,7 +7,7 @@ within a dozen iterations: a neighbour that takes half the memory bandwidth slow
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import mul
 
 from coserve_engine.errorbound import ErrorBound, Highest
@@ -17,7 +17,10 @@ from coserve_engine.work import Features, ForwardWork, UnitWork
 MISS_RATE = 5e-4
 """Share of forwards, and of units, that may take longer than their bound: together one iteration in a thousand."""
 SPEED_GAIN = 0.15
-SPEED_CLIP = 0.3
+LEAST, MOST = math.exp(-0.3), math.exp(0.3)
+"""Of actual / predicted, for as much as one iteration moves the speed."""
+LESSON = 4
+"""Iterations after which a fit that is warm learns from them all: what moves faster, the speed follows."""
 OUTLIER = 2.0
 """A measurement counts for at most so many times its prediction, or one stall would bend the fit."""
 
@@ -27,6 +30,9 @@ class Predictor:
 
     def __init__(self, size: int) -> None:
         self._fit = OnlineFit(size)
+        self._new: list[tuple[Features, float]] = []
+        self._iterations = 0
+        """Of which the fit has not learnt yet."""
         self._log_speed = 0.0
         self.coefficients: Features = (0.0,) * size
         """Seconds for each feature, the speed in them."""
@@ -35,24 +41,26 @@ class Predictor:
     def seconds(self, x: Features) -> float:
         return float(sum(map(mul, self.coefficients, x)))
 
-    def learn(self, samples: Sequence[tuple[Features, float]]) -> None:
-        """(features, seconds) of one iteration."""
-        kept, errors, warm = [], [], self._fit.warm
-        for x, seconds in samples:
-            predicted, counted = self.seconds(x), seconds
+    def learn(self, samples: Iterable[tuple[Features, Sequence[float]]]) -> None:
+        """(features, seconds of each time) of one iteration."""
+        new, ratios, warm = self._new, [], self._fit.warm
+        for x, times in samples:
+            predicted = self.seconds(x)
+            most = OUTLIER * predicted if warm and predicted > 0 else math.inf
+            new += [(x, seconds if seconds < most else most) for seconds in times]
             if predicted > 0:
-                ratio = seconds / predicted
-                self.error.update(ratio)
-                if warm:
-                    error = math.log(ratio if ratio > 1e-3 else 1e-3)
-                    errors.append(error if -SPEED_CLIP < error < SPEED_CLIP else math.copysign(SPEED_CLIP, error))
-                    if seconds > OUTLIER * predicted:
-                        counted = OUTLIER * predicted
-            kept.append((x, counted))
-        if errors:
-            # Towards 1 by itself: the fit catches up with a change that lasts.
-            self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)
-        self._fit.update(kept)
+                ratios += [seconds / predicted for seconds in times]
+        if ratios:
+            self.error.update(ratios)
+            if warm:
+                # Towards 1 by itself: the fit catches up with a change that lasts.
+                errors = [math.log(min(MOST, max(LEAST, ratio))) for ratio in ratios]
+                self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)
+        self._iterations += 1
+        if not warm or self._iterations == LESSON:
+            self._fit.update(new, self._iterations)
+            new.clear()
+            self._iterations = 0
         speed = math.exp(self._log_speed)
         self.coefficients = tuple([speed * c for c in self._fit.coefficients])
 
@@ -130,11 +138,14 @@ class CostModel:
     ) -> None:
         """Learn from an outcome."""
         if not forward.empty:
-            self._forward.learn(((forward.features(), forward_s),))
-        samples: dict[bool, list[tuple[Features, float]]] = {}
-        for unit, seconds in units:
-            samples.setdefault(unit.head, []).append((unit.features(), seconds))
-        for head, of_kind in samples.items():
-            (self._head if head else self._unit).learn(of_kind)
+            self._forward.learn([(forward.features(), (forward_s,))])
+        if units:
+            times: dict[UnitWork, list[float]] = {}
+            for unit, seconds in units:
+                times.setdefault(unit, []).append(seconds)
+            for predictor, head in ((self._unit, False), (self._head, True)):
+                samples = [(unit.features(), seconds) for unit, seconds in times.items() if unit.head is head]
+                if samples:
+                    predictor.learn(samples)
         if turnaround_s is not None:
             self._turnaround.update(turnaround_s)

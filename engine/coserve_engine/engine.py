@@ -44,6 +44,7 @@ from coserve_engine.plan import Kind, PassView, Plan, Policy, Unit, View
 from coserve_engine.probe import probe_row_invariance
 from coserve_engine.schedule import decide, gives_way
 from coserve_engine.serving import Serving
+from coserve_engine.work import UnitWork
 
 LOAD_REPORT_S = 0.25
 
@@ -219,7 +220,7 @@ class Engine:
             def goes_on(layer: int) -> bool:
                 return not (gives_way(plan, view, self.cost, layer / layers) and interrupted())
 
-            forwarded = self.executor.forward(plan.segments, self.serving.rows(), goes_on)
+            forwarded = self.executor.forward(plan.segments, self.requests.running, goes_on)
             if forwarded is None:
                 self._accounts.rest()
                 return
@@ -233,10 +234,9 @@ class Engine:
         units = run_units(plan, view, self.cost, self._clock, self._backward, interrupted)
         self._events.append(self._accounts.close(plan, view, forward_end, units, self.executor.model.layers))
 
-    def _backward(self, unit: Unit) -> None:
+    def _backward(self, unit: Unit, work: UnitWork) -> None:
         self.executor.backward(unit)
-        shape = self.executor.passes[unit.pass_id].shape
-        self._jobs.charge(unit.pass_id, shape.backward(*unit[1:]).rows)
+        self._jobs.charge(unit.pass_id, work.rows)
 
     def _report(self) -> None:
         now = self._clock()

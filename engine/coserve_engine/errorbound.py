@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 
 QUANTILE = 0.99
 YOUNG = 256
@@ -43,12 +44,14 @@ class ErrorBound:
         self.ratio = 1.5
         """Actual / predicted stays below; 1.02 at least."""
 
-    def update(self, ratio: float) -> None:
-        """Learn one actual / predicted."""
-        missed = ratio > self.ratio
-        shift = self._shift + self._step * (missed - self._miss_rate)
+    def update(self, ratios: Sequence[float]) -> None:
+        """Learn actual / predicted of what was planned under the bound."""
+        missed, last = 0, self._last
+        for ratio in ratios:
+            missed += ratio > self.ratio
+            last.add(ratio)
+        shift = self._shift + self._step * (missed - len(ratios) * self._miss_rate)
         self._shift = shift = shift if -0.05 < shift < 1.0 else min(1.0, max(-0.05, shift))
-        self._last.add(ratio)
         bound = self._quantile() + shift
         self.ratio = bound if 1.02 < bound < self._ceiling else min(self._ceiling, max(1.02, bound))
 

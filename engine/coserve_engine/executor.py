@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from coserve_engine import head
-from coserve_engine.batch import SequenceRows, bind
+from coserve_engine.batch import Bindable, bind
 from coserve_engine.buffers import Buffers, keep_freed_memory
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
@@ -114,7 +114,7 @@ class Executor:
     def forward(
         self,
         segments: tuple[Segment, ...],
-        sequences: Mapping[int, SequenceRows],
+        sequences: Mapping[int, Bindable],
         goes_on: Callable[[int], bool] = lambda layer: True,
     ) -> Forwarded | None:
         """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""

@@ -41,9 +41,9 @@ class OnlineFit:
         """Seconds for the features `x`."""
         return float(sum(map(mul, self.coefficients, x)))
 
-    def update(self, samples: Sequence[tuple[Features, float]]) -> None:
-        """Learn from (features, seconds) of one iteration; what was known before fades once."""
-        self._weight *= self._growth  # instead of making all sums smaller
+    def update(self, samples: Sequence[tuple[Features, float]], iterations: int = 1) -> None:
+        """Learn from (features, seconds) of so many iterations; what was known before fades as often."""
+        self._weight *= self._growth**iterations  # instead of making all sums smaller
         if self._weight > HEAVIEST:
             self._lighten()
         self.samples += len(samples)

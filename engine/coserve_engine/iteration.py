@@ -19,13 +19,13 @@ def run_units(
     view: View,
     cost: CostModel,
     clock: Callable[[], float],
-    backward: Callable[[Unit], None],
+    backward: Callable[[Unit, UnitWork], None],
     interrupted: Callable[[], bool],
 ) -> UnitTimes:
     """Run units while each one's bound lies before the end, shorten the first that would not fit, and stop there.
 
-    To be called when the forward has just ended. Stops between two units when `interrupted`. Returns the counts and
-    seconds of each unit that ran.
+    To be called when the forward has just ended. `backward` runs a unit of so much work. Stops between two units when
+    `interrupted`. Returns the counts and seconds of each unit that ran.
     """
     ran: UnitTimes = []
     if not plan.units:
@@ -34,14 +34,17 @@ def run_units(
     end = min(plan.until, started + plan.units_s)
     shapes = {p.shape.id: p.shape for p in view.passes}
     for planned in plan.units:
-        unit = None if interrupted() else fitting_unit(planned, shapes[planned.pass_id], cost, end - started)
+        shape = shapes[planned.pass_id]
+        unit = None if interrupted() else fitting_unit(planned, shape, cost, end - started)
         if unit is None:
             break
-        backward(unit)
+        _, layer, first, stop = unit
+        work = shape.backward(layer, first, stop)
+        backward(unit, work)
         ended = clock()
-        ran.append((shapes[unit.pass_id].backward(*unit[1:]), ended - started))
+        ran.append((work, ended - started))
         started = ended
-        if unit != planned:
+        if unit is not planned:
             break
     return ran
 

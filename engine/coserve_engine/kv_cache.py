@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,12 +25,12 @@ class PageRun:
     """[n], or None where the pages are first, first + 1, ..."""
 
     @classmethod
-    def covering(cls, pages: Sequence[int], end: int, numerics: Numerics, device: torch.device) -> PageRun:
+    def covering(cls, pages: tuple[int, ...], end: int, numerics: Numerics, device: torch.device) -> PageRun:
         """The first of a sequence's `pages`, up to position `end`; null pages where it has none yet."""
-        need, there = numerics.pages(end), tuple(pages)
-        if need != len(there):
-            there = (*there[:need], *([NULL_PAGE] * (need - len(there))))
-        return cls.of(there, device)
+        need, count = numerics.pages(end), len(pages)
+        if need > count:
+            pages = (*pages, *([NULL_PAGE] * (need - count)))
+        return cls.of(pages if need >= count else pages[:need], device)
 
     @classmethod
     @lru_cache(maxsize=4096)

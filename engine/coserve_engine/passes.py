@@ -99,11 +99,11 @@ class PassState:
             taken += len(table)
             self.page_tables.append(table)
             write += [table[p // numerics.page] * numerics.page + p % numerics.page for p in range(length + pad)]
-        self.tokens = torch.tensor(tokens, dtype=torch.int64, device=device)
+        self.places = torch.tensor([tokens, positions, write], dtype=torch.int64, device=device)
+        """[3, rows]: token, position in the sequence, and index into the cache."""
+        self.positions = self.places[1]
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)
         self.row_weights = torch.tensor(row_weights, dtype=dtype, device=device)
-        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
-        self.write_index = torch.tensor(write, dtype=torch.int64, device=device)
         ends = {span: (span.index + 1) * numerics.tile for span in self.spans}
         self.runs = {s: PageRun.covering(self.page_tables[s.seq], end, numerics, device) for s, end in ends.items()}
         """Pages up to each tile's end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 MAX_LOGPROBS = 20
 """How many of the likeliest tokens a request may ask to be reported, as in OpenAI's API and vLLM."""
@@ -106,8 +107,7 @@ class PromptDone:
     logprobs: tuple[TokenLogprobs | None, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One sampled token of a request; `finish` is set on its last. `emitted_s` is when the engine had it."""
 
     request_id: str

@@ -8,12 +8,10 @@ when there are none left; it waits first in line and is computed again, which ch
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from coserve_engine.batch import SequenceRows
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
 from coserve_engine.limits import check
@@ -25,6 +23,7 @@ from coserve_engine.plan import SequenceView
 from coserve_engine.prefix import KeyChain
 from coserve_engine.processors import Processors
 from coserve_engine.sampling import Choice
+from coserve_engine.work import make
 
 
 @dataclass(slots=True)
@@ -84,12 +83,9 @@ class Request:
         first = self.last_emit_s is None
         return RequestLoad(self.done, len(self.tokens), first, self.command.arrival_s, self.finetune_s_at_arrival)
 
-    def rows(self) -> SequenceRows:
-        return SequenceRows(self.tokens, self.pages, self.weights)
-
     def choice(self) -> Choice:
         """How its next token is chosen."""
-        return Choice(self.params, len(self.tokens), self.processors)
+        return make(Choice, (self.command.params, len(self.tokens), self.processors))
 
 
 class RequestTable:
@@ -221,9 +217,8 @@ class RequestTable:
         known = (*self.waiting, *self.running.values())
         return next((request for request in known if request.command.request_id == request_id), None)
 
-    def advance(self, slot: int, rows: int) -> None:
+    def advance(self, request: Request, rows: int) -> None:
         """`rows` more tokens of a running request are in the cache."""
-        request = self.running[slot]
         request.done += rows
         if request.weights is None or request.finite:
             self._register(request)
@@ -244,9 +239,8 @@ class RequestTable:
             if self._computing.get(key) == request.slot:
                 del self._computing[key]
 
-    def emit(self, slot: int, token: int, now: float) -> FinishReason | None:
-        """Append a sampled token; a finished request is released."""
-        request = self.running[slot]
+    def emit(self, request: Request, token: int, now: float) -> FinishReason | None:
+        """Append a sampled token to a running request's; a finished request is released."""
         request.tokens.append(token)
         request.last_emit_s = now
         if not request.finite:
@@ -254,8 +248,7 @@ class RequestTable:
             self._register(request)
         if request.processors is not None:
             request.processors.add(token)
-        params = request.params
-        finish = None
+        params, finish = request.command.params, None
         if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
             finish = FinishReason.STOP
         elif request.output_tokens >= params.max_tokens:
@@ -273,6 +266,3 @@ class RequestTable:
 
     def _leave_headroom(self) -> None:
         self._ledger.headroom = HEADROOM_PAGES * len(self.running)
-
-    def rows(self) -> Mapping[int, SequenceRows]:
-        return {slot: request.rows() for slot, request in self.running.items()}

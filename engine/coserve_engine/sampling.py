@@ -9,7 +9,7 @@ first, then more of them; only a row that is nearly flat is sorted whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ ROWS = 4
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What a row's choice depends on besides its logits. `position` is that of the token to choose."""
 
     params: SamplingParams

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from coserve_engine import logprobs
-from coserve_engine.batch import SequenceRows
 from coserve_engine.errors import RequestError
 from coserve_engine.executor import Executor, Forwarded
 from coserve_engine.lora import LoraWeights
@@ -15,6 +14,7 @@ from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDon
 from coserve_engine.plan import Kind, Segment
 from coserve_engine.requests import Request, RequestTable
 from coserve_engine.sampling import choose, finite_rows
+from coserve_engine.work import make
 
 
 class Serving:
@@ -60,23 +60,22 @@ class Serving:
         while 0 < lacking <= self._executor.ledger.held_by("pass:") and drop_pass():
             lacking = table.admit()
 
-    def rows(self) -> Mapping[int, SequenceRows]:
-        """What binding needs of the running requests, by slot."""
-        return self.requests.rows()
-
     def commit(self, segments: tuple[Segment, ...], forwarded: Forwarded, now: Callable[[], float]) -> list[Event]:
         """Take over what a forward computed, and choose the next tokens."""
-        first = 0
+        first, running = 0, self.requests.running
         for segment in segments:
-            if segment.kind is Kind.FINETUNE:
+            kind, slot, _, length, _ = segment
+            if kind is Kind.FINETUNE:
                 continue
-            self._score_prompt(segment, forwarded.hidden[first : first + segment.length])
-            self.requests.advance(segment.slot, segment.length)
-            first += segment.length
+            request = running[slot]
+            if request.scores_prompt:
+                self._score_prompt(request, segment, forwarded.hidden[first : first + length])
+            self.requests.advance(request, length)
+            first += length
         if not forwarded.slots:
             return []
         finite = finite_rows(forwarded.logits)
-        requests = [self.requests.running[slot] for slot in forwarded.slots]
+        requests = [running[slot] for slot in forwarded.slots]
         chosen = choose(forwarded.logits, [request.choice() for request in requests])
         wanted = [
             (row, chosen[row], request.params.logprobs)
@@ -96,17 +95,14 @@ class Serving:
                 scores = tuple(request.prompt_logprobs) if asked else None
                 events.append(PromptDone(name, request.cached_tokens, scores))
             at = now()
-            finish = self.requests.emit(request.slot, chosen[row], at)
-            tokens.append(Token(name, chosen[row], finish, at, reported.get(row)))
+            finish = self.requests.emit(request, chosen[row], at)
+            tokens.append(make(Token, (name, chosen[row], finish, at, reported.get(row))))
         if tokens:
             events.append(TokenBatch(tuple(tokens)))
         return events
 
-    def _score_prompt(self, segment: Segment, hidden: torch.Tensor) -> None:
+    def _score_prompt(self, request: Request, segment: Segment, hidden: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the segment's rows hidden [length, H]."""
-        request = self.requests.running[segment.slot]
-        if not request.scores_prompt:
-            return
         if segment.start == 0:
             request.prompt_logprobs.append(None)
         targets = request.command.prompt[segment.start + 1 : segment.start + 1 + segment.length]

@@ -131,7 +131,7 @@ def misses(bound: ErrorBound, source: random.Random, spread: Callable[[int], flo
     for n in range(count):
         ratio = math.exp(source.gauss(0.0, spread(n)))
         found += ratio > bound.ratio
-        bound.update(ratio)
+        bound.update((ratio,))
     return found
 
 
@@ -159,7 +159,7 @@ def test_one_stall_does_not_poison_the_bound(early: bool) -> None:
     source, bound = random.Random(2), ErrorBound(MISS_RATE)
     misses(bound, source, lambda n: 0.03, 40 if early else 2000)
     before = bound.ratio
-    bound.update(50.0)
+    bound.update((50.0,))
     misses(bound, source, lambda n: 0.03, 50)
     assert bound.ratio < before + 0.2
 

@@ -19,6 +19,7 @@ from coserve_engine.simulate.machine import Machine, calibrated
 from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival
+from coserve_engine.work import UnitWork
 
 REPORT_S = 0.25
 
@@ -240,9 +241,8 @@ class World:
             elif done >= request.pages * page:
                 self._growing.append(request)
 
-    def _backward(self, unit: Unit) -> None:
-        shape = self._job.passes[unit.pass_id].shape
-        self.now += self.setup.machine.unit_s(shape.backward(unit.layer, unit.first, unit.end)) * self._error()
+    def _backward(self, unit: Unit, work: UnitWork) -> None:
+        self.now += self.setup.machine.unit_s(work) * self._error()
         self._job.backward(unit)
 
     def _demand(self, accounts: Accounts) -> Demand:
