@@ -15,7 +15,7 @@ from coserve_engine import finetuning, prefill
 from coserve_engine.cost import CostModel
 from coserve_engine.finetuning import Room
 from coserve_engine.plan import Kind, PassView, Plan, Policy, Segment, Unit, View, empty_plan, forward_work, split
-from coserve_engine.schedule import decide
+from coserve_engine.schedule import IDLE_SHARE, decide
 from coserve_engine.simulate.errors import SimulationError
 
 FLEXLLM_ROWS = 256
@@ -183,7 +183,7 @@ def no_fusion(view: View, cost: CostModel, plan_id: int) -> Plan:
     if not waiting or view.waiting or plan.serving.prefill:
         return plan
     due_s = min((s.deadline for s in view.sequences), default=inf) - view.now
-    room = Room(min(due_s, view.ttft_s / 4) - cost.forward_bound_s(plan.serving), inf)
+    room = Room(min(due_s, IDLE_SHARE * view.ttft_s) - cost.forward_bound_s(plan.serving), inf)
     windows, work, _ = finetuning.windows(
         replace(view, passes=waiting), cost, forward_work((), view), room, at_least_one=not view.sequences
     )
