@@ -73,6 +73,21 @@ def test_nothing_ends_before_min_tokens(client: openai.OpenAI) -> None:
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (6, "stop")
 
 
+@pytest.mark.parametrize("stream", (False, True))
+def test_no_stop_string_does_either(client: openai.OpenAI, tokenizer: Any, stream: bool) -> None:
+    (token,) = tokenizer.encode("q")
+    options = {"model": "base", "prompt": "one", "max_tokens": 9, "logit_bias": {str(token): 100}, "stop": "q"}
+
+    def text(**body: Any) -> str:
+        answer = client.completions.create(**options, stream=stream, extra_body={"ignore_eos": True, **body})
+        chunks = list(answer) if stream else [answer]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    assert text() == ""
+    assert text(min_tokens=5) == "qqqqq"
+
+
 def test_a_stop_token_ends_and_is_not_shown(client: openai.OpenAI, tokenizer: Any) -> None:
     (token,) = tokenizer.encode("q")
     body = {"ignore_eos": True, "stop_token_ids": [token]}

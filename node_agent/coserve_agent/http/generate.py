@@ -61,13 +61,24 @@ class Piece:
 
 
 class Generation:
-    """One running request. Close it in the end, whatever happened."""
+    """One running request. Close it in the end, whatever happened.
 
-    def __init__(self, stream: TokenStream, meter: RequestMeter, detokenizer: Detokenizer, stops: StopStrings) -> None:
+    Stop strings are looked for in what follows the first `min_tokens` tokens, as stop tokens are.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        meter: RequestMeter,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        min_tokens: int = 0,
+    ) -> None:
         self._stream = stream
         self.meter = meter
         self._detokenizer = detokenizer
         self._stops = stops
+        self._min_tokens = min_tokens
         self.completion_tokens = 0
         self.finish_reason: str | None = None
         self.failure: str | None = None
@@ -122,7 +133,9 @@ class Generation:
     def _push(self, token: int, finish: FinishReason | None) -> str:
         self.completion_tokens += 1
         # The token that ended the answer is no part of it.
-        text = "" if finish is FinishReason.STOP else self._stops.push(self._detokenizer.push(token))
+        text = "" if finish is FinishReason.STOP else self._detokenizer.push(token)
+        if self.completion_tokens > self._min_tokens:
+            text = self._stops.push(text)
         if finish is not None:
             text += self._stops.push(self._detokenizer.flush())
             self.finish_reason = finish.value
@@ -228,7 +241,7 @@ class Generator:
         except EngineGoneError as error:
             raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
         detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
-        return Generation(stream, meter, detokenizer, StopStrings(stop))
+        return Generation(stream, meter, detokenizer, StopStrings(stop), command.params.min_tokens)
 
     def _params(self, request: Common, max_tokens: int) -> SamplingParams:
         return SamplingParams(
