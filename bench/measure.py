@@ -29,8 +29,8 @@ def machine_speed() -> tuple[float, float]:
 def optimizer_step(
     job: str, step: int, passes: Sequence[Sequence[Sequence[int]]]
 ) -> Iterator[ForwardBackward | OptimStep]:
-    """The commands of a job's `step`, from 0, of so many passes as each step before: samples of each pass, whose tokens
-    all count alike.
+    """The commands of a job's `step`, from 0: the samples of each of its passes, whose tokens all count alike. Every
+    step has as many passes, by which the commands are numbered.
     """
     weight = 1.0 / sum(len(tokens) - 1 for samples in passes for tokens in samples)
     number = step * (len(passes) + 1) + 1

@@ -27,7 +27,7 @@ from coserve_engine import jobs, serving
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.executor import Executor
-from coserve_engine.host import settle
+from coserve_engine.host import set_environment, settle
 from coserve_engine.iteration import Accounts
 from coserve_engine.job_table import JobTable
 from coserve_engine.messages import AddRequest, IterationDone, LoraSpec, SamplingParams, StartJob
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=150)
     options = parser.parse_args()
+    set_environment()
     watch = Stopwatch()
     Executor.close_pass = watch.kept(Executor.close_pass)  # type: ignore[method-assign]
     for owner, name in MODEL:

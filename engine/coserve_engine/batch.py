@@ -79,7 +79,7 @@ class Bindable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """A sequence that is no request."""
+    """A sequence that is no request, as calibration has."""
 
     tokens: Sequence[int]
     pages: tuple[int, ...]

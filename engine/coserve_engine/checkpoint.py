@@ -85,9 +85,10 @@ def load_checkpoint(
             raise CheckpointError(f"{path / MOMENTS}: moments have {m.numel()} values, the adapter {param.numel()}")
         if not torch.isfinite(m).all() or not (torch.isfinite(v) & (v >= 0)).all():
             raise CheckpointError(f"{path / MOMENTS}: moments are not finite, or squares below zero")
+        updates, step, seq_no = (int(facts[name]) for name in ("updates", "step", "seq_no"))
+        if min(updates, step, seq_no) < 0:
+            raise CheckpointError(f"{path / STATE}: updates, step or seq_no is below 0: {updates}, {step}, {seq_no}")
         files = {name: (path / name).read_text() for name in facts["files"]}
-        return TrainingState(
-            param, AdamState(m, v, int(facts["updates"])), int(facts["step"]), int(facts["seq_no"])
-        ), files
+        return TrainingState(param, AdamState(m, v, updates), step, seq_no), files
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterFolderError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this job ({error})") from error

@@ -17,8 +17,8 @@ from coserve_engine.work import Features, ForwardWork, UnitWork
 MISS_RATE = 5e-4
 """Share of forwards, and of units, that may take longer than their bound: together one iteration in a thousand."""
 SPEED_GAIN = 0.15
-LEAST, MOST = math.exp(-0.3), math.exp(0.3)
-"""Of actual / predicted, for as much as one iteration moves the speed."""
+LEAST_RATIO, MOST_RATIO = math.exp(-0.3), math.exp(0.3)
+"""Actual / predicted counts for at least and at most so much where the speed learns from it."""
 LESSON = 4
 """Iterations after which a fit that is warm learns from them all: what moves faster, the speed follows."""
 OUTLIER = 2.0
@@ -31,8 +31,8 @@ class Predictor:
     def __init__(self, size: int) -> None:
         self._fit = OnlineFit(size)
         self._new: list[tuple[Features, float]] = []
+        """What the fit has not learnt yet, of the last `_iterations`."""
         self._iterations = 0
-        """Of which the fit has not learnt yet."""
         self._log_speed = 0.0
         self.coefficients: Features = (0.0,) * size
         """Seconds for each feature, the speed in them."""
@@ -54,7 +54,7 @@ class Predictor:
             self.error.update(ratios)
             if warm:
                 # Towards 1 by itself: the fit catches up with a change that lasts.
-                errors = [math.log(min(MOST, max(LEAST, ratio))) for ratio in ratios]
+                errors = [math.log(min(MOST_RATIO, max(LEAST_RATIO, ratio))) for ratio in ratios]
                 self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)
         self._iterations += 1
         if not warm or self._iterations == LESSON:

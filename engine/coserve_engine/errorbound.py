@@ -34,7 +34,7 @@ class ErrorBound:
     A quantile of the last ratios, moved by adaptive conformal inference (Gibbs, Candes: Adaptive Conformal Inference
     Under Distribution Shift, 2021): up by step * (1 - miss_rate) at a miss, down by step * miss_rate otherwise, which
     makes the share of misses tend to `miss_rate` however the errors are distributed. A stall counts as one miss and
-    one ratio, whatever its length.
+    one ratio, whatever its length and however much of an iteration it slows.
     """
 
     def __init__(self, miss_rate: float, window: int = 512, step: float = 0.02, ceiling: float = 3.0) -> None:
@@ -45,11 +45,14 @@ class ErrorBound:
         """Actual / predicted stays below; 1.02 at least."""
 
     def update(self, ratios: Sequence[float]) -> None:
-        """Learn actual / predicted of what was planned under the bound."""
-        missed, last = 0, self._last
+        """Learn actual / predicted of what one iteration planned under the bound."""
+        highest, bound = max(ratios), self.ratio
+        missed = highest > bound
         for ratio in ratios:
-            missed += ratio > self.ratio
-            last.add(ratio)
+            if ratio <= bound:
+                self._last.add(ratio)
+        if missed:
+            self._last.add(highest)
         shift = self._shift + self._step * (missed - len(ratios) * self._miss_rate)
         self._shift = shift = shift if -0.05 < shift < 1.0 else min(1.0, max(-0.05, shift))
         bound = self._quantile() + shift

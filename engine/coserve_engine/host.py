@@ -38,17 +38,21 @@ PIPE_BYTES = 1 << 20
 
 
 def on_intel() -> bool:
-    """Whether the processor is Intel's."""
-    return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    """Whether the processor is known to be Intel's."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def set_environment(threads: int = 1, dtype: str = "float32") -> None:
     """Set what torch and MKL read when they begin, where it is not set: to be called before torch is used.
 
     Weights, keys and values lie in huge pages where the kernel grants them (1.1 to 1.2 times as fast in decode on a
-    virtual machine, where each address is looked up twice). MKL sums rows in one order, however many of them or
-    threads there are (conditional numerical reproducibility, strict), where it would not: on Intel's processors it
-    splits the sums of few rows over threads, and those of wide weights that oneDNN does not take.
+    virtual machine, where each address is looked up twice). On Intel's processors MKL would split the sums of few rows
+    over threads, and add up those of wide float64 weights in another order: it is asked for one order, however many
+    rows or threads there are (conditional numerical reproducibility, strict). In float32 with one thread oneDNN has
+    the wide weights, and strict sums would only take longer.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if on_intel() and (threads > 1 or dtype != "float32"):

@@ -30,7 +30,9 @@ class PageRun:
         need, count = numerics.pages(end), len(pages)
         if need > count:
             pages = (*pages, *([NULL_PAGE] * (need - count)))
-        return cls.of(pages if need >= count else pages[:need], device)
+        elif need < count:
+            pages = pages[:need]
+        return cls.of(pages, device)
 
     @classmethod
     @lru_cache(maxsize=4096)

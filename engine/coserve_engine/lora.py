@@ -2,8 +2,9 @@
 
 All adapters of a batch share the one GEMM of the frozen weight; each adapter adds scale * (x A^T) B^T to its own
 rows. Ranks are stored rounded up to 8 with zeros (products of 5 to 7 columns are not row-invariant on CPUs), A and B
-unscaled as in PEFT. Products of forward read copies of A and B that are turned: BLAS's kernels for few rows of x A^T
-sum in another order than those for many on some processors, and are slower; those of x (A^T) do not.
+unscaled as in PEFT. Products of x with A^T and B^T read copies that are stored turned, [in, rank] and [rank, out]:
+where BLAS has to turn A itself, its kernels for few rows sum in another order than those for many on some processors,
+and are slower.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ AB = tuple[torch.Tensor, torch.Tensor]
 
 
 class Pair(NamedTuple):
-    """What a linear adds by one adapter: A and B, and both turned, each in memory of its own."""
+    """What a linear adds by one adapter: A and B, and both stored turned. Where an adapter is only served A and B are
+    views of these.
+    """
 
     a: torch.Tensor
     """[padded rank, in]."""
@@ -103,7 +106,7 @@ class LoraWeights:
         return cls(layout.spec.scale, pairs)
 
     def renew(self) -> None:
-        """A or B changed."""
+        """Take over A and B, which an optimizer changed, into `down` and `up`."""
         for layer in self.layers:
             for a, b, down, up in layer.values():
                 down.copy_(a.t())

@@ -104,7 +104,7 @@ def gives_way(plan: Plan, view: View, cost: CostModel, done: float) -> bool:
 
 
 def fitting_unit(unit: Unit, shape: PassShape, cost: CostModel, left_s: float) -> Unit | None:
-    """A planned unit as it can run in the seconds that are left: whole, with fewer tiles, or not at all."""
+    """A planned unit as it can run in the seconds that are left: itself, one of fewer tiles, or none."""
     for first in range(unit.first, unit.end):
         if cost.unit_bound_s(shape.backward(unit.layer, first, unit.end)) <= left_s:
             return unit if first == unit.first else unit._replace(first=first)

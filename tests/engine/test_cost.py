@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from coserve_engine.cost import MISS_RATE, CostModel
+from coserve_engine.cost import LESSON, MISS_RATE, CostModel
 from coserve_engine.errorbound import ErrorBound, Highest
 from coserve_engine.fit import OnlineFit
 from coserve_engine.work import ForwardWork, UnitWork
@@ -154,12 +154,13 @@ def test_errors_that_grow_are_followed() -> None:
     assert misses(fixed, random.Random(1), rising, 20_000) > 60
 
 
+@pytest.mark.parametrize("slowed", (1, 30))
 @pytest.mark.parametrize("early", (True, False))
-def test_one_stall_does_not_poison_the_bound(early: bool) -> None:
+def test_one_stall_does_not_poison_the_bound(early: bool, slowed: int) -> None:
     source, bound = random.Random(2), ErrorBound(MISS_RATE)
     misses(bound, source, lambda n: 0.03, 40 if early else 2000)
     before = bound.ratio
-    bound.update((50.0,))
+    bound.update((50.0,) * slowed)
     misses(bound, source, lambda n: 0.03, 50)
     assert bound.ratio < before + 0.2
 
@@ -168,7 +169,24 @@ def test_one_stall_does_not_bend_the_fit(taught: CostModel) -> None:
     work = ForwardWork(8, 0, 64, 9, 9 * 256, 9 * 256 * 16)
     before = taught.forward_s(work)
     taught.observe(work, 100 * before, ())
-    assert taught.forward_s(work) < 1.1 * before
+    for _ in range(LESSON):
+        taught.observe(work, before, ())
+        assert taught.forward_s(work) < 1.1 * before
+
+
+def test_what_is_learnt_at_once_fades_as_often() -> None:
+    def learned(*iterations: int) -> float:
+        """The machine changes: what is predicted after updates of so many `iterations`, of which the last has news."""
+        fit = OnlineFit(1, forgetting=0.9)
+        for _ in range(100):
+            fit.update([((1.0,), 5e-3)])
+        for count in iterations[:-1]:
+            fit.update([], count)
+        fit.update([((1.0,), 9e-3)], iterations[-1])
+        return fit.predict((1.0,))
+
+    assert learned(20) == pytest.approx(learned(*[1] * 20))
+    assert learned(20) > 1.1 * learned(1)
 
 
 @pytest.mark.parametrize("factor", (1.5, 1 / 1.5))

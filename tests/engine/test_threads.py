@@ -77,16 +77,18 @@ def said(host: EngineHost, request: str, prompts: list[tuple[int, ...]], *, jobs
     return [*((t.token, t.logprobs) for t in tokens(events) if t.request_id == f"{request}0"), *steps]
 
 
-def alone_and_in_company(host: EngineHost, draw_tokens: Any, training: Any, start_job: Any) -> tuple[list[Any], ...]:
+def alone_and_in_company(
+    host: EngineHost, draw_tokens: Any, training: Any, start_job: Any, again: int = 0
+) -> tuple[list[Any], list[Any]]:
     prompt = draw_tokens(1, 70)
     others = [draw_tokens(n, 20 + 30 * n) for n in range(2, 6)]
-    alone = said(host, "alone", [prompt])
-    for command in (start_job("one"), *training("one", steps=1)):
+    alone = said(host, f"alone{again}", [prompt])
+    for command in (start_job(f"one{again}"), *training(f"one{again}", steps=1)):
         host.submit(command)
     quiet = said(host, "quiet", [], jobs=1)
-    for command in (start_job("two"), *training("two", steps=1)):
+    for command in (start_job(f"two{again}"), *training(f"two{again}", steps=1)):
         host.submit(command)
-    busy = said(host, "busy", [prompt, *others], jobs=1)
+    busy = said(host, f"busy{again}", [prompt, *others], jobs=1)
     return alone + quiet, busy
 
 
@@ -100,9 +102,11 @@ def test_rows_depend_on_nobody_else(
     with started(model, adapter, **settings) as (host, ready):
         exact = not any("not bit-exact" in note for note in ready.notes)
         alone, busy = alone_and_in_company(host, draw_tokens, training, start_job)
-    assert exact or not INTEL
+    if not exact and not INTEL:
+        pytest.skip("the log says that rows depend on their batch here")
+    assert exact
     assert len(alone) == PARAMS.max_tokens + 1
-    assert alone == busy or not exact
+    assert alone == busy
 
 
 @pytest.mark.skipif(not INTEL, reason="MKL's strict mode is for Intel's processors")
@@ -112,5 +116,5 @@ def test_without_the_strict_mode_they_do(
     monkeypatch.setitem(os.environ, "MKL_CBWR", "AUTO")
     with started(model, adapter, threads=2) as (host, ready):
         assert any("not bit-exact" in note for note in ready.notes)
-        alone, busy = alone_and_in_company(host, draw_tokens, training, start_job)
-    assert alone != busy
+        pairs = [alone_and_in_company(host, draw_tokens, training, start_job, again) for again in range(5)]
+    assert any(alone != busy for alone, busy in pairs)
