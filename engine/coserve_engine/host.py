@@ -37,12 +37,17 @@ WAIT_S = 0.002
 PIPE_BYTES = 1 << 20
 
 
+def _processor() -> str:
+    """What the kernel says of it; nothing where it says nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
 def on_intel() -> bool:
     """Whether the processor is known to be Intel's."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return "GenuineIntel" in _processor()
 
 
 def set_environment(threads: int = 1, dtype: str = "float32") -> None:
@@ -50,12 +55,12 @@ def set_environment(threads: int = 1, dtype: str = "float32") -> None:
 
     Weights, keys and values lie in huge pages where the kernel grants them (1.1 to 1.2 times as fast in decode on a
     virtual machine, where each address is looked up twice). On Intel's processors MKL would split the sums of few rows
-    over threads, and add up those of wide float64 weights in another order: it is asked for one order, however many
-    rows or threads there are (conditional numerical reproducibility, strict). In float32 with one thread oneDNN has
-    the wide weights, and strict sums would only take longer.
+    over threads, and add them up in another order without AVX-512 or in float64: it is asked for one order, however
+    many rows or threads there are (conditional numerical reproducibility, strict). In float32 with one thread and
+    AVX-512 oneDNN has the wide weights, and strict sums would only take longer.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if on_intel() and (threads > 1 or dtype != "float32"):
+    if on_intel() and (threads > 1 or dtype != "float32" or "avx512f" not in _processor()):
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 

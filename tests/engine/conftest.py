@@ -24,6 +24,7 @@ from coserve_engine import serving
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.executor import Executor
+from coserve_engine.host import set_environment
 from coserve_engine.messages import (
     Command,
     ForwardBackward,
@@ -95,6 +96,7 @@ qwen3: norms of queries and keys; smol: real widths.
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    set_environment()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
 
