@@ -35,6 +35,7 @@ IDLE_S = 0.25
 WAIT_S = 0.002
 """How long an engine sleeps that waits for files only."""
 PIPE_BYTES = 1 << 20
+INTEL = "GenuineIntel"
 
 
 def _processor() -> str:
@@ -47,7 +48,7 @@ def _processor() -> str:
 
 def on_intel() -> bool:
     """Whether the processor is known to be Intel's."""
-    return "GenuineIntel" in _processor()
+    return INTEL in _processor()
 
 
 def set_environment(threads: int = 1, dtype: str = "float32") -> None:
@@ -60,7 +61,8 @@ def set_environment(threads: int = 1, dtype: str = "float32") -> None:
     AVX-512 oneDNN has the wide weights, and strict sums would only take longer.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if on_intel() and (threads > 1 or dtype != "float32" or "avx512f" not in _processor()):
+    processor = _processor()
+    if INTEL in processor and (threads > 1 or dtype != "float32" or "avx512f" not in processor):
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 

@@ -95,7 +95,7 @@ qwen3: norms of queries and keys; smol: real widths.
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _as_an_engines_process() -> None:
     set_environment()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()

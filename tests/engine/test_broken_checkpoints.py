@@ -142,6 +142,12 @@ def test_a_state_without_a_field(driver: Any, start_job: Any, folder: Path, fiel
     assert field in refusal(driver(), start_job(resume=str(folder)))
 
 
+@pytest.mark.parametrize("field", ("step", "seq_no", "updates"))
+def test_a_counter_below_zero(driver: Any, start_job: Any, folder: Path, field: str) -> None:
+    rewrite(folder, lambda facts: facts.update({field: -1}))
+    assert "is below 0" in refusal(driver(), start_job(resume=str(folder)))
+
+
 def test_another_rank(driver: Any, start_job: Any, folder: Path) -> None:
     message = refusal(driver(), start_job(rank=6, resume=str(folder)))
     assert "state.json" in message

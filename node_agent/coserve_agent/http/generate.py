@@ -134,11 +134,11 @@ class Generation:
         self.completion_tokens += 1
         # The token that ended the answer is no part of it.
         text = "" if finish is FinishReason.STOP else self._detokenizer.push(token)
+        if finish is not None:
+            text += self._detokenizer.flush()
+            self.finish_reason = finish.value
         if self.completion_tokens > self._min_tokens:
             text = self._stops.push(text)
-        if finish is not None:
-            text += self._stops.push(self._detokenizer.flush())
-            self.finish_reason = finish.value
         if self._stops.found is not None:
             self.finish_reason = FinishReason.STOP.value
         elif finish is not None:
