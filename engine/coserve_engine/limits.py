@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 from coserve_engine.errors import RequestError
@@ -10,6 +9,8 @@ from coserve_engine.messages import MAX_LOGPROBS, AddRequest, SamplingParams
 
 LARGEST = sys.float_info.max
 """Compared with, never converted to: Python's integers may be larger, and then no float holds them."""
+LARGEST_SCORE = 1e30
+"""Logits are float32: what is added to one, multiplied by it or divided by, counted a million times, stays finite."""
 MAX_SHOWN = 10**20
 
 
@@ -43,13 +44,13 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
 
 def _check_numbers(params: SamplingParams) -> None:
     allowed = (
-        ("temperature", params.temperature, 0.0, LARGEST),
+        ("temperature", params.temperature, 0.0, LARGEST_SCORE),
         ("top_p", params.top_p, 0.0, 1.0),
         ("min_p", params.min_p, 0.0, 1.0),
         ("top_k", params.top_k, 0, LARGEST),
-        ("repetition_penalty", params.repetition_penalty, math.ulp(0.0), LARGEST),
-        ("presence_penalty", params.presence_penalty, -LARGEST, LARGEST),
-        ("frequency_penalty", params.frequency_penalty, -LARGEST, LARGEST),
+        ("repetition_penalty", params.repetition_penalty, 1.0 / LARGEST_SCORE, LARGEST_SCORE),
+        ("presence_penalty", params.presence_penalty, -LARGEST_SCORE, LARGEST_SCORE),
+        ("frequency_penalty", params.frequency_penalty, -LARGEST_SCORE, LARGEST_SCORE),
         ("min_tokens", params.min_tokens, 0, params.max_tokens),
         ("logprobs", params.logprobs or 0, 0, MAX_LOGPROBS),
         ("prompt_logprobs", params.prompt_logprobs or 0, 0, MAX_LOGPROBS),
@@ -59,8 +60,9 @@ def _check_numbers(params: SamplingParams) -> None:
         if wrong:
             raise _refused(name, wrong)
     for token, value in params.logit_bias:
-        if not -LARGEST <= value <= LARGEST:
-            raise _refused("logit_bias", f"of token {shown(token)} is {shown(value)}; it must be a finite number")
+        wrong = outside(value, -LARGEST_SCORE, LARGEST_SCORE)
+        if wrong:
+            raise _refused("logit_bias", f"of token {shown(token)} {wrong}")
 
 
 def outside(value: float, low: float, high: float) -> str:

@@ -71,6 +71,37 @@ def test_a_number_that_no_float_holds(driver: Any, field: str, sign: int, digits
     assert len(d.tokens()["good"]) == 4
 
 
+HUGE = 1e30
+"""What a logit can bear in float32."""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    (
+        *(("temperature", 2 * HUGE), ("presence_penalty", -2 * HUGE), ("frequency_penalty", 2 * HUGE)),
+        *(("repetition_penalty", 2 * HUGE), ("repetition_penalty", 0.5 / HUGE), ("logit_bias", ((5, 2 * HUGE),))),
+    ),
+)
+def test_a_number_that_no_logit_bears(driver: Any, field: str, value: Any) -> None:
+    d = driver()
+    d.submit(AddRequest("bad", (5, 6), replace(FINE, **{field: value}), 0.0))
+    failed = d.run().one(RequestFailed)
+    assert (failed.code, failed.field) == ("invalid_parameter", field)
+    assert "it must be a finite number from" in failed.message
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+def test_the_largest_bias_chooses_what_it_says(driver: Any, temperature: float) -> None:
+    """One that overflowed would leave NaN for a distribution, from which the vocabulary's last token is drawn."""
+    bias = ((5, HUGE), (9, HUGE), (6, -HUGE)) * 2
+    params = replace(FINE, max_tokens=12, temperature=temperature, logit_bias=bias, frequency_penalty=HUGE / 1e6)
+    d = driver()
+    d.submit(AddRequest("r", (7, 6), params, 0.0))
+    tokens = d.run().tokens()["r"]
+    assert len(tokens) == 12
+    assert set(tokens) <= {5, 9}
+
+
 @pytest.mark.parametrize("first", ("running", "waiting"))
 def test_the_id_of_a_request_that_is_not_done(driver: Any, first: str) -> None:
     """The first goes on as if nothing had come; its id is free when it is done or cancelled."""
