@@ -107,6 +107,7 @@ class Agent:
         return (await self.store.bindings(self.id))[0].get(job)
 
     async def run(self, job: str, epoch: int, step: int = 1) -> None:
+        await eventually(lambda: self.fencing.incarnation)  # a heartbeat tells it, and may come after the binding
         lease = await self.fencing.take_lease(job, epoch)
         assert isinstance(lease, Lease), lease
         self.jobs[job] = JobBeat(epoch=epoch, step=step)
