@@ -22,7 +22,7 @@ from coserve_engine.simulate import world
 from coserve_engine.simulate.__main__ import main
 from coserve_engine.simulate.bound import capacity, service_s, work_conserving_bound
 from coserve_engine.simulate.errors import SimulationError
-from coserve_engine.simulate.machine import CPU, ForwardCost, Pause, read_machine
+from coserve_engine.simulate.machine import CPU, ForwardCost, read_machine
 from coserve_engine.simulate.policies import fixed_budget, loquetier, named, temporal
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival, at_rate, drawn, mean_rate, read_trace
@@ -132,18 +132,6 @@ def test_one_request_takes_what_its_forwards_take() -> None:
     assert times.first_s == pytest.approx(CPU.forward_s(prefill_work(0, 40, 64)))
     assert times.gaps_s == pytest.approx([turnaround_s + CPU.forward_s(ForwardWork(decode=1))] * 3)
     assert result.iterations == 4
-
-
-def test_a_pause_lengthens_the_iteration_that_it_falls_into() -> None:
-    setup = Setup(CPU, noise=0.0)
-    arrivals = [Arrival(0.0, 40, 4), Arrival(9.0, 40, 4)]
-    quiet = World(setup, arrivals, nobody_trains).run()
-    first = quiet.requests[0]
-    inside, idle = Pause(first.first_s + 1.5 * first.gaps_s[0], 0.25), Pause(5.0, 0.25)
-    paused = World(replace(setup, pauses=(inside, idle)), arrivals, nobody_trains).run()
-    expected = [*first.gaps_s[:1], first.gaps_s[1] + 0.25, *first.gaps_s[2:]]
-    assert paused.requests[0].gaps_s == pytest.approx(expected)
-    assert paused.requests[1] == quiet.requests[1]
 
 
 def longest_wait_s(setup: Setup) -> float:

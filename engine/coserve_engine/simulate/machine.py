@@ -38,13 +38,6 @@ class UnitCost(NamedTuple):
     pairs_ms: float = 0.0
 
 
-class Pause(NamedTuple):
-    """From `at_s` on the machine computes nothing for `seconds`: another process has the core, or another guest."""
-
-    at_s: float
-    seconds: float
-
-
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Costs, `layers` of the model, and `turnaround_ms` from the end of an iteration to the next plan."""

@@ -15,7 +15,7 @@ from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
 from coserve_engine.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
-from coserve_engine.simulate.machine import Machine, Pause, calibrated
+from coserve_engine.simulate.machine import Machine, calibrated
 from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival
@@ -26,15 +26,12 @@ REPORT_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """An engine and its machine. `noise` is the standard deviation of log(actual / true) of each forward and unit,
-    `pauses` come in order.
-    """
+    """An engine and its machine. `noise` is the standard deviation of log(actual / true) of each forward and unit."""
 
     machine: Machine
     ttft_s: float = 1.0
     tpot_s: float = 0.1
     noise: float = 0.05
-    pauses: tuple[Pause, ...] = ()
     seed: int = 0
     max_slowdown: float | None = None
     max_requests: int = 64
@@ -79,7 +76,7 @@ class World:
         self.setup, self.arrivals, self.policy = setup, arrivals, policy
         self.finetuning, self.stops, self.reports = finetuning, stops, reports
         self.now = 0.0
-        self._next = self._next_pause = 0
+        self._next = 0
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._growing: deque[_Request] = deque()
@@ -115,7 +112,7 @@ class World:
             units = run_units(plan, view, cost, lambda: self.now, self._backward, self._interrupted)
             done = accounts.close(plan, view, forward_end, units, s.machine.layers)
             result.iteration(done)
-            self._pass(s.machine.turnaround_ms / 1e3)
+            self.now += s.machine.turnaround_ms / 1e3
             if self.reports and self.now - last_report >= REPORT_S:
                 last_report = self.now
                 result.saturation.append(saturation_percent(self._demand(accounts), cost, s.ttft_s, s.tpot_s, s.tile))
@@ -130,18 +127,10 @@ class World:
         if self.stops and not view.sequences and self._next < len(self.arrivals):
             layer = math.ceil(layers * (self.arrivals[self._next].at_s - self.now) / seconds)
             if layer < layers and gives_way(plan, view, cost, layer / layers):
-                self._pass(seconds * layer / layers)
+                self.now += seconds * layer / layers
                 return False
-        self._pass(seconds)
-        return True
-
-    def _pass(self, seconds: float) -> None:
-        """Move the clock by so long, and by the pauses that begin before its end."""
         self.now += seconds
-        pauses = self.setup.pauses
-        while self._next_pause < len(pauses) and pauses[self._next_pause].at_s < self.now:
-            self.now += pauses[self._next_pause].seconds
-            self._next_pause += 1
+        return True
 
     def _error(self) -> float:
         return math.exp(self._noise.gauss(0.0, self.setup.noise))
@@ -156,7 +145,6 @@ class World:
         if self.reports:
             result.saturation += [0.0] * int((until - self.now) / REPORT_S)
         self.now = until
-        self._next_pause += sum(at_s < until for at_s, _ in self.setup.pauses[self._next_pause :])
         accounts.rest()
 
     def _arrive(self, result: Result, accounts: Accounts) -> None:
@@ -254,7 +242,7 @@ class World:
                 self._growing.append(request)
 
     def _backward(self, unit: Unit, work: UnitWork) -> None:
-        self._pass(self.setup.machine.unit_s(work) * self._error())
+        self.now += self.setup.machine.unit_s(work) * self._error()
         self._job.backward(unit)
 
     def _demand(self, accounts: Accounts) -> Demand:
@@ -267,7 +255,7 @@ class World:
 
 
 def alone_tokens_per_s(setup: Setup, seconds: float = 60.0) -> float:
-    """Tokens a second of finetuning with nobody to serve, without noise and pauses."""
+    """Tokens a second of finetuning with nobody to serve."""
     far = [Arrival(seconds, 1, 1)]
-    result = World(replace(setup, noise=0.0, pauses=()), far, decide).run(seconds)
+    result = World(replace(setup, noise=0.0), far, decide).run(seconds)
     return result.finetune_tokens / result.seconds

@@ -1,0 +1,144 @@
+"""What a replay saw: what its users got, with and without the machine's pauses, and what the engine learned.
+
+A machine pauses for another process or another guest of its host: time in which the engine's thread did not run,
+although it waits for nothing but a core. No scheduler foresees that, so a replay tells such time apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from coserve_engine.engine import Engine
+from coserve_engine.messages import Event, IterationDone, TokenBatch
+from coserve_engine.simulate.machine import ForwardCost, Machine, UnitCost, machine_of
+from coserve_engine.simulate.result import RequestTimes, Result
+
+PAUSE_S = 1e-3
+"""Below it a pause is noise."""
+
+
+@dataclass(frozen=True)
+class Late:
+    """An iteration that ended so long after its bound, with pauses of `pause_s` in it."""
+
+    by_s: float
+    pause_s: float
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.by_s:.1f} ms late with a pause of {1e3 * self.pause_s:.1f} ms"
+
+
+class Pauses:
+    """Those of this thread, since this was made."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._wall_s, self._ran_s = time.monotonic(), time.thread_time()
+
+    def look(self) -> float:
+        """Seconds of all pauses until now."""
+        wall_s, ran_s = self._wall_s, self._ran_s
+        self._wall_s, self._ran_s = time.monotonic(), time.thread_time()
+        pause_s = (self._wall_s - wall_s) - (self._ran_s - ran_s)
+        if pause_s > PAUSE_S:
+            self.seconds.append(pause_s)
+        return sum(self.seconds)
+
+
+class Users:
+    """What users see by one clock."""
+
+    def __init__(self, ttft_s: float, tpot_s: float) -> None:
+        self.result = Result(ttft_s, tpot_s)
+        self._times: dict[str, RequestTimes] = {}
+        self._last_s: dict[str, float] = {}
+
+    def arrive(self, name: str, at_s: float) -> None:
+        """A request came."""
+        self._times[name] = RequestTimes(at_s)
+        self.result.requests.append(self._times[name])
+
+    def token(self, name: str, at_s: float) -> None:
+        """A request got a token."""
+        times, last_s = self._times[name], self._last_s.get(name)
+        if last_s is None:
+            times.first_s = at_s - times.arrival_s
+        else:
+            times.gaps_s.append(at_s - last_s)
+        self._last_s[name] = at_s
+
+
+@dataclass
+class Run:
+    """What came out of the engine since this run began, for users and, by a clock that stands still in pauses, for
+    users of a `quiet` machine.
+    """
+
+    users: Users
+    quiet: Users
+    left: int
+    """Requests that are not done."""
+    pauses: Pauses = field(default_factory=Pauses)
+    late: list[Late] = field(default_factory=list)
+    learned: list[Machine] = field(default_factory=list)
+    noises: list[float] = field(default_factory=list)
+    _began_paused_s: float = 0.0
+
+    @property
+    def result(self) -> Result:
+        return self.users.result
+
+    @property
+    def machine(self) -> Machine:
+        """The mean of what was learned."""
+        forward = ForwardCost(*map(statistics.mean, zip(*(m.forward for m in self.learned), strict=True)))
+        unit, head = (
+            UnitCost(*map(statistics.mean, zip(*(getattr(m, part) for m in self.learned), strict=True)))
+            for part in ("unit", "head")
+        )
+        turnaround_ms = statistics.mean(m.turnaround_ms for m in self.learned)
+        return Machine(forward, unit, head, self.learned[0].layers, turnaround_ms)
+
+    @property
+    def late_alone_percent(self) -> float:
+        """Iterations over their bound that no pause explains."""
+        return 100.0 * sum(late.by_s > late.pause_s for late in self.late) / max(1, self.result.iterations)
+
+    def pauses_said(self) -> str:
+        """How much the machine paused."""
+        seconds = self.pauses.seconds
+        percent, longest_ms = 100 * sum(seconds) / self.result.seconds, 1e3 * max(seconds, default=0.0)
+        over = f"{len(seconds)} pauses of over {1e3 * PAUSE_S:.0f} ms"
+        return f"{over}, {percent:.2f} % of the time, {longest_ms:.0f} ms at most"
+
+    def learn(self, engine: Engine) -> None:
+        """Look at what the engine has learned of its machine."""
+        self.learned.append(machine_of(engine.cost, engine.executor.model.layers))
+        self.noises.append(engine.cost.forward_noise)
+
+    def arrive(self, name: str, at_s: float) -> None:
+        """A request came."""
+        self.users.arrive(name, at_s)
+        self.quiet.arrive(name, at_s - sum(self.pauses.seconds))
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self._began_paused_s = self.pauses.look()
+
+    def take(self, events: list[Event]) -> None:
+        """The engine has just given these."""
+        paused_s = self.pauses.look()
+        for event in events:
+            if isinstance(event, IterationDone):
+                self.result.iteration(event)
+                by_s = event.started_s + event.duration_s - event.until_s
+                if by_s > 0:
+                    self.late.append(Late(by_s, paused_s - self._began_paused_s))
+                self.result.finetune_tokens += event.finetune_tokens / 3 + 2 * event.backward_tokens / 3
+            elif isinstance(event, TokenBatch):
+                for token in event.tokens:
+                    self.users.token(token.request_id, token.emitted_s)
+                    self.quiet.token(token.request_id, token.emitted_s - paused_s)
+                    self.left -= token.finish is not None
