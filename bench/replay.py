@@ -29,14 +29,7 @@ from replay_run import Run, Users
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
-from coserve_engine.messages import (
-    AddRequest,
-    Event,
-    LoraSpec,
-    SamplingParams,
-    StartJob,
-    StepDone,
-)
+from coserve_engine.messages import AddRequest, Event, LoraSpec, SamplingParams, StartJob, StepDone
 from coserve_engine.schedule import decide
 from coserve_engine.simulate.bound import capacity, work_conserving_bound
 from coserve_engine.simulate.machine import machine_of
@@ -159,13 +152,14 @@ def one_load(replay: Replay, arrivals: list[Arrival], load: float, rates: list[f
             f"{result.strict_percent:>10.1f}{result.gap_ms(50):>10.1f}{result.gap_ms(99):>10.1f}"
             f"{result.over_percent:>10.2f}{result.error_percent:>10.1f}"
         )
-    share, points = simulated.finetune_tokens_per_s / real.finetune_tokens_per_s, simulated.strict_percent
+    share = simulated.finetune_tokens_per_s / real.finetune_tokens_per_s
+    points = simulated.strict_percent - quiet.strict_percent
     print(
         f"finetuning simulated / real {share:.2f} (0.9 to 1.1), mean error {real.error_percent:.1f} % (below 10)\n"
         f"but for pauses: iterations over their bound {run.late_alone_percent:.2f} % (at most 0.1), attainment "
-        f"{quiet.strict_percent:.1f} %, simulated {points - quiet.strict_percent:+.1f} points (within 2)"
+        f"{quiet.strict_percent:.1f} %, simulated {points:+.1f} points (within 2)"
     )
-    print(f"{real.missed()}\n{run.pauses_said()}")
+    print(f"{run.missed_said()}\n{run.pauses_said()}")
     for late in run.late:
         print(f"  {late}")
 

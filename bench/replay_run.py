@@ -44,6 +44,11 @@ class Pauses:
         pause_s = (self._wall_s - wall_s) - (self._ran_s - ran_s)
         if pause_s > PAUSE_S:
             self.seconds.append(pause_s)
+        return self.total_s
+
+    @property
+    def total_s(self) -> float:
+        """Of all pauses until the last look."""
         return sum(self.seconds)
 
 
@@ -106,10 +111,18 @@ class Run:
         """Iterations over their bound that no pause explains."""
         return 100.0 * sum(late.by_s > late.pause_s for late in self.late) / max(1, self.result.iterations)
 
+    def missed_said(self) -> str:
+        """Whose promise was missed, and by what."""
+        ttft_s, tpot_s = self.result.ttft_s, self.result.tpot_s
+        missed = [times for times in self.result.requests if not times.strict(ttft_s, tpot_s)]
+        first = sum(times.first_s > ttft_s for times in missed)
+        gap_ms = self.result.gap_ms(100)
+        return f"late first token: {first} requests; only later: {len(missed) - first}; longest gap {gap_ms:.0f} ms"
+
     def pauses_said(self) -> str:
         """How much the machine paused."""
         seconds = self.pauses.seconds
-        percent, longest_ms = 100 * sum(seconds) / self.result.seconds, 1e3 * max(seconds, default=0.0)
+        percent, longest_ms = 100 * self.pauses.total_s / self.result.seconds, 1e3 * max(seconds, default=0.0)
         over = f"{len(seconds)} pauses of over {1e3 * PAUSE_S:.0f} ms"
         return f"{over}, {percent:.2f} % of the time, {longest_ms:.0f} ms at most"
 
@@ -121,7 +134,7 @@ class Run:
     def arrive(self, name: str, at_s: float) -> None:
         """A request came."""
         self.users.arrive(name, at_s)
-        self.quiet.arrive(name, at_s - sum(self.pauses.seconds))
+        self.quiet.arrive(name, at_s - self.pauses.total_s)
 
     def begin(self) -> None:
         """An iteration begins."""

@@ -55,13 +55,6 @@ class Result:
     def mean_percent(self) -> float:
         return self._share([r.by_mean(self.ttft_s, self.tpot_s) for r in self.requests])
 
-    def missed(self) -> str:
-        """Whose promise was missed, in words."""
-        first = sum(r.first_s > self.ttft_s for r in self.requests)
-        rest = sum(r.first_s <= self.ttft_s and not r.strict(self.ttft_s, self.tpot_s) for r in self.requests)
-        longest_ms = self.gap_ms(100)
-        return f"late first token: {first} requests; late tokens after it: {rest}, the longest gap {longest_ms:.0f} ms"
-
     @property
     def over_percent(self) -> float:
         """Iterations that ended after their bound."""
