@@ -14,7 +14,7 @@ from coserve_engine.cost import CostModel
 from coserve_engine.deferred import FileError, FileWork
 from coserve_engine.errors import AdapterFolderError
 from coserve_engine.executor import Executor
-from coserve_engine.iteration import Accounts, run_units
+from coserve_engine.iteration import Accounts, Clock, run_units
 from coserve_engine.job_messages import JobCommand
 from coserve_engine.job_table import JobTable
 from coserve_engine.jobs import Job
@@ -27,6 +27,7 @@ from coserve_engine.messages import (
     AddRequest,
     Cancel,
     Command,
+    Emission,
     EngineReady,
     Event,
     ExportAdapter,
@@ -35,9 +36,12 @@ from coserve_engine.messages import (
     LoadReport,
     OptimStep,
     SaveCheckpoint,
+    SetReserve,
     Shutdown,
     StartJob,
     StopJob,
+    Token,
+    TokenBatch,
     UnloadAdapter,
 )
 from coserve_engine.plan import Kind, PassView, Plan, Policy, Unit, View
@@ -50,10 +54,16 @@ LOAD_REPORT_S = 0.25
 
 
 class Engine:
-    """One engine. `submit` commands, call `step` while not `idle`, deliver the events it returns."""
+    """One engine. `submit` commands, call `step` while not `idle`, deliver the events it returns. `paused` are the
+    seconds of the machine's pauses until now.
+    """
 
     def __init__(
-        self, config: EngineConfig, clock: Callable[[], float] = time.monotonic, policy: Policy = decide
+        self,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        policy: Policy = decide,
+        paused: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.config, self._clock, self._policy = config, clock, policy
         self.executor = Executor(config)
@@ -68,7 +78,9 @@ class Engine:
         self._events: list[Event] = []
         self._files = FileWork()
         self._jobs = JobTable(config, self.executor, self._files, self._events.append)
-        self._accounts = Accounts(self.cost)
+        self._pausing = Clock(clock, paused)
+        self._accounts = Accounts(self.cost, self._pausing)
+        self._reserve_s = 0.0
         self._plan_id = 0
         self._last_report = -1.0
 
@@ -156,6 +168,10 @@ class Engine:
         self._jobs.submit(command)
 
     @_accept.register
+    def _(self, command: SetReserve) -> None:
+        self._reserve_s = command.seconds
+
+    @_accept.register
     def _(self, command: Shutdown) -> None:
         self.closed = True
 
@@ -173,8 +189,9 @@ class Engine:
                 with the others.
         """
         started = self._clock()
+        self._accounts.begin()
         self._files.collect()
-        self.serving.make_room(self._jobs.drop_youngest)
+        self.serving.make_room(self._jobs.drop_youngest, started)
         self._jobs.advance(may_open=not self.requests.waiting)
         view = self._view(started)
         plan = self._policy(view, self.cost, self._plan_id)
@@ -182,6 +199,8 @@ class Engine:
         if plan.segments or plan.units:
             self._run(plan, view, interrupted, emit)
             self._jobs.advance(may_open=not self.requests.waiting)
+        else:
+            self._accounts.rest()
         if self.idle:
             self._accounts.rest()
         self._report()
@@ -205,6 +224,7 @@ class Engine:
             tile=self.executor.numerics.tile,
             max_slowdown=None if slowdown is None else slowdown / 100,
             reaches=self.executor.reaches,
+            reserve_s=self._reserve_s,
         )
 
     def _run(
@@ -214,25 +234,30 @@ class Engine:
         interrupted: Callable[[], bool],
         emit: Callable[[list[Event]], None] | None,
     ) -> None:
+        tokens: tuple[Token, ...] = ()
         if plan.segments:
             layers = self.executor.model.layers
 
             def goes_on(layer: int) -> bool:
                 return not (gives_way(plan, view, self.cost, layer / layers) and interrupted())
 
-            forwarded = self.executor.forward(plan.segments, self.requests.running, goes_on)
-            if forwarded is None:
+            computed = self.executor.forward(plan.segments, self.requests.running, goes_on)
+            if computed is None:
                 self._accounts.rest()
                 return
             for segment in plan.segments:
                 if segment.kind is Kind.FINETUNE:
                     self._jobs.charge(segment.slot, segment.length * layers)
-            self._events += self.serving.commit(plan.segments, forwarded, self._clock)
-        forward_end = self._clock()
+            events, tokens = self.serving.commit(plan.segments, computed, self._clock)
+            self._events += events
+        forwarded = self._accounts.forwarded(plan, view)
+        if tokens:
+            emission = Emission(forwarded.late_s, forwarded.pauses_s, forwarded.finetuned, plan.work.prefill > 0)
+            self._events.append(TokenBatch(tokens, emission))
         if plan.units and emit is not None and self._events:
             emit(self._taken())  # a client sees a token when it is there, not when the units are done
-        units = run_units(plan, view, self.cost, self._clock, self._backward, interrupted)
-        self._events.append(self._accounts.close(plan, view, forward_end, units, self.executor.model.layers))
+        units = run_units(plan, view, self.cost, self._pausing, forwarded, self._backward, interrupted)
+        self._events.append(self._accounts.close(plan, view, forwarded, units, self.executor.model.layers))
 
     def _backward(self, unit: Unit, work: UnitWork) -> None:
         self.executor.backward(unit)

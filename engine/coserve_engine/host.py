@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from coserve_engine.config import EngineConfig
 from coserve_engine.errors import EngineError
 from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
+from coserve_engine.pauses import PauseClock
 
 if TYPE_CHECKING:
     from coserve_engine.engine import Engine
@@ -168,7 +169,7 @@ def _main(config: EngineConfig, commands: Queue[Command], events: Connection) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        engine = Engine(config)
+        engine = Engine(config, paused=PauseClock(alone=config.threads == 1 and config.device == "cpu"))
         ready = engine.ready()
         settle()
         events.send([ready])

@@ -36,6 +36,7 @@ from coserve_engine.request_messages import (
     AdapterVersion,
     AddRequest,
     Cancel,
+    Emission,
     FinishReason,
     PromptDone,
     RequestFailed,
@@ -55,6 +56,7 @@ __all__ = [
     "Cancel",
     "CheckpointDone",
     "Command",
+    "Emission",
     "EngineFailed",
     "EngineReady",
     "Event",
@@ -79,6 +81,7 @@ __all__ = [
     "RequestFailed",
     "SamplingParams",
     "SaveCheckpoint",
+    "SetReserve",
     "Shutdown",
     "StartJob",
     "StepDone",
@@ -111,11 +114,18 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class SetReserve:
+    """Keep so many seconds of each gap between two tokens free, from the next iteration on."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the engine process."""
 
 
-Command = AddRequest | Cancel | LoadAdapter | UnloadAdapter | JobCommand | Shutdown
+Command = AddRequest | Cancel | LoadAdapter | UnloadAdapter | JobCommand | SetReserve | Shutdown
 
 # ---- events ----
 
@@ -136,7 +146,9 @@ class IterationDone:
     """What one iteration did.
 
     `finetune_tokens` counts forward rows of passes, `backward_tokens` rows x layers / layers; `predicted_s` is what its
-    forward and the units that ran were expected to take.
+    forward and the units that ran were expected to take; `paused_s` are the machine's pauses in it and in the
+    turnaround before it; `excess_s` is how much later than planned its forward ended (None: no finetuning in it, nor
+    between it and the forward before).
     """
 
     started_s: float
@@ -147,6 +159,8 @@ class IterationDone:
     finetune_tokens: int
     backward_tokens: float
     predicted_s: float
+    paused_s: float = 0.0
+    excess_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,8 @@ class View:
     """With finetuning an iteration may take 1 + this times the time it is predicted to take without; None: no limit."""
     reaches: Reaches = ()
     """Of the model's sliding windows."""
+    reserve_s: float = 0.0
+    """Seconds of each gap between two tokens that stay free for what no plan foresees."""
 
 
 Policy: TypeAlias = Callable[[View, CostModel, int], Plan]

@@ -10,6 +10,8 @@ from coserve_engine.work import ForwardWork, prefill_work
 
 CUT = 16
 """Where a prompt is cut: at a multiple of so many positions."""
+HURRY_SHARE = 0.7
+"""Of the time that decode leaves, what prompts may need before they take the reserve as well."""
 PATIENCE = 4.0
 """A request counts as due after so many times the time to first token, however late the deadline it asked for."""
 
@@ -17,6 +19,25 @@ PATIENCE = 4.0
 def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
     """Sorts prompts: by deadline, but none waits for others for ever."""
     return min(sequence.deadline, sequence.arrival + PATIENCE * ttft_s), sequence.arrival, sequence.slot
+
+
+def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork) -> float:
+    """How much of the view's reserve stays free beside prompts and the rows of `decode`: as much as lets each prompt be
+    in time, the earliest deadline first.
+
+    A gap g with a reserve r and d seconds of decode leaves prompts the share 1 - d / (g - r) of the time.
+    """
+    if not prompts or view.reserve_s == 0:
+        return view.reserve_s
+    share, needed_s = 0.0, 0.0
+    for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
+        rest = prefill_work(sequence.done, sequence.known - sequence.done, view.tile, view.reaches)
+        needed_s += cost.forward_s(decode.plus(rest)) - cost.forward_s(decode)
+        left_s = HURRY_SHARE * (sequence.deadline - view.now)
+        if needed_s >= left_s:
+            return 0.0
+        share = max(share, needed_s / left_s)
+    return min(view.reserve_s, max(0.0, view.tpot_s - cost.forward_bound_s(decode) / (1 - share)))
 
 
 def chunks(

@@ -99,12 +99,13 @@ class PromptDone:
     """A request's prompt is computed; comes once, before its first token.
 
     `cached_tokens` of it were found in the KV cache. `logprobs`, if asked for, has one entry a token of the prompt;
-    the first token follows nothing and has None.
+    the first token follows nothing and has None. `placed_s` is when the request got a place.
     """
 
     request_id: str
     cached_tokens: int
     logprobs: tuple[TokenLogprobs | None, ...] | None
+    placed_s: float = 0.0
 
 
 class Token(NamedTuple):
@@ -117,11 +118,24 @@ class Token(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class Emission(NamedTuple):
+    """How the forward went that gave tokens: it ended `late_s` after it was to end by plan (before, where negative),
+    and the machine's pauses in iterations came to `paused_s` until then since the engine's start. `finetuned`: it had
+    finetuning rows, or backward ran between it and the forward before; `prefilled`: it had rows of prompts.
+    """
+
+    late_s: float
+    paused_s: float
+    finetuned: bool
+    prefilled: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """All tokens of one iteration."""
 
     tokens: tuple[Token, ...]
+    emission: Emission
 
 
 @dataclass(frozen=True, slots=True)

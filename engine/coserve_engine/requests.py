@@ -46,6 +46,8 @@ class Request:
     cached_tokens: int = 0
     """Tokens of the prompt that were in the cache when it first started."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    placed_s: float = 0.0
+    """When it got its first place."""
     last_emit_s: float | None = None
 
     @property
@@ -158,7 +160,7 @@ class RequestTable:
         self.waiting.appendleft(request)
         self.preemptions += 1
 
-    def admit(self) -> int:
+    def admit(self, now_s: float) -> int:
         """Start waiting requests while places and pages last.
 
         One whose next page is being computed by another waits for it: prompts are computed first come, first served,
@@ -172,7 +174,7 @@ class RequestTable:
             if comes_soon:
                 return 0
             try:
-                self._start(request, hits)
+                self._start(request, hits, now_s)
             except OutOfPagesError as error:
                 return error.lacking
             self.waiting.popleft()
@@ -190,7 +192,7 @@ class RequestTable:
         hits = self._ledger.match(keys)
         return hits, len(hits) < len(keys) and keys[len(hits)] in self._computing
 
-    def _start(self, request: Request, hits: tuple[int, ...]) -> None:
+    def _start(self, request: Request, hits: tuple[int, ...], now_s: float) -> None:
         page, length = self._config.numerics.page, len(request.tokens)
         request.pages = self._ledger.reserve(
             request.owner, self._config.numerics.pages(length), hits, tainted=request.weights is not None
@@ -199,7 +201,7 @@ class RequestTable:
         for key in request.chain.keys[len(hits) :]:
             self._computing.setdefault(key, request.slot)
         if request.last_emit_s is None:
-            request.cached_tokens = request.done
+            request.cached_tokens, request.placed_s = request.done, request.placed_s or now_s
             self.prefix_queries += length
             self.prefix_hits += request.done
 

@@ -32,8 +32,10 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     decoding, prompts = split(view.sequences)
     segments = decode_segments(decoding)
     decode = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
-    left_s = min([s.deadline for s in decoding], default=inf) - view.now
-    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, left_s)
+    due_s = min([s.deadline for s in decoding], default=inf) - view.now
+    left_s = due_s - view.reserve_s
+    room_s = due_s - prefill.reserve_s(prompts, view, cost, decode)
+    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, room_s)
     segments += chunks
     work, units_s = serving, 0.0
     units: tuple[Unit, ...] = ()
@@ -86,7 +88,7 @@ def _backward(
         owner, unit = least  # or a job on a slow machine would never end
         return (unit,), 2 * cost.unit_bound_s(owner.shape.backward(*unit[1:]))
     decode = decode_work([s.known for s in view.sequences], view.tile, view.reaches)
-    gap_s = min([s.tpot_s for s in view.sequences]) - cost.turnaround_s
+    gap_s = min([s.tpot_s for s in view.sequences]) - view.reserve_s - cost.turnaround_s
     expected_s = inf
     if view.max_slowdown is not None:
         expected_s = (1 + view.max_slowdown) * cost.forward_s(decode) - cost.turnaround_s

@@ -10,7 +10,7 @@ from coserve_engine import logprobs
 from coserve_engine.errors import RequestError
 from coserve_engine.executor import Executor, Forwarded
 from coserve_engine.lora import LoraWeights
-from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDone, RequestFailed, Token, TokenBatch
+from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDone, RequestFailed, Token
 from coserve_engine.plan import Kind, Segment
 from coserve_engine.requests import Request, RequestTable
 from coserve_engine.sampling import choose, finite_rows
@@ -42,7 +42,7 @@ class Serving:
     def cancel(self, request_id: str) -> None:
         self.requests.cancel(request_id)
 
-    def make_room(self, drop_pass: Callable[[], bool]) -> None:
+    def make_room(self, drop_pass: Callable[[], bool], now_s: float) -> None:
         """Pages for those that run, oldest first, then for those that wait.
 
         Where pages run out, passes go first (`drop_pass` gives one up, or says that there is none), then the youngest
@@ -56,11 +56,13 @@ class Serving:
                     preempted = True
         if preempted:
             return
-        lacking = table.admit()
+        lacking = table.admit(now_s)
         while 0 < lacking <= self._executor.ledger.held_by("pass:") and drop_pass():
-            lacking = table.admit()
+            lacking = table.admit(now_s)
 
-    def commit(self, segments: tuple[Segment, ...], forwarded: Forwarded, now: Callable[[], float]) -> list[Event]:
+    def commit(
+        self, segments: tuple[Segment, ...], forwarded: Forwarded, now: Callable[[], float]
+    ) -> tuple[list[Event], tuple[Token, ...]]:
         """Take over what a forward computed, and choose the next tokens."""
         first, running = 0, self.requests.running
         for segment in segments:
@@ -73,7 +75,7 @@ class Serving:
             self.requests.advance(request, length)
             first += length
         if not forwarded.slots:
-            return []
+            return [], ()
         finite = finite_rows(forwarded.logits)
         requests = [running[slot] for slot in forwarded.slots]
         chosen = choose(forwarded.logits, [request.choice() for request in requests])
@@ -93,13 +95,11 @@ class Serving:
             if request.last_emit_s is None:
                 asked = request.params.prompt_logprobs is not None
                 scores = tuple(request.prompt_logprobs) if asked else None
-                events.append(PromptDone(name, request.cached_tokens, scores))
+                events.append(PromptDone(name, request.cached_tokens, scores, request.placed_s))
             at = now()
             finish = self.requests.emit(request, chosen[row], at)
             tokens.append(make(Token, (name, chosen[row], finish, at, reported.get(row))))
-        if tokens:
-            events.append(TokenBatch(tuple(tokens)))
-        return events
+        return events, tuple(tokens)
 
     def _score_prompt(self, request: Request, segment: Segment, hidden: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the segment's rows hidden [length, H]."""

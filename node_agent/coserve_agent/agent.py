@@ -16,6 +16,7 @@ from coserve_agent.http import admin, openai
 from coserve_agent.http.generate import Generator, Served
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import Metrics
+from coserve_agent.pacing import Pacer
 from coserve_agent.registry import AdapterRegistry
 from coserve_agent.servers import Server, listen
 from coserve_agent.settings import PREFIX, AgentSettings
@@ -24,14 +25,13 @@ from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost, settle
+from coserve_engine.messages import IterationDone
+from coserve_engine.reserve import Reserve
 
 log = logging.getLogger(__name__)
 
 # After the engine ended: time for the last 500s to reach their clients.
 FLUSH_S = 0.5
-
-ENGINE_SHARE = 0.9
-"""Of the time between two tokens that is promised, what the engine may fill; the rest is for the way to the client."""
 
 
 class Agent:
@@ -49,14 +49,11 @@ class Agent:
         admin_socket = listen(settings.host, settings.admin_port, PREFIX + "ADMIN_PORT")
         self.tokenizer = Tokenizer(settings.model_path)
         self.metrics = Metrics(settings.model_name, time.monotonic)
-        self.meter = SloMeter(
-            Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000),
-            time.monotonic,
-            self.metrics.ttft.observe,
-            self.metrics.gap.observe,
-        )
+        slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
         self.engine_host = EngineHost.start(engine_config(settings))
-        self.engine = EngineClient(self.engine_host, self.metrics.on_iteration, self.metrics.on_load)
+        self.engine = EngineClient(self.engine_host, self._on_iteration, self.metrics.on_load)
+        self.pacer = Pacer(Reserve(slo.tpot_s, settings.slo_percentile), self.metrics, self.engine.submit)
+        self.meter = SloMeter(slo, time.monotonic, self.pacer)
         base = Served(settings.model_name, None, str(settings.model_path), int(time.time()))
         self.registry = AdapterRegistry(self.engine, base, settings.artifacts)
         self.generator = Generator(
@@ -88,6 +85,12 @@ class Agent:
             metrics=self.metrics,
             meter=self.meter,
         )
+
+    def _on_iteration(self, event: IterationDone) -> None:
+        self.metrics.on_iteration(event)
+        self.meter.paused_s += event.paused_s
+        if self.engine.alive:
+            self.pacer.iteration(event)
 
     def stop(self) -> None:
         """Begin to drain; `run` returns when it is done."""
@@ -147,6 +150,7 @@ class Agent:
             log.info("engine: %s", note)
         log.info("engine: model loaded in %.1f s, %d KV pages", time.monotonic() - begun_s, ready.kv_total_pages)
         settle()
+        self.pacer.tell()
         self.lifecycle.model_loaded = True
         if self.finetuning is None:
             self.lifecycle.set_adapters(())
@@ -180,7 +184,7 @@ def engine_config(settings: AgentSettings) -> EngineConfig:
         max_waiting=settings.max_waiting,
         kv_cache_bytes=settings.kv_cache_bytes,
         ttft_s=settings.ttft_ms / 1000,
-        tpot_s=ENGINE_SHARE * settings.tpot_ms / 1000,
+        tpot_s=settings.tpot_ms / 1000,
         threads=settings.threads,
         finetuning=settings.finetuning is FinetuningPolicy.ALLOWED,
         max_rank=settings.max_rank,

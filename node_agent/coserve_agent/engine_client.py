@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from coserve_agent.errors import AgentError, EngineGoneError
+from coserve_agent.passage import Passage
 from coserve_engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -68,7 +70,7 @@ class AdapterLoadError(AgentError):
 class TokenStream:
     """The tokens of one request, in order. Close it: that frees what the engine still holds for it."""
 
-    def __init__(self, client: EngineClient, request_id: str, observe: Callable[[float], None]) -> None:
+    def __init__(self, client: EngineClient, request_id: str, observe: Callable[[Passage], None]) -> None:
         self._client = client
         self._request_id = request_id
         self._observe = observe
@@ -101,10 +103,10 @@ class TokenStream:
         self._client.forget(self._request_id, cancel=not self.finished)
         self.finished = True
 
-    def deliver(self, token: Token) -> None:
+    def deliver(self, token: Token, passage: Passage) -> None:
         self.started = True
         self._tokens.append(token)
-        self._observe(token.emitted_s)
+        self._observe(passage)
         self.finished = token.finish is not None
         self._arrived.set()
 
@@ -182,8 +184,8 @@ class EngineClient:
             raise self._gone.result()
         self._engine.submit(command)
 
-    def generate(self, request: AddRequest, observe: Callable[[float], None] = lambda emitted_s: None) -> TokenStream:
-        """Begin a request; `observe` hears when each of its tokens was made."""
+    def generate(self, request: AddRequest, observe: Callable[[Passage], None] = lambda passage: None) -> TokenStream:
+        """Begin a request; `observe` hears of each of its tokens, how it came here."""
         stream = TokenStream(self, request.request_id, observe)
         self.submit(request)
         self._streams[request.request_id] = stream
@@ -255,29 +257,30 @@ class EngineClient:
                 self._call(self._end, EngineGoneError(f"its event queue broke: {error}"))
                 return
             if events:
-                self._call(self._route_all, events)
+                self._call(self._route_all, events, time.monotonic())
             elif not alive:
                 self._call(
                     self._end, EngineGoneError("its process ended without a word; see the log above (out of memory?)")
                 )
                 return
 
-    def _call(self, function: Callable[..., None], argument: object) -> None:
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     # ---- in the loop ----
 
-    def _route_all(self, events: list[Event]) -> None:
+    def _route_all(self, events: list[Event], received_s: float) -> None:
         for event in events:
-            self._route(event)
+            self._route(event, received_s)
 
-    def _route(self, event: Event) -> None:
+    def _route(self, event: Event, received_s: float) -> None:
         match event:
             case TokenBatch():
+                routed_s = time.monotonic()
                 for token in event.tokens:
                     if (stream := self._streams.get(token.request_id)) is not None:
-                        stream.deliver(token)
+                        stream.deliver(token, Passage(token.emitted_s, received_s, routed_s, event.emission))
             case PromptDone():
                 if (stream := self._streams.get(event.request_id)) is not None:
                     stream.prompt = event

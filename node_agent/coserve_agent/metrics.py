@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from coserve_agent.passage import Cause
 from coserve_agent.slo import LoadAverage, SloMeter
 from coserve_engine.messages import IterationDone, LoadReport
 
@@ -45,6 +46,7 @@ class IterationLog:
                         "prefill": event.prefill_tokens,
                         "finetune": event.finetune_tokens,
                         "backward": event.backward_tokens,
+                        "paused": event.paused_s,
                     }
                 )
                 if len(rows) == limit:
@@ -87,9 +89,25 @@ class Metrics:
         self._job_loss = Gauge("coserve_job_loss", "Loss of the last finished step", ["job"], registry=self.registry)
         self.ttft = self._histogram("coserve_time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS_S)
         self.gap = self._histogram("coserve_inter_token_seconds", "Between tokens of a request", GAP_BUCKETS_S)
+        self.late = Histogram(
+            "coserve_late_seconds",
+            "How much later than promised first tokens and gaps were, by cause",
+            ["cause"],
+            buckets=GAP_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.missed = counter("coserve_promises_missed", "Requests that missed their promise, by cause", "cause")
+        for cause in Cause:
+            self.missed.labels(cause.value)
+        self.reserve = Gauge(
+            "coserve_reserve_seconds", "Of each gap, kept free for what no plan foresees", registry=self.registry
+        )
+        self._paused = Counter("coserve_paused_seconds", "Pauses of the machine", registry=self.registry)
         self._iterations_done = Counter("coserve_iterations", "Iterations of the engine", registry=self.registry)
         self._over_bound = Counter(
-            "coserve_iterations_over_bound", "Iterations that ended after their bound", registry=self.registry
+            "coserve_iterations_over_bound",
+            "Iterations that ended after their bound, pauses taken out",
+            registry=self.registry,
         )
         self._iteration = self._histogram("coserve_iteration_seconds", "Duration of an iteration", ITERATION_BUCKETS_S)
         self._overrun = self._histogram("coserve_iteration_overrun_seconds", "Duration past its bound", GAP_BUCKETS_S)
@@ -98,7 +116,8 @@ class Metrics:
         self.iterations.add(event)
         self._iteration.observe(event.duration_s)
         self._iterations_done.inc()
-        late_s = event.started_s + event.duration_s - event.until_s
+        self._paused.inc(event.paused_s)
+        late_s = event.started_s + event.duration_s - event.until_s - event.paused_s
         if late_s > 0:
             self._over_bound.inc()
             self._overrun.observe(late_s)

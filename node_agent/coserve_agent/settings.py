@@ -69,6 +69,7 @@ class AgentSettings(RedisSettings):
     max_model_length: int = Field(1024, ge=1, le=1 << 20)
     ttft_ms: int = Field(1000, ge=1)
     tpot_ms: int = Field(200, ge=1)
+    slo_percentile: int = Field(99, ge=50, le=100)
     finetuning: FinetuningPolicy = FinetuningPolicy.ALLOWED
     max_rank: int = Field(64, ge=1, le=1024)
     max_concurrent_jobs: int = Field(1, ge=1, le=64)

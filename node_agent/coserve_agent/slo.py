@@ -1,7 +1,8 @@
 """Did each request get what was promised? Strictly: its first token in time and the P99 of its gaps in time.
 
 Mean time per token would hide the stalls that users see, so it decides nothing here. Requests that were refused
-count as missed.
+count as missed. A stream is judged from the request's arrival to when its tokens are handed to the transport, but for
+time in which the client did not read; an answer that is no stream by the engine's times.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from coserve_agent.passage import Cause, Passage, PathLog, RequestPath, cause_of_first, cause_of_gap
+
 WINDOW_S = 60.0
 LOAD_WINDOW_S = 15.0
+BACK_PRESSURE_S = 1e-3
+"""A write that takes longer waited for the client to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +53,102 @@ class Sample:
     gaps_p99_s: float | None
 
 
+class Listener:
+    """Hears what is measured, times in seconds."""
+
+    def first_token(self, ttft_s: float) -> None:
+        """A request got its first token."""
+
+    def gap(self, at_s: float, gap_s: float, excess_s: float | None) -> None:
+        """Between two tokens of a request; `excess_s`: how much later than planned (None: without finetuning)."""
+
+    def late(self, cause: Cause, by_s: float) -> None:
+        """A first token or a gap was later than promised."""
+
+    def missed(self, cause: Cause) -> None:
+        """A request missed its promise, or would have if its client's own delays counted."""
+
+    def judged(self, life_s: float, *, missed: bool) -> None:
+        """A request kept its promise, or missed it in a gap with finetuning."""
+
+
 class RequestMeter:
     """Times of one request. `late` gaps decide: the P99 is over the promise iff more than one in a hundred is."""
 
-    def __init__(self, owner: SloMeter, arrival_s: float) -> None:
-        self._owner = owner
-        self._arrival_s = arrival_s
-        self._last_s: float | None = None
+    def __init__(self, owner: SloMeter, arrival_s: float, name: str, *, streams: bool) -> None:
+        self._owner, self._arrival_s, self._name, self._streams = owner, arrival_s, name, streams
+        self._paused_s = owner.paused_s
+        self._passages: list[Passage] = []
+        self._handed_s: list[float] = []
+        self._judged_s: list[float] = []
+        """When each counts as handed over."""
         self._gaps_s: list[float] = []
+        self._late = 0
+        self._late_with_clients = 0
+        """Late gaps, those included that the client's own delays made."""
+        self._late_with_finetuning = False
+        self._worst: tuple[float, Cause] | None = None
+        """By how much and why: the first token if that was late, else the latest gap."""
+        self._writing_s = 0.0
+        self._blocked_until_s = -math.inf
         self._ttft_s: float | None = None
         self._judged = False
+        self.placed_s: Callable[[], float] = lambda: arrival_s
+        """When the request got its place; known once its prompt is done."""
 
-    def token(self, emitted_s: float) -> None:
-        if self._last_s is None:
-            self._ttft_s = emitted_s - self._arrival_s
-            self._owner.on_ttft(self._ttft_s)
-        else:
-            gap_s = emitted_s - self._last_s
-            self._gaps_s.append(gap_s)
-            self._owner.on_gap(gap_s)
-        self._last_s = emitted_s
+    def token(self, passage: Passage) -> None:
+        """A token came from the engine."""
+        self._passages.append(passage)
+        if not self._streams:
+            self._hand(passage.routed_s, passage.emitted_s)
+
+    def writing(self) -> None:
+        """The next piece of the stream is handed to the transport."""
+        self._writing_s = self._owner.now_s()
+
+    def written(self, tokens: int) -> None:
+        """With that, so many tokens of this request are."""
+        now_s = self._owner.now_s()
+        if now_s - self._writing_s > BACK_PRESSURE_S:
+            self._blocked_until_s = now_s
+        for passage in self._passages[len(self._handed_s) : tokens]:
+            blocked = passage.routed_s < self._blocked_until_s
+            self._hand(now_s, passage.routed_s if blocked else now_s)
+
+    def _hand(self, handed_s: float, judged_s: float) -> None:
+        number, slo, listener = len(self._handed_s), self._owner.slo, self._owner.listener
+        passage = self._passages[number]
+        self._handed_s.append(handed_s)
+        self._judged_s.append(judged_s)
+        if number == 0:
+            self._ttft_s = judged_s - self._arrival_s
+            listener.first_token(self._ttft_s)
+            if self._ttft_s > slo.ttft_s:
+                cause = cause_of_first(passage, self._arrival_s, self.placed_s(), self._paused_s, slo.ttft_s)
+                self._worst = math.inf, cause
+                listener.late(cause, self._ttft_s - slo.ttft_s)
+            return
+        before, gap_s = self._passages[number - 1], judged_s - self._judged_s[-2]
+        emission = passage.emission
+        excess_s = emission.late_s + gap_s - (passage.emitted_s - before.emitted_s) if emission.finetuned else None
+        self._gaps_s.append(gap_s)
+        listener.gap(judged_s, gap_s, excess_s)
+        late_s = gap_s - slo.tpot_s
+        if late_s > 0:
+            self._late += 1
+            self._late_with_finetuning |= emission.finetuned
+            cause = cause_of_gap(before, passage, gap_s, slo.tpot_s)
+            if self._worst is None or late_s > self._worst[0]:
+                self._worst = late_s, cause
+            listener.late(cause, late_s)
+        elif handed_s - self._handed_s[-2] > slo.tpot_s:
+            listener.late(Cause.CLIENT, handed_s - self._handed_s[-2] - slo.tpot_s)
+            self._late_with_clients += 1
 
     def attained(self, now_s: float) -> bool:
         """Whether the promise is kept so far, at `now_s` if no token came yet."""
-        slo = self._owner.slo
         ttft_s = now_s - self._arrival_s if self._ttft_s is None else self._ttft_s
-        late = sum(gap_s > slo.tpot_s for gap_s in self._gaps_s)
-        return ttft_s <= slo.ttft_s and late <= len(self._gaps_s) // 100
+        return ttft_s <= self._owner.slo.ttft_s and self._late <= len(self._gaps_s) // 100
 
     def finish(self) -> None:
         """The request got all it asked for."""
@@ -94,28 +168,35 @@ class RequestMeter:
         if self._judged:
             return
         self._judged = True
+        owner, now_s = self._owner, self._owner.now_s()
         p99_s = percentile(self._gaps_s, 99) if self._gaps_s else None
-        self._owner.record(Sample(self._owner.now_s(), attained, self._ttft_s, p99_s))
+        cause = None
+        if not attained:
+            cause = self._worst[1] if self._worst is not None else Cause.WAITED
+            owner.listener.missed(cause)
+        elif self._late + self._late_with_clients > len(self._gaps_s) // 100:
+            owner.listener.missed(Cause.CLIENT)
+        if attained or self._late_with_finetuning:
+            owner.listener.judged(now_s - self._arrival_s, missed=not attained)
+        passed = tuple(zip(self._passages, self._handed_s, strict=False))
+        owner.paths.add(RequestPath(self._name, self._arrival_s, cause, passed))
+        owner.record(Sample(now_s, attained, self._ttft_s, p99_s))
 
 
 class SloMeter:
-    """Attainment over the last minute. `on_ttft` and `on_gap` hear every first-token time and gap, in seconds."""
+    """Attainment over the last minute. `listener` hears every time and what came of it."""
 
-    def __init__(
-        self,
-        slo: Slo,
-        now_s: Callable[[], float],
-        on_ttft: Callable[[float], None] = lambda seconds: None,
-        on_gap: Callable[[float], None] = lambda seconds: None,
-    ) -> None:
+    def __init__(self, slo: Slo, now_s: Callable[[], float], listener: Listener | None = None) -> None:
         self.slo = slo
         self.now_s = now_s
-        self.on_ttft = on_ttft
-        self.on_gap = on_gap
+        self.listener = listener or Listener()
+        self.paths = PathLog()
+        self.paused_s = 0.0
+        """The machine's pauses since the engine's start, as far as is known."""
         self._samples: deque[Sample] = deque()
 
-    def request(self, arrival_s: float) -> RequestMeter:
-        return RequestMeter(self, arrival_s)
+    def request(self, arrival_s: float, name: str = "", *, streams: bool = False) -> RequestMeter:
+        return RequestMeter(self, arrival_s, name, streams=streams)
 
     def refused(self) -> None:
         """A request that was turned away before it began."""

@@ -91,7 +91,7 @@ def move_about(seed: int, moves: int) -> Counter[str]:
                     del passes[name]
                     ledger.free(name)
             case "step":
-                serving.make_room(drop_pass)
+                serving.make_room(drop_pass, float(n))
                 for request in list(table.running.values()):
                     rest = len(request.tokens) - request.done
                     rows = rest if source.random() < 0.8 else source.randint(1, rest)

@@ -17,7 +17,7 @@ def request(name: str, tokens: tuple[int, ...], arrival_s: float, **promise: flo
 def test_deadlines_are_the_requests_own(driver: Any, draw_tokens: Callable[[int, int], tuple[int, ...]]) -> None:
     d = driver(ttft_s=1.0, tpot_s=0.2)
     d.submit(request("own", draw_tokens(1, 20), 0.5, ttft_s=3.0, tpot_s=0.05), request("ours", draw_tokens(2, 20), 0.5))
-    d.engine.requests.admit()
+    d.engine.requests.admit(0.0)
     first = {s.slot: s for s in d.engine._view(1.0).sequences}
     assert (first[1].deadline, first[1].tpot_s) == (3.5, 0.05)
     assert (first[2].deadline, first[2].tpot_s) == (1.5, 0.2)

@@ -66,7 +66,7 @@ def test_text_is_that_of_the_tokens(client: openai.OpenAI, served: Any) -> None:
     def spy(self: Any, request: Any, observe: Any = lambda s: None) -> Any:
         stream = stream_type(self, request, observe)
         deliver = stream.deliver
-        stream.deliver = lambda token: (seen.append(token.token), deliver(token))
+        stream.deliver = lambda token, passage: (seen.append(token.token), deliver(token, passage))
         return stream
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from coserve_agent.slo import LoadAverage, Slo, SloMeter, percentile
+from coserve_agent.passage import Cause, Passage
+from coserve_agent.slo import Listener, LoadAverage, Slo, SloMeter, percentile
+from coserve_engine.messages import Emission
 
 
 class Clock:
@@ -28,11 +32,61 @@ def meter(clock: Clock) -> SloMeter:
 def run(meter: SloMeter, clock: Clock, ttft_s: float, gaps_s: list[float]) -> None:
     request = meter.request(clock.now_s)
     at_s = clock.now_s + ttft_s
-    request.token(at_s)
+    request.token(passed(at_s))
     for gap_s in gaps_s:
         at_s += gap_s
-        request.token(at_s)
+        request.token(passed(at_s))
     request.finish()
+
+
+def passed(emitted_s: float, **emission: Any) -> Passage:
+    """A token that came to the agent's loop a millisecond after the engine had it."""
+    how = {"late_s": -0.01, "paused_s": 0.0, "finetuned": False, "prefilled": False, **emission}
+    return Passage(emitted_s, emitted_s + 0.5e-3, emitted_s + 1e-3, Emission(**how))
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.lates: list[Cause] = []
+        self.misses: list[Cause] = []
+        self.excesses: list[float | None] = []
+        self.judgements: list[bool] = []
+
+    def gap(self, at_s: float, gap_s: float, excess_s: float | None) -> None:
+        self.excesses.append(excess_s)
+
+    def late(self, cause: Cause, by_s: float) -> None:
+        assert by_s > 0
+        self.lates.append(cause)
+
+    def missed(self, cause: Cause) -> None:
+        self.misses.append(cause)
+
+    def judged(self, life_s: float, *, missed: bool) -> None:
+        self.judgements.append(missed)
+
+
+@pytest.fixture
+def heard(meter: SloMeter) -> Heard:
+    meter.listener = Heard()
+    return meter.listener
+
+
+class Stream:
+    """A streamed answer: tokens come from the engine, and each is written some time after it came."""
+
+    def __init__(self, meter: SloMeter, clock: Clock) -> None:
+        self.clock, self.request, self.tokens = clock, meter.request(clock.now_s, streams=True), 0
+        self.emitted_s = clock.now_s
+
+    def token(self, after_s: float, *, on_the_way_s: float = 0.0, blocked_s: float = 0.0, **emission: Any) -> None:
+        self.emitted_s += after_s
+        self.request.token(passed(self.emitted_s, **emission))
+        self.clock.now_s = max(self.clock.now_s, self.emitted_s + 1e-3 + on_the_way_s)
+        self.request.writing()
+        self.clock.now_s += blocked_s
+        self.tokens += 1
+        self.request.written(self.tokens)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +137,101 @@ def test_the_window_is_a_minute_and_nothing_is_not_zero(meter: SloMeter, clock: 
     clock.now_s += 61
     assert meter.report().requests == 0
     assert meter.report().ttft_p99_ms is None
+
+
+# ---- streams are judged where they are handed over, and each miss has a cause ----
+
+
+@pytest.mark.parametrize(
+    ("late", "cause"),
+    [
+        ({"after_s": 0.3, "late_s": 0.12}, Cause.OVER_BOUND),
+        ({"after_s": 0.3, "late_s": 0.12, "paused_s": 0.15}, Cause.PAUSED),
+        ({"after_s": 0.3, "late_s": 0.12, "paused_s": 0.05}, Cause.OVER_BOUND),
+        ({"after_s": 0.3, "late_s": -0.05, "prefilled": True}, Cause.PREFILL),
+        ({"after_s": 0.3, "late_s": -0.05}, Cause.WAITED),
+        ({"after_s": 0.15, "on_the_way_s": 0.1}, Cause.DELIVERY),
+    ],
+)
+def test_a_late_gap_has_its_cause(
+    meter: SloMeter, clock: Clock, heard: Heard, late: dict[str, Any], cause: Cause
+) -> None:
+    stream = Stream(meter, clock)
+    stream.token(0.1)
+    stream.token(**late)
+    stream.request.finish()
+    assert heard.lates == heard.misses == [cause]
+    assert meter.report().attainment_percent == 0
+    assert meter.paths.since(0.0)[0]["cause"] == cause
+
+
+@pytest.mark.parametrize(
+    ("placed_after_s", "token", "cause"),
+    [
+        (1.0, {"after_s": 1.3}, Cause.WAITED),
+        (0.1, {"after_s": 1.3}, Cause.PREFILL),
+        (0.1, {"after_s": 1.3, "paused_s": 0.4}, Cause.PAUSED),
+        (0.1, {"after_s": 0.8, "on_the_way_s": 0.4}, Cause.DELIVERY),
+    ],
+)
+def test_a_late_first_token_has_its_cause(
+    meter: SloMeter, clock: Clock, heard: Heard, placed_after_s: float, token: dict[str, Any], cause: Cause
+) -> None:
+    stream = Stream(meter, clock)
+    placed_s = clock.now_s + placed_after_s
+    stream.request.placed_s = lambda: placed_s
+    stream.token(**token)
+    stream.request.finish()
+    assert heard.misses == [cause]
+
+
+def test_what_the_client_does_not_read_is_left_out(meter: SloMeter, clock: Clock, heard: Heard) -> None:
+    """Its second token is written 5 s late, for the client did not read; the third came meanwhile."""
+    stream = Stream(meter, clock)
+    stream.token(0.1)
+    stream.token(0.1, blocked_s=5.0)
+    stream.token(0.1)
+    stream.request.finish()
+    assert meter.report().attainment_percent == 100
+    assert heard.lates == heard.misses == [Cause.CLIENT]
+    assert heard.judgements == [False]
+
+
+def test_the_same_delay_without_back_pressure_is_a_miss(meter: SloMeter, clock: Clock, heard: Heard) -> None:
+    stream = Stream(meter, clock)
+    stream.token(0.1)
+    stream.token(0.1, on_the_way_s=5.0)
+    stream.request.finish()
+    assert (meter.report().attainment_percent, heard.misses) == (0, [Cause.DELIVERY])
+
+
+def test_the_reserve_hears_of_gaps_with_finetuning_only(meter: SloMeter, clock: Clock, heard: Heard) -> None:
+    stream = Stream(meter, clock)
+    stream.token(0.1)
+    stream.token(0.3, late_s=0.15)
+    stream.token(0.3, late_s=0.15, finetuned=True)
+    stream.token(0.1, late_s=-0.05, finetuned=True, on_the_way_s=0.07)
+    stream.request.finish()
+    assert heard.excesses == [None, pytest.approx(0.15), pytest.approx(0.02)]
+    assert heard.judgements == [True]
+
+
+def test_a_miss_without_finetuning_teaches_nothing(meter: SloMeter, clock: Clock, heard: Heard) -> None:
+    stream = Stream(meter, clock)
+    stream.token(0.1)
+    stream.token(0.3, late_s=0.15)
+    stream.request.finish()
+    assert (heard.judgements, heard.misses) == ([], [Cause.OVER_BOUND])
+
+
+def test_where_each_token_waited_is_shown(meter: SloMeter, clock: Clock) -> None:
+    stream = Stream(meter, clock)
+    began_s = clock.now_s
+    stream.token(0.1, on_the_way_s=0.004)
+    stream.request.finish()
+    (path,) = meter.paths.since(0.0)
+    assert path["tokens"] == [pytest.approx([began_s + after for after in (0.1, 0.1005, 0.101, 0.105)])]
+    assert meter.paths.since(began_s) == []
 
 
 def test_saturation_is_averaged_over_time(clock: Clock) -> None:

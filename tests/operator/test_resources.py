@@ -70,6 +70,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_ENDPOINT_NAME": "tiny", "COSERVE_NAMESPACE": "ml",
         "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_MODEL_NAME": "tiny", "COSERVE_MAX_MODEL_LENGTH": "1024",
         "COSERVE_TTFT_MS": "90000", "COSERVE_TPOT_MS": "50", "COSERVE_FINETUNING": "Allowed", "COSERVE_MAX_RANK": "64",
+        "COSERVE_SLO_PERCENTILE": "99",
         "COSERVE_MAX_SLOWDOWN_PERCENT": "50", "COSERVE_PASS_BYTES": str(64 * 2**20),
         "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30), "COSERVE_THREADS": "1",
         "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,

@@ -8,14 +8,16 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from coserve_engine.cost import CostModel
-from coserve_engine.iteration import Accounts, run_units
+from coserve_engine.iteration import Accounts, Clock, Forwarded, run_units
 from coserve_engine.load import Demand, RequestLoad, saturation_percent
 from coserve_engine.pages import HEADROOM_PAGES
 from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
+from coserve_engine.reserve import FixedReserve, Reserving
 from coserve_engine.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.machine import Machine, calibrated
+from coserve_engine.simulate.pauses import NONE, Pauses, Pausing
 from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival
@@ -41,6 +43,7 @@ class Setup:
     passes_per_step: int = 4
     tile: int = 64
     page: int = 64
+    pauses: Pauses = NONE
 
 
 @dataclass(slots=True)
@@ -53,6 +56,8 @@ class _Request:
     finetune_s: float
     last_s: float | None = None
     pages: int = 0
+    late_with_finetuning: bool = False
+    """Whether a gap with finetuning in it was longer than promised."""
 
 
 class World:
@@ -72,6 +77,7 @@ class World:
         finetuning: bool = True,
         stops: bool = True,
         reports: bool = False,
+        reserve: Reserving | None = None,
     ) -> None:
         self.setup, self.arrivals, self.policy = setup, arrivals, policy
         self.finetuning, self.stops, self.reports = finetuning, stops, reports
@@ -82,6 +88,9 @@ class World:
         self._growing: deque[_Request] = deque()
         """Those whose next token needs a page more."""
         self._noise = random.Random(setup.seed)
+        self._pausing = Pausing(setup.pauses, setup.seed)
+        self._clock = Clock(lambda: self.now, lambda: self._pausing.total_s)
+        self._reserve = reserve or FixedReserve(0.0)
         self._pool = PagePool(setup.kv_pages)
         self._job = Job(
             self._pool, setup.machine.layers, setup.tile, setup.page, setup.pass_tokens, setup.passes_per_step
@@ -91,7 +100,7 @@ class World:
         """Until the last request is done, or for so long. Raises SimulationError for one that needs too many pages."""
         s = self.setup
         cost = calibrated(s.machine, s.tile, s.noise, self._noise)
-        accounts = Accounts(cost)
+        accounts = Accounts(cost, self._clock)
         result, plan_id, last_report = Result(s.ttft_s, s.tpot_s), 0, 0.0
         while self.now < seconds and (self._next < len(self.arrivals) or self._waiting or self._running):
             self._arrive(result, accounts)
@@ -99,6 +108,7 @@ class World:
             if self.finetuning:
                 self._job.advance(may_open=not self._waiting)
             view = self._view()
+            accounts.begin()
             plan = self.policy(view, cost, plan_id)
             plan_id += 1
             if not plan.segments and not plan.units:
@@ -107,12 +117,14 @@ class World:
             if plan.segments and not self._forward(plan, view, cost):
                 accounts.rest()
                 continue
-            forward_end = self.now
-            self._commit(plan)
-            units = run_units(plan, view, cost, lambda: self.now, self._backward, self._interrupted)
-            done = accounts.close(plan, view, forward_end, units, s.machine.layers)
+            forwarded = accounts.forwarded(plan, view)
+            self._commit(plan, forwarded)
+            units = run_units(plan, view, cost, self._clock, forwarded, self._backward, self._interrupted)
+            done = accounts.close(plan, view, forwarded, units, s.machine.layers)
             result.iteration(done)
-            self.now += s.machine.turnaround_ms / 1e3
+            if done.excess_s is not None:
+                self._reserve.observe(forwarded.end_s, done.excess_s)
+            self._spend(s.machine.turnaround_ms / 1e3)
             if self.reports and self.now - last_report >= REPORT_S:
                 last_report = self.now
                 result.saturation.append(saturation_percent(self._demand(accounts), cost, s.ttft_s, s.tpot_s, s.tile))
@@ -127,10 +139,14 @@ class World:
         if self.stops and not view.sequences and self._next < len(self.arrivals):
             layer = math.ceil(layers * (self.arrivals[self._next].at_s - self.now) / seconds)
             if layer < layers and gives_way(plan, view, cost, layer / layers):
-                self.now += seconds * layer / layers
+                self._spend(seconds * layer / layers)
                 return False
-        self.now += seconds
+        self._spend(seconds)
         return True
+
+    def _spend(self, seconds: float) -> None:
+        """Move the clock by work of so many seconds, and by the pauses in it."""
+        self.now = self._pausing.after(self.now, seconds)
 
     def _error(self) -> float:
         return math.exp(self._noise.gauss(0.0, self.setup.noise))
@@ -214,9 +230,10 @@ class World:
             s.max_batch_tokens,
             s.tile,
             s.max_slowdown,
+            reserve_s=self._reserve.seconds,
         )
 
-    def _commit(self, plan: Plan) -> None:
+    def _commit(self, plan: Plan, forwarded: Forwarded) -> None:
         s, now, finetune = self.setup, self.now, Kind.FINETUNE
         ttft_s, tpot_s, page = s.ttft_s, s.tpot_s, s.page
         for segment in plan.segments:
@@ -232,17 +249,22 @@ class World:
             if request.last_s is None:
                 request.times.first_s = now - arrival_s
             else:
-                request.times.gaps_s.append(now - request.last_s)
+                gap_s = now - request.last_s
+                request.times.gaps_s.append(gap_s)
+                request.late_with_finetuning |= gap_s > tpot_s and forwarded.finetuned
             request.last_s = now
             request.view = SequenceView.of(slot, done, done + 1, arrival_s, now, ttft_s, tpot_s)
             if done + 1 >= request.end:
                 del self._running[slot]
                 self._leave(request)
+                kept = request.times.strict(ttft_s, tpot_s)
+                if kept or request.late_with_finetuning:
+                    self._reserve.judged(now - arrival_s, missed=not kept)
             elif done >= request.pages * page:
                 self._growing.append(request)
 
     def _backward(self, unit: Unit, work: UnitWork) -> None:
-        self.now += self.setup.machine.unit_s(work) * self._error()
+        self._spend(self.setup.machine.unit_s(work) * self._error())
         self._job.backward(unit)
 
     def _demand(self, accounts: Accounts) -> Demand:

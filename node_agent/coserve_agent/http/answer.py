@@ -63,11 +63,17 @@ class Answer:
     """The choices of one request as they come. `echo` is the prompt's text where it is part of the answer."""
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Common, prompt: Sequence[int], echo: str, generations: list[Generation]
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        request: Common,
+        prompt: Sequence[int],
+        echo: str,
+        generations: list[Generation],
     ) -> None:
         self._chat = isinstance(request, ChatRequest)
         self._head = {
-            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{name}",
             "created": int(time.time()),
             "model": request.model,
             "system_fingerprint": None,
@@ -108,11 +114,14 @@ class Answer:
         head = {**self._head, "object": "chat.completion.chunk" if self._chat else "text_completion"}
         begun: set[int] = set()
         async with aclosing(pieces):
-            for data in self._chunks(head, first, begun):
-                yield data
-            async for piece in pieces:
-                for data in self._chunks(head, piece, begun):
+            numbered: tuple[int, Piece] | None = first
+            while numbered is not None:
+                generation = self._generations[numbered[0]]
+                generation.meter.writing()
+                for data in self._chunks(head, numbered, begun):
                     yield data
+                generation.meter.written(generation.completion_tokens)
+                numbered = await anext(pieces, None)
         if self._with_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield DONE
@@ -168,13 +177,14 @@ async def answer(
     echo: str = "",
 ) -> Response:
     """Generate and answer; the generations end with the answer, or with the client."""
-    generations = generator.begin(uuid.uuid4().hex, prompt, parsed, max_tokens, arrival_s)
+    name = uuid.uuid4().hex
+    generations = generator.begin(name, prompt, parsed, max_tokens, arrival_s)
 
     def finish() -> None:
         for generation in generations:
             generator.end(generation)
 
-    written = Answer(generator.tokenizer, parsed, prompt, echo, generations)
+    written = Answer(name, generator.tokenizer, parsed, prompt, echo, generations)
     streaming = False
     try:
         if not parsed.stream:

@@ -227,19 +227,20 @@ class Generator:
                 command = AddRequest(
                     f"{request_id}-{n}", tuple(prompt), replace(params, seed=params.seed + n), arrival_s, served.version
                 )
-                begun.append(self._begin(command, request.stop or ()))
+                begun.append(self._begin(command, request.stop or (), streams=bool(request.stream)))
         except ApiError:
             for generation in begun:
                 self.end(generation)
             raise
         return begun
 
-    def _begin(self, command: AddRequest, stop: Sequence[str]) -> Generation:
-        meter = self._meter.request(command.arrival_s)
+    def _begin(self, command: AddRequest, stop: Sequence[str], *, streams: bool) -> Generation:
+        meter = self._meter.request(command.arrival_s, command.request_id, streams=streams)
         try:
             stream = self._engine.generate(command, meter.token)
         except EngineGoneError as error:
             raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
+        meter.placed_s = lambda: command.arrival_s if stream.prompt is None else stream.prompt.placed_s
         detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
         return Generation(stream, meter, detokenizer, StopStrings(stop), command.params.min_tokens)
 
