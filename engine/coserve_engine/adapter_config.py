@@ -104,7 +104,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     path = folder / ADAPTER_CONFIG
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFolderError(f"{path}: not readable as a PEFT adapter's configuration ({error})") from None
     if not isinstance(raw, dict):
         raise AdapterFolderError(f"{path}: holds a {type(raw).__name__}, not a PEFT adapter's configuration")
@@ -135,7 +135,7 @@ def _refuse_other_mathematics(path: Path, raw: Mapping[str, Any]) -> None:
     if not isinstance(raw.get("use_rslora"), bool | None):
         refuse("use_rslora", "it must be true or false")
     start = raw.get("init_lora_weights")
-    if not isinstance(start, bool | None) and start not in PLAIN_STARTS:
+    if not isinstance(start, bool | None) and str(start).lower() not in PLAIN_STARTS:
         refuse(
             "init_lora_weights",
             "it may have changed the base model: save the adapter with save_pretrained's "
@@ -156,7 +156,7 @@ def _patterns(path: Path, raw: Mapping[str, Any], field: str) -> list[tuple[str,
     for pattern in patterns:
         try:
             re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise AdapterFolderError(
                 f"{path}: {field} has {pattern!r}, which is no regular expression ({error})"
             ) from None

@@ -65,7 +65,7 @@ PLAIN_LORA: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"q_proj": 3},
     },
     "r_that_no_linear_has": {"r": 128, "rank_pattern": {".*_proj": 4}, "alpha_pattern": {".*": 8}},
-    "gaussian": {"init_lora_weights": "gaussian"},
+    "gaussian": {"init_lora_weights": "Gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "eva": {"init_lora_weights": "eva", "rank_pattern": {"q_proj": 9}},
     "mica": {"init_lora_weights": "mica"},

@@ -154,6 +154,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"q_proj": 8}}, "q_proj.lora_A.weight' has shape (6, 64)"),
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern['q_proj'] is None"),
     ({"alpha_pattern": {"[": 1}}, "'['"),
+    ({"alpha_pattern": {"q{99999999999999999999}": 1}}, "q{99999999999999999999}"),
     ({"alpha_pattern": 3}, "alpha_pattern is 3"),
 ]
 
@@ -180,7 +181,9 @@ def test_every_field_of_the_installed_peft_is_known(plain: str) -> None:
     assert {field.name for field in dataclasses.fields(LoraConfig)} == known
 
 
-@pytest.mark.parametrize("text", ("{", "[]", "null", "\x00\xff"))
+@pytest.mark.parametrize(
+    "text", ("{", "[]", "null", "\x00\xff", "[" * 100_000), ids=("open", "list", "null", "bytes", "deep")
+)
 def test_a_configuration_that_is_no_configuration(driver: Any, folder: Path, text: str) -> None:
     (folder / CONFIG).write_text(text, encoding="latin-1")
     assert str(folder / CONFIG) in refusal(driver(), folder)

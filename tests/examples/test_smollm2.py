@@ -145,7 +145,7 @@ async def test_greedy_answers_are_those_of_transformers(served: Served) -> None:
     """25 conversations and 25 texts to go on with, ten at once; transformers computes in float32, one by one."""
     questions = [problem.question for problem in load_split().held_out[:50]]
     conversations = [[{"role": "user", "content": question}] for question in questions[:25]]
-    texts = questions[25:]
+    texts = [question[: len(question) // 2] for question in questions[25:]]
     how: dict[str, Any] = {"model": "smollm2", "temperature": 0, "max_tokens": TOKENS}
     ten = asyncio.Semaphore(10)
     async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=600) as client:
@@ -168,4 +168,4 @@ async def test_greedy_answers_are_those_of_transformers(served: Served) -> None:
     expected = [generated(model, tokenizer, ids) for ids in prompts]
     differing = [pair for pair in zip(questions, expected, found, strict=True) if pair[1] != pair[2]]
     assert not differing
-    assert len({answer.text for answer in found}) > 45, "the answers hardly differ"
+    assert len({answer.text for answer in found}) > 40, "the answers hardly differ"
