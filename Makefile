@@ -4,6 +4,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 CLUSTER ?= dev
+MODEL ?= tiny
 SOURCES := crds engine node_agent operator examples tests bench
 
 .PHONY: help demo test nightly lint format requirements images cluster-up cluster-down clean venv
@@ -11,8 +12,8 @@ SOURCES := crds engine node_agent operator examples tests bench
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster)
-	@CLUSTER=$(CLUSTER) hack/demo
+demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster; MODEL=smollm2: a real model)
+	@CLUSTER=$(CLUSTER) MODEL=$(MODEL) hack/demo
 
 test: lint ## every test but the nightly ones
 	hack/cluster install redis-server:redis-server

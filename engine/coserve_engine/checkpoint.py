@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coserve_engine.artifacts import peft_files, read_peft_config, read_peft_weights, write_folder
+from coserve_engine.adapter_folder import read_adapter
+from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.folders import verify_folder
 from coserve_engine.lora import LoraLayout
@@ -77,8 +78,7 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{path / STATE}: numerics is {facts['numerics']}, this engine runs {asdict(numerics)}"
             )
-        read_peft_config(path, layout.spec.rank)
-        param = read_peft_weights(path, layout, dtype).to(device)
+        param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype, device), dtype, device)
         moments = load_file(path / MOMENTS)
         m, v = (moments[name].to(device=device, dtype=dtype) for name in ("m", "v"))
         if m.shape != param.shape or v.shape != param.shape:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import singledispatchmethod
 from pathlib import Path
 
-from coserve_engine.artifacts import read_peft_config, read_peft_weights
+from coserve_engine.adapter_folder import read_adapter
 from coserve_engine.calibrate import calibrate
 from coserve_engine.config import EngineConfig
 from coserve_engine.cost import CostModel
@@ -135,9 +135,7 @@ class Engine:
 
         def load() -> LoraWeights:
             folder, e = Path(command.path), self.executor
-            layout = e.layout(read_peft_config(folder, self.config.max_rank))
-            flat = read_peft_weights(folder, layout, e.dtype).to(e.device)
-            return LoraWeights.served(layout, flat, number)
+            return LoraWeights.served(read_adapter(folder, e.model, self.config.max_rank, e.dtype, e.device), number)
 
         def loaded(weights: LoraWeights) -> None:
             if self._wanted.get(version) != number:

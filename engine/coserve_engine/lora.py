@@ -10,7 +10,7 @@ and are slower.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.dropout import dropout
+from coserve_engine.errors import AdapterFolderError
 from coserve_engine.linears import FrozenLinear
 from coserve_engine.messages import LoraSpec
 from coserve_engine.numerics import repeat_last
@@ -26,9 +27,19 @@ AB = tuple[torch.Tensor, torch.Tensor]
 """A [padded rank, in] and B [out, padded rank]."""
 
 
+class Factors(NamedTuple):
+    """An adapter's part in one linear, as a folder holds it."""
+
+    a: torch.Tensor
+    """[rank, in]."""
+    b: torch.Tensor
+    """[out, rank]."""
+    scale: float
+
+
 class Pair(NamedTuple):
-    """What a linear adds by one adapter: A and B, and both stored turned. Where an adapter is only served A and B are
-    views of these.
+    """What a linear adds by one adapter: A and B, both stored turned, and what their product is scaled by. Where an
+    adapter is only served A and B are views of these.
     """
 
     a: torch.Tensor
@@ -39,6 +50,21 @@ class Pair(NamedTuple):
     """[in, padded rank]."""
     up: torch.Tensor
     """[padded rank, out]."""
+    scale: float
+
+    @classmethod
+    def served(cls, factors: Factors) -> Pair:
+        """With copies of factors, which never change."""
+        (rank, into), out = factors.a.shape, factors.b.shape[0]
+        down = factors.a.new_zeros(into, padded(rank))
+        up = factors.b.new_zeros(padded(rank), out)
+        down[:, :rank], up[:rank] = factors.a.t(), factors.b.t()
+        return cls(down.t(), up.t(), down, up, factors.scale)
+
+
+def padded(rank: int) -> int:
+    """The rank that is stored."""
+    return -(-rank // 8) * 8
 
 
 class LoraLayout:
@@ -48,7 +74,7 @@ class LoraLayout:
 
     def __init__(self, config: ModelConfig, spec: LoraSpec) -> None:
         self.config, self.spec = config, spec
-        self.padded_rank = -(-spec.rank // 8) * 8
+        self.padded_rank = padded(spec.rank)
         self.targets = tuple(name for name in LINEARS if name in spec.targets)
         self.size = config.layers * sum(self.padded_rank * sum(config.linear_shape(n)) for n in self.targets)
 
@@ -72,6 +98,21 @@ class LoraLayout:
             for layer in self.views(flat)
         )
 
+    def flat(self, layers: Sequence[Mapping[str, Factors]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[size], of the factors of all the layout's linears, layer by layer.
+
+        Raises:
+            AdapterFolderError: a layer has other linears, or one of another rank.
+        """
+        rank, flat = self.spec.rank, torch.zeros(self.size, dtype=dtype, device=device)
+        for index, (found, layer) in enumerate(zip(layers, self.views(flat), strict=True)):
+            ranks = {name: factors.a.shape[0] for name, factors in found.items()}
+            if ranks != dict.fromkeys(self.targets, rank):
+                raise AdapterFolderError(f"layer {index} adapts {ranks}; the job's are {self.targets} of rank {rank}")
+            for name, (a, b) in layer.items():
+                a[:rank], b[:, :rank] = found[name].a, found[name].b
+        return flat
+
     def fresh(self, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Initial parameters as PEFT's: A uniform with Kaiming's bound for a = sqrt(5), B zero."""
         flat = torch.zeros(self.size, dtype=dtype)
@@ -88,29 +129,29 @@ class LoraLayout:
 class LoraWeights:
     """One adapter, ready to compute with. `load` tells apart what an engine loads, even under one version."""
 
-    scale: float
     layers: tuple[Mapping[str, Pair], ...]
     load: int = 0
 
     @classmethod
-    def served(cls, layout: LoraLayout, flat: torch.Tensor, load: int = 0) -> LoraWeights:
-        """Of parameters `flat` [layout.size], which are copied."""
-        layers = ({n: Pair(a.t(), b.t(), a, b) for n, (a, b) in layer.items()} for layer in layout.turned(flat))
-        return cls(layout.spec.scale, tuple(layers), load)
+    def served(cls, layers: Iterable[Mapping[str, Factors]], load: int = 0) -> LoraWeights:
+        """Per layer: linear name -> its factors, for those that are adapted; they are copied."""
+        return cls(tuple({name: Pair.served(factors) for name, factors in layer.items()} for layer in layers), load)
 
     @classmethod
     def trained(cls, layout: LoraLayout, flat: torch.Tensor) -> LoraWeights:
         """Of parameters `flat` [layout.size] that change; to be renewed when they did."""
         layers = zip(layout.views(flat), layout.turned(flat), strict=True)
-        pairs = tuple({name: Pair(*ab, *turned[name]) for name, ab in layer.items()} for layer, turned in layers)
-        return cls(layout.spec.scale, pairs)
+        scale = layout.spec.scale
+        return cls(
+            tuple({name: Pair(*ab, *turned[name], scale) for name, ab in layer.items()} for layer, turned in layers)
+        )
 
     def renew(self) -> None:
         """Take over A and B, which an optimizer changed, into `down` and `up`."""
         for layer in self.layers:
-            for a, b, down, up in layer.values():
-                down.copy_(a.t())
-                up.copy_(b.t())
+            for pair in layer.values():
+                pair.down.copy_(pair.a.t())
+                pair.up.copy_(pair.b.t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +184,7 @@ class LoraGroup:
             rows = x[self.rows]
             if self.drop is not None:
                 rows = self.drop(rows, layer, name)
-            _add(y[self.rows], rows, pair, self.weights.scale)
+            _add(y[self.rows], rows, pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +229,14 @@ class ScatteredRows:
             return
         picked = y.index_select(0, self.gathered)
         parts = zip(
-            self.weights,
             pairs,
             picked.split_with_sizes(self.sizes),
             x.index_select(0, self.gathered).split_with_sizes(self.sizes),
             strict=True,
         )
-        for weights, pair, into, rows in parts:
+        for pair, into, rows in parts:
             if pair is not None:
-                _add(into, rows, pair, weights.scale)
+                _add(into, rows, pair)
         y.index_copy_(0, self.rows, picked.index_select(0, self.real))
 
 
@@ -204,9 +244,9 @@ AdapterRows = tuple[LoraGroup | ScatteredRows, ...]
 """Which rows of a batch use which adapter."""
 
 
-def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair, scale: float) -> None:
+def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair) -> None:
     """y [R, out] += scale * (x [R, in] A^T) B^T, in two calls: with many adapters it is calls that take the time."""
-    y.addmm_(torch.mm(x, pair.down), pair.up, alpha=scale)
+    y.addmm_(torch.mm(x, pair.down), pair.up, alpha=pair.scale)
 
 
 def linear(x: torch.Tensor, weight: FrozenLinear, adapters: AdapterRows, layer: int, name: str) -> torch.Tensor:
@@ -223,7 +263,6 @@ def linear_backward(
     weight: FrozenLinear,
     pair: Pair | None,
     grads: AB | None,
-    scale: float,
     tiles: tuple[tuple[int, int], ...],
     drop: Callable[[torch.Tensor], torch.Tensor] | None,
     *,
@@ -233,7 +272,7 @@ def linear_backward(
 
     Args:
         dy: [R, out]; x: [R, in]; weight: from in to out, frozen.
-        pair, grads: the adapter's A and B, and the buffers of the gradients of both; None where it has none here.
+        pair, grads: what the adapter adds, and the buffers of the gradients of A and B; None where it has none here.
         tiles: row ranges in the order in which they are summed, so that the sum does not depend on the unit.
         drop: dropout of the rows' inputs to A; None where nothing is dropped.
         need_dx: False leaves dx out (nothing below the first layer needs it).
@@ -244,8 +283,8 @@ def linear_backward(
     dx = weight.backward(dy) if need_dx else None
     if pair is not None and grads is not None:
         x = x if drop is None else drop(x)
-        low = torch.mm(x, pair.down).mul_(scale)
-        dlow = (dy @ pair.b).mul_(scale)
+        low = torch.mm(x, pair.down).mul_(pair.scale)
+        dlow = (dy @ pair.b).mul_(pair.scale)
         for start, stop in tiles:
             grads[0].addmm_(dlow[start:stop].t(), x[start:stop])
             grads[1].addmm_(dy[start:stop].t(), low[start:stop])

@@ -191,9 +191,9 @@ class Transformer:
     ) -> torch.Tensor | None:
         state, weight = unit.state, self.weights.layers[unit.layer].linears[name]
         pair, grads = state.weights.layers[unit.layer].get(name), state.grad_views[unit.layer].get(name)
-        scale, mask = state.weights.scale, state.drop(unit.rows)
+        mask = state.drop(unit.rows)
         drop = None if mask is None else partial(mask, layer=unit.layer, name=name)
-        return linear_backward(dy, x, weight, pair, grads, scale, unit.tiles, drop, need_dx=need_dx)
+        return linear_backward(dy, x, weight, pair, grads, unit.tiles, drop, need_dx=need_dx)
 
     def _mlp_block_backward(self, unit: UnitRows, dy: torch.Tensor) -> torch.Tensor:
         """dx2 of y = x2 + down(silu(gate) * up)."""

@@ -26,11 +26,27 @@ from demo.watch import AgentLog, Watcher, finetune_rate
 
 EXAMPLES = Path(__file__).parent.parent
 TRACE = EXAMPLES / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
-ENDPOINT, JOB = "tiny", "gsm8k-json"
+JOB = "gsm8k-json"
 QUESTIONS = 24
 ALONE_S = 15.0
 LEAST_STEPS = 100
 """With fewer the adapter does not learn the form."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to run the demo on: the manifests of its endpoint and of the job JOB, and for how long traffic comes."""
+
+    endpoint_file: str
+    job_file: str
+    seconds: float
+
+
+CASES = {
+    "tiny": Case("endpoint.yaml", "job.yaml", 120.0),
+    "smollm2": Case("endpoint-smollm2.yaml", "job-smollm2.yaml", 240.0),
+}
+"""By the name of the endpoint, which is that of the model."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +76,19 @@ def main() -> int:
     """Run the demo; the exit status is 0 only if every promise was kept."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--mounted-environment", action="store_true", help="the cluster has the thin agent image only")
+    parser.add_argument("--model", choices=CASES, default="tiny", help="what the endpoint serves")
+    parser.add_argument("--tokenizer", type=Path, default=EXAMPLES / "base-model", help="the folder of that model")
     parser.add_argument(
         "--utilisation", type=float, default=30.0, help="percent of the agents' time that serving takes"
     )
-    parser.add_argument("--seconds", type=float, default=120.0, help="length of the replay")
+    parser.add_argument("--seconds", type=float, help="length of the replay (default: the model's)")
     parser.add_argument("--raw", type=Path, default=Path(".cache/demo.json"), help="where the raw times are written")
     options = parser.parse_args()
+    case = CASES[options.model]
+    options.seconds = options.seconds or case.seconds
     try:
         with connected() as cluster:
-            return asyncio.run(run(cluster, options))
+            return asyncio.run(run(cluster, case, options))
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -77,34 +97,34 @@ def main() -> int:
         return 130
 
 
-async def run(cluster: Cluster, options: argparse.Namespace) -> int:
-    console = Console()
-    endpoint_body = apply("endpoint.yaml", options.mounted_environment)
-    cluster.wait(ENDPOINTS, ENDPOINT, "endpoint is starting", _all_ready, 300)
-    job_body = apply("job.yaml", options.mounted_environment)
+async def run(cluster: Cluster, case: Case, options: argparse.Namespace) -> int:
+    console, endpoint = Console(), options.model
+    endpoint_body = apply(case.endpoint_file, options.mounted_environment)
+    cluster.wait(ENDPOINTS, endpoint, "endpoint is starting", _all_ready, 600)
+    job_body = apply(case.job_file, options.mounted_environment)
     started = until_it_trains(cluster)
-    agents = cluster.agents(ENDPOINT)
-    watcher = Watcher(cluster, [AgentLog(agent) for agent in agents], ENDPOINT, JOB)
+    agents = cluster.agents(endpoint)
+    watcher = Watcher(cluster, [AgentLog(agent) for agent in agents], endpoint, JOB)
     print(f"finetuning alone, measured for {ALONE_S:.0f} s", flush=True)
     alone = await finetune_rate(watcher, ALONE_S)
     steps = fitting_steps(cluster.get(JOBS, JOB), alone, options.seconds)
     if steps is not None:
         print(f"the job would outlast the traffic by far on this machine: once more, with maxSteps {steps}")
         print(kubectl("delete", "ftj", JOB, "--wait").strip())
-        apply("job.yaml", options.mounted_environment, training={"maxSteps": steps})
+        apply(case.job_file, options.mounted_environment, training={"maxSteps": steps})
         started = until_it_trains(cluster)
     slo = Slo(*(seconds(endpoint_body["spec"]["slo"][name]) for name in ("timeToFirstToken", "timePerOutputToken")))
     context = endpoint_body["spec"]["model"]["maxModelLength"]
-    urls = cluster.base_urls(ENDPOINT, agents)
+    urls = cluster.base_urls(endpoint, agents)
     corpus = " ".join(problem.question for problem in load_split().held_out)
-    prompts = Prompts(corpus, str(EXAMPLES / "base-model"))
+    prompts = Prompts(corpus, str(options.tokenizer))
     free = [agent.api for agent in agents if agent.pod != started["status"]["binding"]["agent"]] or urls
     recorded = read_trace(TRACE)
-    busy_s = await seconds_a_request(free[0], prompts, fit(recorded, Scaling(context=context)))
+    busy_s = await seconds_a_request(free[0], endpoint, prompts, fit(recorded, Scaling(context=context)))
     rate = options.utilisation / 100 * len(agents) / busy_s
     scaling = Scaling(seconds=options.seconds, rate=rate, context=context)
     replay = fit(recorded, scaling)
-    replayer = Replayer(urls, ENDPOINT, prompts)
+    replayer = Replayer(urls, endpoint, prompts)
     print(
         f"a mean request takes {busy_s * 1e3:.0f} ms by itself; utilisation {options.utilisation:.0f} % is {rate:.2f}/s"
     )
@@ -115,7 +135,7 @@ async def run(cluster: Cluster, options: argparse.Namespace) -> int:
     during = await traffic(console, watcher, replayer, replay, slo)
     await replayer.close()
     status = await complete(console, watcher, slo)
-    scores = await compare(urls[0], job_body["spec"]["adapter"]["name"])
+    scores = await compare(urls[0], endpoint, job_body["spec"]["adapter"]["name"])
     verdict = judge(status, replayer, slo, 100.0 * during / alone if alone else 0.0)
     report(verdict, scores, replayer, alone, during, status)
     save(options.raw, replayer, watcher)
@@ -173,7 +193,7 @@ def describe(replay: Replay, scaling: Scaling) -> str:
     )
 
 
-async def seconds_a_request(base_url: str, prompts: Prompts, replay: Replay) -> float:
+async def seconds_a_request(base_url: str, model: str, prompts: Prompts, replay: Replay) -> float:
     """How long a request of the schedule's mean lengths takes an agent that does nothing else: the median of five."""
     count = len(replay.arrivals)
     mean = Recorded(
@@ -181,7 +201,7 @@ async def seconds_a_request(base_url: str, prompts: Prompts, replay: Replay) -> 
         round(sum(a.prompt_tokens for a in replay.arrivals) / count),
         round(sum(a.output_tokens for a in replay.arrivals) / count),
     )
-    probe = Replayer([base_url], ENDPOINT, prompts)
+    probe = Replayer([base_url], model, prompts)
     for _ in range(5):
         await probe.run([mean], time.monotonic())
     await probe.close()
@@ -226,13 +246,13 @@ async def complete(console: Console, watcher: Watcher, slo: Slo) -> dict[str, An
     return watcher.job.get("status", {})
 
 
-async def compare(base_url: str, adapter: str) -> dict[str, Score]:
+async def compare(base_url: str, base: str, adapter: str) -> dict[str, Score]:
     """Ask base and adapter the same held-out questions, by name."""
     problems = load_split().held_out[:QUESTIONS]
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=2) as client:
         names = sorted(model.id for model in (await client.models.list()).data)
         print(f"GET /v1/models: {', '.join(names)}")
-        return {name: await ask(client, name, problems) for name in (ENDPOINT, adapter) if name in names}
+        return {name: await ask(client, name, problems) for name in (base, adapter) if name in names}
 
 
 def judge(status: dict[str, Any], replayer: Replayer, slo: Slo, finetune_percent: float) -> Verdict:
@@ -261,7 +281,7 @@ def report(
     for name, score in scores.items():
         print(f"  {name}: {score.first}")
         print(f"    valid JSON {score.valid}/{score.total}, correct {score.correct}/{score.total}")
-    print("(the adapter has learnt the form; a model of 4 million parameters does not learn to calculate)")
+    print("(the adapter has learnt the form; a model this small does not learn to calculate)")
     for error in sorted({s.error for s in replayer.samples if s.error})[:5]:
         print(f"  failed request: {error}")
     print(f"finetuning: {alone:.0f} tokens/s alone, {during:.0f} tokens/s under traffic")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,19 +35,19 @@ def is_valid(text: str) -> tuple[bool, int | None]:
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, problems: Sequence[Problem], max_tokens: int = 192) -> Score:
-    """Ask every question greedily, without constrained decoding."""
-    valid = correct = 0
-    first = ""
-    for problem in problems:
+    """Ask every question greedily, all at once, without constrained decoding."""
+
+    async def answer(problem: Problem) -> str:
         reply = await client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": problem.question}],
             temperature=0,
             max_tokens=max_tokens,
         )
-        text = reply.choices[0].message.content or ""
-        first = first or text
-        good, answer = is_valid(text)
-        valid += good
-        correct += answer == problem.answer
-    return Score(len(problems), valid, correct, first)
+        return reply.choices[0].message.content or ""
+
+    texts = await asyncio.gather(*map(answer, problems))
+    judged = list(map(is_valid, texts))
+    valid = sum(good for good, _ in judged)
+    correct = sum(number == problem.answer for (_, number), problem in zip(judged, problems, strict=True))
+    return Score(len(problems), valid, correct, texts[0])

@@ -1,23 +1,21 @@
-"""Adapters go to PEFT and come from PEFT with the same logits; all but plain LoRA adapters are refused, by name."""
+"""Adapters go to PEFT and come from PEFT with the same logits, whatever chose the linears that they adapt."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
+from peft_folders import TOLERANCE, engine_logits, peft_logits, save_adapter
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
-from coserve_engine.artifacts import read_peft_config, read_peft_weights
+from coserve_engine import adapter_config
+from coserve_engine.adapter_folder import read_adapter
 from coserve_engine.config import LINEARS
-from coserve_engine.lora import LoraWeights
 from coserve_engine.messages import (
     AdapterExported,
     AdapterFailed,
@@ -31,50 +29,54 @@ from coserve_engine.messages import (
     SamplingParams,
     UnloadAdapter,
 )
-from coserve_engine.plan import Kind, Segment
 
 VERSION = AdapterVersion("a", 1)
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+QKV = ["q_proj", "k_proj", "v_proj"]
 
-
-def peft_logits(path: str, folder: Path, tokens: tuple[int, ...]) -> torch.Tensor:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(path), folder)
-        return model(torch.tensor([tokens])).logits[0]
-
-
-def engine_logits(r: Any, folder: Path, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Logits at the last position, with the adapter read from `folder` as LoadAdapter reads it."""
-    layout = r.executor.layout(read_peft_config(folder, 64))
-    flat = read_peft_weights(folder, layout, torch.float32)
-    slot = r.add(tokens)
-    r.sequences[slot] = type(r.sequences[slot])(tokens, r.sequences[slot].pages, LoraWeights.served(layout, flat))
-    return r.forward(Segment(Kind.PREFILL, slot, 0, len(tokens), sample=True))[slot]
+PLAIN_LORA: dict[str, dict[str, Any]] = {
+    "all": {},
+    "rslora": {"use_rslora": True},
+    "two": {"target_modules": ["v_proj", "q_proj"], "r": 4},
+    "rank16": {"r": 16, "lora_alpha": 1},
+    "alpha_below_zero": {"lora_alpha": -7},
+    "dropout": {"lora_dropout": 0.3},
+    "regex": {"target_modules": r".*\.(q|down)_proj"},
+    "regex_of_a_layer": {"target_modules": r"model\.layers\.1\.mlp\..*_proj"},
+    "full_names": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]},
+    "dotted_names": {"target_modules": ["self_attn.o_proj", "mlp.up_proj"]},
+    "all_linear": {"target_modules": "all-linear"},
+    "null": {"target_modules": None},
+    "a_layer": {"layers_to_transform": 0},
+    "a_list_of_layers": {"layers_to_transform": [1], "target_modules": QKV},
+    "a_layer_by_pattern": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "excluded": {"exclude_modules": ["down_proj", "model.layers.1.self_attn.q_proj"]},
+    "excluded_by_regex": {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+    "patterns_repeat": {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {r"layers\.\d+\.mlp.*": 12}},
+    "patterns_of_nothing": {"rank_pattern": {"lm_head": 3, "q_pro": 2}, "alpha_pattern": {"proj": 1}},
+    "ranks": {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.(up|down)_proj": 17}},
+    "alphas": {"alpha_pattern": {"model.layers.0.self_attn.k_proj": 40, "down_proj": 0.5}},
+    "ranks_and_alphas": {
+        "rank_pattern": {r"layers\.1\..*": 1, "self_attn.v_proj": 8, "v_proj": 5},
+        "alpha_pattern": {r"layers\.1\..*": 3, "^model.layers.0.mlp.up_proj": 2, "model.layers.1.self_attn.q_proj": 90},
+    },
+    "ranks_and_alphas_rslora": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 20, "mlp.up_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    },
+    "r_that_no_linear_has": {"r": 128, "rank_pattern": {".*_proj": 4}, "alpha_pattern": {".*": 8}},
+    "gaussian": {"init_lora_weights": "Gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva", "rank_pattern": {"q_proj": 9}},
+    "mica": {"init_lora_weights": "mica"},
+    "random_start": {"init_lora_weights": False},
+    "notes": {"revision": "main", "qalora_group_size": 4, "megatron_core": "x", "ensure_weight_tying": True},
+}
 
 
 @pytest.fixture(scope="module")
-def make_folder(plain: str, peft_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """PEFT's own save_pretrained of a random adapter."""
-
-    def make(**settings: Any) -> Path:
-        config = LoraConfig(**{"r": 6, "lora_alpha": 12, "target_modules": list(LINEARS), **settings})
-        torch.manual_seed(3)
-        model = peft_model(LlamaForCausalLM.from_pretrained(plain), config)
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "lora_B" in name:
-                    value.normal_(std=0.1)
-        folder = tmp_path_factory.mktemp("peft")
-        model.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def good(make_folder: Any) -> Path:
-    return make_folder()
+def good(plain: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(plain, tmp_path_factory.mktemp("peft"))
 
 
 @pytest.fixture
@@ -82,20 +84,72 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"use_rslora": True}, {"target_modules": ["v_proj", "q_proj"], "r": 4}, {"r": 16, "lora_alpha": 1}],
-    ids=["all", "rslora", "two", "rank16"],
-)
+@pytest.mark.parametrize("settings", PLAIN_LORA.values(), ids=PLAIN_LORA)
 def test_pefts_folder_gives_pefts_logits(
-    rig: Any, plain: str, draw_tokens: Any, make_folder: Any, settings: dict[str, Any]
+    rig: Any, plain: str, draw_tokens: Any, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    made, tokens = make_folder(**settings), draw_tokens(1, 70)
+    made, tokens = save_adapter(plain, tmp_path, **settings), draw_tokens(1, 70)
     found, expected = engine_logits(rig(), made, tokens), peft_logits(plain, made, tokens)[-1]
-    assert (found - expected).abs().max() < 1e-4
+    assert (found - expected).abs().max() < TOLERANCE
     r = rig()
     without = r.rows(r.add(tokens), [70])[69]
     assert (found - without).abs().max() > 1e-2, "the adapter did nothing"
+
+
+@pytest.mark.parametrize("name", ("alphas", "ranks_and_alphas", "ranks_and_alphas_rslora"))
+def test_pefts_logits_are_missed_where_patterns_are_read_in_another_way(
+    rig: Any, plain: str, draw_tokens: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: patterns that say nothing of alpha."""
+    made, tokens = save_adapter(plain, tmp_path, **PLAIN_LORA[name]), draw_tokens(1, 70)
+    scale_of = adapter_config.AdapterConfig.scale_of
+    monkeypatch.setattr(
+        adapter_config.AdapterConfig, "scale_of", lambda self, module: scale_of(replace(self, alpha_pattern={}), module)
+    )
+    found, expected = engine_logits(rig(), made, tokens), peft_logits(plain, made, tokens)[-1]
+    assert (found - expected).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("model", ("llama31", "mistral", "qwen2", "qwen3"))
+def test_pefts_folders_of_other_architectures(
+    rig: Any, model_path: Any, draw_tokens: Any, tmp_path: Path, model: str
+) -> None:
+    path, tokens = model_path(model), draw_tokens(1, 70)
+    made = save_adapter(path, tmp_path, target_modules="all-linear", rank_pattern={"k_proj": 2})
+    found, expected = engine_logits(rig(path), made, tokens), peft_logits(path, made, tokens)[-1]
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_factors_of_another_precision(rig: Any, plain: str, draw_tokens: Any, folder: Path, dtype: torch.dtype) -> None:
+    path, tokens = folder / "adapter_model.safetensors", draw_tokens(1, 70)
+    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
+    found, expected = engine_logits(rig(), folder, tokens), peft_logits(plain, folder, tokens)[-1]
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+def test_linears_without_tensors_add_nothing(rig: Any, plain: str, draw_tokens: Any, folder: Path) -> None:
+    """As in PEFT, whatever target_modules says."""
+    path, tokens = folder / "adapter_model.safetensors", draw_tokens(1, 70)
+    save_file({name: value for name, value in load_file(path).items() if ".1." in name and "v_proj" not in name}, path)
+    found, expected = engine_logits(rig(), folder, tokens), peft_logits(plain, folder, tokens)[-1]
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+def test_adapters_of_many_shapes_in_one_batch(driver: Any, plain: str, draw_tokens: Any, tmp_path: Path) -> None:
+    """Each request's greedy tokens are those it gets from PEFT alone."""
+    names = ("two", "ranks_and_alphas", "a_layer", "rslora")
+    d, greedy = driver(), SamplingParams(10, ignore_eos=True)
+    prompts = {name: draw_tokens(len(name), 20 + index) for index, name in enumerate(names)}
+    for name in names:
+        save_adapter(plain, tmp_path / name, **PLAIN_LORA[name])
+        d.submit(LoadAdapter(AdapterVersion(name, 1), str(tmp_path / name)))
+    d.run()
+    d.submit(*(AddRequest(n, prompts[n], greedy, 0.0, AdapterVersion(n, 1)) for n in names))
+    tokens = d.run().tokens()
+    for name in names:
+        expected = peft_logits(plain, tmp_path / name, (*prompts[name], *tokens[name])).argmax(-1).tolist()
+        assert tokens[name] == expected[len(prompts[name]) - 1 : -1]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -110,11 +164,11 @@ def test_peft_loads_what_a_job_exports(
     written = LoraConfig.from_pretrained(path)
     assert (written.lora_dropout, written.use_rslora, written.r, written.lora_alpha) == (0.25, rslora, 6, 12.0)
     expected = peft_logits(plain, path, tokens)
-    assert (engine_logits(rig(), path, tokens) - expected[-1]).abs().max() < 1e-4
+    assert (engine_logits(rig(), path, tokens) - expected[-1]).abs().max() < TOLERANCE
     r = rig()
     assert (r.rows(r.add(tokens), [70])[69] - expected[-1]).abs().max() > 1e-2, "the job changed nothing"
-    layout = r.executor.layout(read_peft_config(path, 64))
-    flat = read_peft_weights(path, layout, torch.float32)
+    layout, exact = r.executor.layout(lora), (torch.float32, torch.device("cpu"))
+    flat = layout.flat(read_adapter(path, r.executor.model, 64, *exact), *exact)
     views = [x.flatten() for layer in layout.views(flat) for pair in layer.values() for x in pair]
     assert torch.equal(torch.cat(views), d.parameters())
 
@@ -135,121 +189,6 @@ def test_requests_use_a_loaded_version(driver: Any, draw_tokens: Any, good: Path
     assert tokens["base"] != tokens["with"]
     assert "late" not in tokens
     assert [f.code for f in d.of(RequestFailed)] == ["unknown_adapter"] * 2
-
-
-def refusal(d: Any, folder: Path) -> str:
-    d.submit(LoadAdapter(VERSION, str(folder)))
-    failed = d.run().one(AdapterFailed)
-    assert failed.version == VERSION
-    d.submit(AddRequest("r", (5, 6), SamplingParams(1), 0.0, VERSION))
-    assert d.run().one(RequestFailed).code == "unknown_adapter"
-    return str(failed.message)
-
-
-CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "use_dora"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias"),
-    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-    ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-    ({"peft_type": "IA3"}, "IA3"),
-    ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-    ({"target_modules": []}, "target_modules"),
-    ({"target_modules": "all-linear"}, "all-linear"),
-    ({"target_modules": [["q_proj"]]}, "target_modules"),
-    ({"target_modules": None}, "target_modules"),
-    ({"r": 65}, "65"),
-    ({"r": 0}, "r is 0"),
-    ({"r": "many"}, "many"),
-    ({"r": float("inf")}, "r is inf"),
-    ({"r": 6.5}, "r is 6.5"),
-    ({"r": True}, "r is True"),
-    ({"lora_alpha": None}, "lora_alpha is None"),
-    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-    ({"lora_alpha": float("-inf")}, "lora_alpha is -inf"),
-    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
-    ({"layers_to_transform": [0]}, "layers_to_transform"),
-    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
-    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-]
-
-
-@pytest.mark.parametrize(("change", "named"), CONFIGS, ids=[str(change)[:60] for change, _ in CONFIGS])
-def test_a_configuration_that_is_refused(driver: Any, folder: Path, change: dict[str, Any], named: str) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    message = refusal(driver(), folder)
-    assert str(path) in message
-    assert named in message
-
-
-@pytest.mark.parametrize("text", ("{", "[]", "null", "\x00\xff"))
-def test_a_configuration_that_is_no_configuration(driver: Any, folder: Path, text: str) -> None:
-    (folder / "adapter_config.json").write_text(text, encoding="latin-1")
-    assert str(folder / "adapter_config.json") in refusal(driver(), folder)
-
-
-@pytest.mark.parametrize("field", ("r", "lora_alpha", "target_modules"))
-def test_a_missing_field(driver: Any, folder: Path, field: str) -> None:
-    path = folder / "adapter_config.json"
-    facts = json.loads(path.read_text())
-    del facts[field]
-    path.write_text(json.dumps(facts))
-    message = refusal(driver(), folder)
-    assert str(path) in message
-    assert repr(field) in message
-
-
-@pytest.mark.parametrize("name", ("adapter_config.json", "adapter_model.safetensors"))
-def test_a_missing_file(driver: Any, folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    assert str(folder / name) in refusal(driver(), folder)
-
-
-def change_tensors(folder: Path, change: Any) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda t: t.pop(Q0), f"{Q0}' is missing"),
-        (lambda t: t.update({Q0: t[Q0][:, :-1].contiguous()}), "(6, 63)"),
-        (lambda t: t.update({Q0: t[Q0][:4].contiguous()}), "(4, 64)"),
-        (lambda t: t[Q0].fill_(float("nan")), "not finite"),
-        (lambda t: t[Q0][0, 0].fill_(float("inf")), "not finite"),
-        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
-    ],
-    ids=["missing", "width", "rank", "nan", "inf", "extra"],
-)
-def test_weights_that_are_refused(driver: Any, folder: Path, change: Any, named: str) -> None:
-    change_tensors(folder, change)
-    message = refusal(driver(), folder)
-    assert str(folder / "adapter_model.safetensors") in message
-    assert named in message
-
-
-def test_an_adapter_of_another_model(driver: Any, model_path: Any, peft_model: Any, tmp_path: Path) -> None:
-    config = LoraConfig(r=4, target_modules=["q_proj"])
-    peft_model(LlamaForCausalLM.from_pretrained(model_path("wide")), config).save_pretrained(tmp_path)
-    message = refusal(driver(), tmp_path)
-    assert str(tmp_path) in message
-    assert "q_proj.lora_B" in message
-
-
-def test_truncated_weights(driver: Any, folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert str(path) in refusal(driver(), folder)
-
-
-def test_a_rank_above_the_endpoints(driver: Any, folder: Path) -> None:
-    message = refusal(driver(max_rank=4), folder)
-    assert "r is 6" in message
-    assert "1 to 4" in message
 
 
 def test_unloaded_before_it_was_loaded(driver: Any, draw_tokens: Any, good: Path) -> None:

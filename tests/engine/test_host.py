@@ -162,7 +162,7 @@ def broken(*_):
 if sys.argv[2] == "step":
     engine.Engine._view = broken
 else:
-    engine.read_peft_config = broken
+    engine.read_adapter = broken
 
 if __name__ == "__main__":
     started = host.EngineHost.start(EngineConfig(sys.argv[1], max_model_length=256, kv_cache_bytes=2 << 20))
