@@ -60,14 +60,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def mistake() -> ApiError:
+    """The agent's own, which its log explains."""
+    return ApiError(500, "the server made a mistake; see the agent's log", code="internal_error")
+
+
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     return error.response()
-
-
-async def on_mistake(request: Request, error: Exception) -> JSONResponse:
-    """The server's own; uvicorn logs it with its traceback."""
-    return ApiError(500, "the server made a mistake; see the agent's log", code="internal_error").response()
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
