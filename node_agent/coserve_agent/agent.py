@@ -14,6 +14,7 @@ from coserve_agent.errors import EngineGoneError, StartError
 from coserve_agent.finetuning import Finetuning
 from coserve_agent.http import admin, openai
 from coserve_agent.http.generate import Generator, Served
+from coserve_agent.http.middleware import CloseWhileDraining
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import Metrics
 from coserve_agent.pacing import Pacer
@@ -69,8 +70,8 @@ class Agent:
         )
         api = openai.build(self.generator, version("coserve"), settings.max_body_bytes)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
-        self.http = Server(api, http_socket)
-        self.admin = Server(inside, admin_socket)
+        self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
+        self.admin = Server(CloseWhileDraining(inside, lambda: self.lifecycle.draining), admin_socket)
         self.finetuning = None if settings.redis_url is None else self._finetuning(settings.redis_url)
 
     def _finetuning(self, redis_url: str) -> Finetuning:
@@ -93,7 +94,9 @@ class Agent:
             self.pacer.iteration(event)
 
     def stop(self) -> None:
-        """Begin to drain; `run` returns when it is done."""
+        """Begin to drain; `run` returns when it is done. Again is nothing new: a kubelet that was restarted, or given a
+        shorter grace period, sends SIGTERM a second time.
+        """
         if not self.lifecycle.draining:
             log.info("agent: draining")
             self.lifecycle.start_draining()
@@ -123,21 +126,26 @@ class Agent:
 
     async def _serve(self) -> int:
         loading = asyncio.create_task(self._load())
-        drained = asyncio.create_task(self.lifecycle.drained())
+        told = asyncio.create_task(self.lifecycle.until_draining())
         gone = asyncio.create_task(self.engine.gone())
+        tasks = [loading, told, gone]
         try:
-            await asyncio.wait((loading, drained), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((loading, told), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
-            await asyncio.wait((gone, drained), return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                log.error("agent: ends, because the engine ended: %s", gone.result())
-                await asyncio.sleep(FLUSH_S)
-                return 1
-            await self._drain()
-            return 0
+            await asyncio.wait((gone, told), return_when=asyncio.FIRST_COMPLETED)
+            if not gone.done():
+                drain = asyncio.create_task(self._drain())
+                tasks.append(drain)
+                await asyncio.wait((gone, drain), return_when=asyncio.FIRST_COMPLETED)
+                if drain.done():
+                    drain.result()
+                    return 0
+            log.error("agent: ends, because the engine ended: %s", gone.result())
+            await asyncio.sleep(FLUSH_S)
+            return 1
         finally:
-            await end(loading, drained, gone)
+            await end(*tasks)
 
     async def _load(self) -> None:
         begun_s = time.monotonic()
@@ -156,16 +164,28 @@ class Agent:
             self.lifecycle.set_adapters(())
 
     async def _drain(self) -> None:
-        """Finish what runs and give the jobs back, but no longer than the grace period allows."""
-        work = [self.engine.quiet()]
+        """Serve on for a while, give the jobs back meanwhile, finish what runs, and let go of idle connections last; no
+        longer than the grace period allows.
+        """
+        # Nobody was sent to an agent that has no model yet.
+        stay_s = self.settings.drain_s if self.lifecycle.model_loaded else 0.0
+        work = [self._serve_on(stay_s)]
         if self.finetuning is not None:
             work.append(self.finetuning.worker.drain())
         try:
-            async with asyncio.timeout(self.settings.drain_s):
+            async with asyncio.timeout(self.settings.shutdown_s):
                 await asyncio.gather(*work)
+                await self.http.close_idle(stay_s)
             log.info("agent: drained")
         except TimeoutError:
-            log.warning("agent: ends with %d requests unfinished", self.engine.in_flight())
+            jobs = 0 if self.finetuning is None else len(self.finetuning.worker.beats())
+            log.warning("agent: ends with %d requests and %d jobs unfinished", self.engine.in_flight(), jobs)
+            self.engine.refuse_rest("draining", "the agent shut down before the answer was complete; send it again")
+
+    async def _serve_on(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self.http.stop_listening()
+        log.info("agent: accepts no more connections, %d requests run", self.engine.in_flight())
 
 
 async def _still_running(servers: list[asyncio.Task[None]]) -> None:

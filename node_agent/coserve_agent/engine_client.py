@@ -159,8 +159,7 @@ class EngineClient:
         self._loads: dict[AdapterVersion, asyncio.Future[None]] = {}
         self._ready: asyncio.Future[EngineReady] = self._loop.create_future()
         self._gone: asyncio.Future[EngineGoneError] = self._loop.create_future()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._refusal: RefusedError | None = None
         self._closing = False
         self._reader = threading.Thread(target=self._read, name="engine-events", daemon=True)
 
@@ -187,9 +186,11 @@ class EngineClient:
     def generate(self, request: AddRequest, observe: Callable[[Passage], None] = lambda passage: None) -> TokenStream:
         """Begin a request; `observe` hears of each of its tokens, how it came here."""
         stream = TokenStream(self, request.request_id, observe)
-        self.submit(request)
+        if self._refusal is None:
+            self.submit(request)
+        else:
+            stream.fail(self._refusal)
         self._streams[request.request_id] = stream
-        self._quiet.clear()
         return stream
 
     def waiting(self) -> int:
@@ -199,14 +200,15 @@ class EngineClient:
     def in_flight(self) -> int:
         return len(self._streams)
 
-    async def quiet(self) -> None:
-        """Wait until no request is in flight."""
-        await self._quiet.wait()
+    def refuse_rest(self, code: str, message: str) -> None:
+        """End every request that is in flight, and any that comes; its client is told."""
+        self._refusal = RefusedError(code, message)
+        for stream in self._streams.values():
+            if not stream.finished:
+                stream.fail(self._refusal)
 
     def forget(self, request_id: str, cancel: bool) -> None:
         known = self._streams.pop(request_id, None) is not None
-        if not self._streams:
-            self._quiet.set()
         if known and cancel and self.alive:
             self._engine.submit(Cancel(request_id))
 

@@ -44,6 +44,6 @@ class Lifecycle:
     def start_draining(self) -> None:
         self._drain.set()
 
-    async def drained(self) -> None:
+    async def until_draining(self) -> None:
         """Wait for start_draining()."""
         await self._drain.wait()

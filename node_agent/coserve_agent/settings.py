@@ -58,7 +58,8 @@ class RedisSettings(_Settings):
 class AgentSettings(RedisSettings):
     """An agent of one endpoint. Without REDIS_URL it serves only.
 
-    Times in ms, sizes in bytes, lengths in tokens; ports 0 are chosen by the kernel (tests).
+    Times in ms where not in seconds (_s), sizes in bytes, lengths in tokens; ports 0 are chosen by the kernel (tests).
+    From SIGTERM on new connections are accepted for `drain_s`, and requests and jobs are cut off after `shutdown_s`.
     """
 
     endpoint_uid: Identity = "local"
@@ -87,7 +88,17 @@ class AgentSettings(RedisSettings):
     admin_port: Port = 8001
     max_waiting: int = Field(256, ge=1)
     max_body_bytes: int = Field(1 << 20, ge=1024)
-    drain_s: float = Field(40.0, ge=0)
+    drain_s: float = Field(10.0, ge=0)
+    shutdown_s: float = Field(40.0, ge=0)
+
+    @model_validator(mode="after")
+    def _drains_within_shutdown(self) -> AgentSettings:
+        if self.drain_s > self.shutdown_s:
+            raise ValueError(
+                f"{PREFIX}DRAIN_S is {self.drain_s:g} and {PREFIX}SHUTDOWN_S {self.shutdown_s:g}, both counted from "
+                "SIGTERM; make DRAIN_S the smaller one"
+            )
+        return self
 
 
 class FeederSettings(RedisSettings):

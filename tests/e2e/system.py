@@ -51,9 +51,10 @@ class Cluster:
         return self.run(sys.executable, str(Path(__file__).parent / script), *arguments, check=check)
 
     def background(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start a script of this folder; the caller waits for it or ends it."""
+        """Start a script of this folder; the caller waits for it with communicate(), or ends it."""
         command = [str(ROOT / "hack/cluster"), "run", sys.executable, str(Path(__file__).parent / script), *arguments]
-        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, text=True)
 
     def apply(self, body: dict[str, Any]) -> None:
         self.run("kubectl", "apply", "-f", "-", stdin=json.dumps(body))

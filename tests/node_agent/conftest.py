@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ MARKED_TEMPLATE = PLAIN_TEMPLATE.replace(
     "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}",
 )
 TEXTS = ["the quick brown fox jumps over the lazy dog", "héllo wörld 你好 😀", "one two three four five six seven"]
-START_S = 90.0
+START_S = 180.0
 
 
 def write_tokenizer(folder: Path, template: str) -> int:
@@ -195,6 +196,7 @@ def settings(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             "admin_port": 0,
             "kv_cache_bytes": 16 << 20,
             "artifacts": tmp_path_factory.mktemp("artifacts"),
+            "drain_s": 0,
         }
         return AgentSettings(**values | changes)
 
@@ -306,6 +308,54 @@ def programs(tmp_path: Path) -> Iterator[Programs]:
     """Programs for one test."""
     with running_programs(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def variables(model_folder: Path, tmp_path: Path) -> dict[str, object]:
+    """Of an agent process that serves the small model, without Redis."""
+    return {
+        "model_path": model_folder,
+        "model_name": "base",
+        "max_model_length": CONTEXT,
+        "host": "127.0.0.1",
+        "http_port": 0,
+        "admin_port": 0,
+        "kv_cache_bytes": 16 << 20,
+        "artifacts": tmp_path,
+    }
+
+
+@dataclass
+class AgentProcess:
+    """An agent process that is ready, and the URLs of its two ports."""
+
+    program: Program
+    url: str
+    admin_url: str
+
+
+@pytest.fixture
+def start_processes(programs: Programs, variables: dict[str, object]) -> Callable[..., list[AgentProcess]]:
+    """Start agent processes, one for each given change of `variables`, and wait until all are ready."""
+
+    def start(*changes: dict[str, object]) -> list[AgentProcess]:
+        started = [programs.start("main", **variables | one) for one in changes]
+        return [_when_ready(one) for one in started]
+
+    return start
+
+
+def _when_ready(program: Program) -> AgentProcess:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert program.process.poll() is None, program.log
+        ports = re.search(r"http port (\d+), admin port (\d+)", program.log)
+        if ports is not None:
+            made = AgentProcess(program, *(f"http://127.0.0.1:{port}" for port in ports.groups()))
+            if httpx.get(f"{made.admin_url}/ready").status_code == 200:
+                return made
+        time.sleep(0.1)
+    raise TimeoutError(program.log)
 
 
 @pytest.fixture(autouse=True, scope="session")

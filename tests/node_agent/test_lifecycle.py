@@ -1,4 +1,4 @@
-"""Beginning and end of the process: broken models, SIGTERM while clients read, a dead engine."""
+"""Beginning and end of the process: broken models, a dead engine. test_drain.py has SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,6 @@ from coserve_agent.tokenizer import Tokenizer
 LONG = {"model": "base", "prompt": "one", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 
 
-def port(program: Any, which: str) -> int:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for line in program.log.splitlines():
-            if f"{which} port" in line:
-                return int(line.split(f"{which} port ")[1].split(",")[0])
-        assert program.process.poll() is None, program.log
-        time.sleep(0.05)
-    raise TimeoutError(program.log)
-
-
-@pytest.fixture
-def variables(model_folder: Path, tmp_path: Path) -> dict[str, object]:
-    return {
-        "model_path": model_folder,
-        "model_name": "base",
-        "max_model_length": 256,
-        "host": "127.0.0.1",
-        "http_port": 0,
-        "admin_port": 0,
-        "kv_cache_bytes": 16 << 20,
-        "artifacts": tmp_path,
-    }
-
-
-@pytest.fixture
-def agent(programs: Any, variables: dict[str, object]) -> Iterator[Any]:
-    program = programs.start("main", **variables)
-    url = f"http://127.0.0.1:{port(program, 'admin')}/ready"
-    deadline = time.monotonic() + 90
-    while httpx.get(url).status_code != 200:
-        assert time.monotonic() < deadline, program.log
-        time.sleep(0.1)
-    program.url = f"http://127.0.0.1:{port(program, 'http')}"
-    program.admin = url.removesuffix("/ready")
-    yield program
-
-
 def stream(url: str, begun: threading.Event, lines: list[str], errors: list[Exception]) -> None:
     try:
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}, timeout=60) as answer:
@@ -69,33 +31,6 @@ def stream(url: str, begun: threading.Event, lines: list[str], errors: list[Exce
                     begun.set()
     except httpx.HTTPError as error:
         errors.append(error)
-
-
-def test_sigterm_lets_requests_finish_and_refuses_new_ones(agent: Any) -> None:
-    begun, lines, errors = threading.Event(), [], []
-    client = threading.Thread(target=stream, args=(agent.url, begun, lines, errors))
-    client.start()
-    assert begun.wait(30)
-    agent.process.send_signal(signal.SIGTERM)
-    refused = ready = None
-    while client.is_alive() and not (refused and ready):
-        try:
-            answer = httpx.post(f"{agent.url}/v1/completions", json=LONG | {"max_tokens": 1}, timeout=10)
-            refused = answer if answer.status_code == 503 else refused
-            look = httpx.get(f"{agent.admin}/ready")
-            ready = look if look.status_code == 503 else ready
-        except httpx.TransportError:
-            break
-    client.join()
-    assert agent.process.wait(30) == 0, agent.log
-    assert not errors
-    assert lines[-1] == "data: [DONE]"
-    assert json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
-    if refused is not None:
-        assert refused.json()["error"]["code"] == "draining"
-        assert refused.headers["retry-after"] == "1"
-    if ready is not None:
-        assert "draining" in ready.json()["status"]
 
 
 def test_a_dead_engine_fails_its_requests_and_ends_the_agent(start_agent: Callable[..., Any]) -> None:

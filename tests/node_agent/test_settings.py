@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from coserve_agent.agent import engine_config
+from coserve_agent.engine_client import POLL_S
 from coserve_agent.errors import StartError
+from coserve_agent.finetuning import LEAVE_S
+from coserve_agent.servers import GRACEFUL_S
 from coserve_agent.settings import AgentSettings, FeederSettings, read
+from coserve_engine.host import EngineHost
+from coserve_operator.resources.agents import GRACE_S, PRE_STOP_S
 
 FEEDER = {
     "REDIS_URL": "redis://redis:6379/0",
@@ -45,6 +50,7 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FINETUNING", "Maybe", ["COSERVE_FINETUNING", "'Maybe'", "Allowed"]),
         ("MAX_SLOWDOWN_PERCENT", "-1", ["COSERVE_MAX_SLOWDOWN_PERCENT", "greater"]),
         ("PASS_BYTES", "64Mi", ["COSERVE_PASS_BYTES", "'64Mi'", "integer"]),
+        ("DRAIN_S", "41", ["COSERVE_DRAIN_S is 41", "COSERVE_SHUTDOWN_S 40", "smaller"]),
         ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
         ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
         ("REDIS_URL", "redis-host", ["REDIS_URL", "redis://"]),
@@ -83,3 +89,10 @@ def test_a_feeder_has_one_length(monkeypatch: pytest.MonkeyPatch, change: dict[s
     environment(monkeypatch, change)
     with pytest.raises(StartError, match="exactly one of COSERVE_EPOCHS and COSERVE_MAX_STEPS"):
         read(FeederSettings)
+
+
+def test_an_agent_ends_within_the_grace_period_of_its_pod() -> None:
+    """Everything at its longest: the drain, the last answers, the farewell to Redis, the reader, the engine."""
+    settings = AgentSettings(model_path=Path("/models/m"))
+    (close_s,) = EngineHost.close.__defaults__ or ()
+    assert PRE_STOP_S + settings.shutdown_s + GRACEFUL_S + LEAVE_S + 4 * POLL_S + close_s < GRACE_S

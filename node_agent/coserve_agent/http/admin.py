@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from coserve_agent.engine_client import EngineClient
+from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import RING_SIZE, Metrics
 from coserve_agent.slo import SloMeter
@@ -18,6 +19,7 @@ from coserve_agent.slo import SloMeter
 def build(lifecycle: Lifecycle, metrics: Metrics, meter: SloMeter, engine: EngineClient) -> FastAPI:
     """The application of the admin port."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(AnswerMistakes)
 
     @app.get("/health")
     async def health() -> Response:

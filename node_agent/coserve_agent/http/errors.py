@@ -20,7 +20,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that refuses a request; `param` names the field at fault, `close` ends the connection."""
+    """An answer that refuses a request; `param` names the field at fault."""
 
     def __init__(
         self,
@@ -30,14 +30,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
-        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
-        self.close = close
 
     def body(self) -> dict[str, Any]:
         return {
@@ -50,9 +48,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        headers = {"connection": "close"} if self.close else {}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(self.retry_after_s)
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
@@ -60,14 +56,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def mistake() -> ApiError:
+    """The agent's own, which its log explains."""
+    return ApiError(500, "the server made a mistake; see the agent's log", code="internal_error")
+
+
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     return error.response()
-
-
-async def on_mistake(request: Request, error: Exception) -> JSONResponse:
-    """The server's own; uvicorn logs it with its traceback."""
-    return ApiError(500, "the server made a mistake; see the agent's log", code="internal_error").response()
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:

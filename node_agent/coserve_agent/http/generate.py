@@ -172,9 +172,7 @@ class Generator:
         self.now_s = now_s
 
     def check_open(self) -> None:
-        """Raises ApiError 503 while loading or draining."""
-        if self._lifecycle.draining:
-            raise self._refused(503, "the agent is shutting down; send the request again", "draining", close=True)
+        """Raises ApiError 503 while loading, 500 without an engine."""
         if not self._engine.alive:
             raise self._refused(500, "the engine stopped; the agent is restarting", "engine_stopped")
         if not self._lifecycle.model_loaded:
@@ -301,11 +299,11 @@ class Generator:
         own = tuple(request.stop_token_ids or ())
         return own if request.ignore_eos else tuple(dict.fromkeys((*own, *self.tokenizer.stop_token_ids)))
 
-    def _refused(self, status: int, message: str, code: str, *, close: bool = False) -> ApiError:
+    def _refused(self, status: int, message: str, code: str) -> ApiError:
         self._meter.refused()
         self._metrics.on_request("refused")
         retry_after_s = None if status == 500 else RETRY_AFTER_S
-        return ApiError(status, message, code=code, retry_after_s=retry_after_s, close=close)
+        return ApiError(status, message, code=code, retry_after_s=retry_after_s)
 
 
 def _refusal(error: RefusedError) -> ApiError:
@@ -319,4 +317,6 @@ def _refusal(error: RefusedError) -> ApiError:
         return bad_request(str(error), error.field, "invalid_value")
     if error.code == "overloaded":
         return ApiError(429, str(error), code=error.code, retry_after_s=RETRY_AFTER_S)
+    if error.code == "draining":
+        return ApiError(503, str(error), code=error.code, retry_after_s=RETRY_AFTER_S)
     return ApiError(500, f"the engine could not run the request: {error}", code=error.code)

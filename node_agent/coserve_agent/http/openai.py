@@ -14,11 +14,11 @@ from coserve_agent.http.errors import (
     bad_request,
     on_api_error,
     on_client_gone,
-    on_mistake,
     on_unknown_path,
     on_wrong_method,
 )
 from coserve_agent.http.generate import Generator, Served
+from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
 from coserve_agent.http.stream import ClientGoneError, read_json
 from coserve_agent.tokenizer import ChatTemplateError
@@ -30,7 +30,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     """The application of the HTTP port."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, on_api_error)
-    app.add_exception_handler(Exception, on_mistake)
+    app.add_middleware(AnswerMistakes)
     app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(ClientGoneError, on_client_gone)
     app.add_exception_handler(404, on_unknown_path)

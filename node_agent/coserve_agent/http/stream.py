@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -13,7 +14,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from coserve_agent.concurrency import end
-from coserve_agent.http.errors import ApiError
+from coserve_agent.http.errors import ApiError, mistake
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events. `on_end` is called exactly once, as soon as the last is sent or the client has left.
 
-    An ApiError after the first event becomes an event of its own, since the status is sent already.
+    An error after the first event becomes an event of its own, since the status is sent already.
     """
 
     media_type = "text/event-stream"
@@ -67,18 +70,21 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientGoneError):
-                await unless_gone(receive, self._write(send))
+                await unless_gone(receive, self._write(scope["path"], send))
         finally:
             self._on_end()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, path: str, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async with aclosing(self._events) as events:
                 async for data in events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-        except ApiError as error:
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("%s: the agent's own mistake in the middle of a stream", path)
+            said = error if isinstance(error, ApiError) else mistake()
+            await send({"type": "http.response.body", "body": event(said.body()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

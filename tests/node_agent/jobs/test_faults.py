@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from typing import Any
+
+import httpx
 
 from coserve_api.connect import command
 from coserve_api.messages import Completed, Desired, Failed, Released
@@ -64,16 +65,33 @@ async def test_a_stopped_job_is_given_back_and_goes_on(cluster: Any) -> None:
     cluster.check_adapter(result, material)
 
 
-async def test_an_agent_told_to_end_gives_its_job_back(cluster: Any) -> None:
-    agent = await cluster.agent()
+async def test_an_agent_told_to_end_gives_its_job_back_and_serves_meanwhile(cluster: Any, redis_server: Any) -> None:
+    agent = await cluster.agent(drain_s=20)
     await cluster.feed_some(cluster.a, 7)
     await cluster.bind(cluster.a, agent)
     await cluster.step_reached(cluster.a, 7)
-    begun = time.monotonic()
-    assert await asyncio.to_thread(agent.terminate, 55) == 0
-    assert time.monotonic() - begun < 30
+    body = {"model": "base", "prompt": "one", "max_tokens": 2, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=await cluster.url(agent, "http")) as client:
+
+        async def serves() -> None:
+            answer = await client.post("/v1/completions", json=body)
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+
+        async def draining() -> bool:
+            return "agent: draining" in agent.log
+
+        redis_server.process.send_signal(signal.SIGSTOP)  # the job cannot be given back for now
+        try:
+            agent.process.send_signal(signal.SIGTERM)
+            await cluster.until(draining)
+            for _ in range(5):
+                await serves()
+        finally:
+            redis_server.process.send_signal(signal.SIGCONT)
+        assert isinstance(await cluster.result(cluster.a), Released)
+        await serves()
+    assert await asyncio.to_thread(agent.process.wait, 55) == 0
     record = await cluster.record(cluster.a)
-    assert isinstance(record.result, Released)
     assert record.checkpoint is not None
     assert record.checkpoint.step == record.result.step == 7
     assert agent.id not in (await cluster.store.fleet()).agents
