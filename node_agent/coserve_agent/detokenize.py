@@ -22,10 +22,10 @@ class Detokenizer:
         self._pieces = pieces
         self._pending = b""
         self.first = True
-        """Whether no token but special ones was before."""
+        """Whether nothing was before that a decoder sees."""
         self.chars = 0
         """How many characters of its own are complete."""
-        words = (token for token in reversed(before) if token not in pieces.special)
+        words = (token for token in reversed(before) if pieces.in_texts(token))
         for token in reversed(list(islice(words, CHARACTER_BYTES))):
             self.push(token)
         self.chars = 0
@@ -35,7 +35,7 @@ class Detokenizer:
         if token in self._pieces.special:
             return ""
         text = self._read(self._pieces.bytes_of(token, first=self.first))
-        self.first = False
+        self.first = self.first and not self._pieces.in_texts(token)
         return text
 
     def flush(self) -> str:

@@ -45,8 +45,12 @@ class Pieces:
         the decoder then writes U+FFFD for each byte of a broken one.
         """
 
+    def in_texts(self, token: int) -> bool:
+        """Whether a decoder sees it at all: not special, and not one of the ids that fill a model's vocabulary up."""
+        return token not in self.special and self._backend.id_to_token(token) is not None
+
     def bytes_of(self, token: int, *, first: bool = False) -> bytes:
-        """A token's part of a text; `first` if no other but special ones is before it. Special tokens have their own
+        """A token's part of a text; `first` if none that is `in_texts` is before it. Special tokens have their own
         text; ids without a token have none.
         """
         known = self._first if first else self._behind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ def test_parts_of_any_bytes_join_to_the_text(tokenizer: Tokenizer, tokens: list[
 
 @FIXTURE
 @given(
-    runs=st.lists(st.one_of(st.lists(st.integers(259, 374), max_size=3), st.text("aé好😎\n ", max_size=3)), max_size=9)
+    runs=st.lists(st.one_of(st.lists(st.integers(259, 400), max_size=3), st.text("aé好😎\n ", max_size=3)), max_size=9)
 )
 def test_parts_of_words_and_bytes_join_to_the_text(
     sentencepiece_tokenizer: Tokenizer, runs: list[list[int] | str]
@@ -118,24 +120,33 @@ def test_special_tokens_show_nothing_and_cost_nothing(tokenizer: Tokenizer) -> N
     assert "".join(parts_of(tokenizer.pieces, tokens)) == "one two"
 
 
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]),
-        decoders.Metaspace(),
-        decoders.Metaspace(prepend_scheme="never"),
-        decoders.WordPiece(),
-        None,
-    ],
-    ids=["llama", "metaspace", "never", "wordpiece", "none"],
-)
-def test_any_decoder_that_writes_words_one_by_one_will_do(decoder: object) -> None:
-    vocab = {"▁Hello": 0, "▁world": 1, "▁": 2, "!": 3, "##s": 4, "<unk>": 5}
-    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+SPACES = decoders.Replace("▁", " ")
+BYTES, FUSE = decoders.ByteFallback(), decoders.Fuse()
+DECODERS = {
+    "llama": decoders.Sequence([SPACES, BYTES, FUSE, decoders.Strip(content=" ", left=1)]),
+    "gemma": decoders.Sequence([SPACES, BYTES, FUSE]),
+    "mistral": decoders.Sequence([BYTES, decoders.Metaspace(prepend_scheme="first")]),
+    "metaspace": decoders.Metaspace(),
+    "never": decoders.Metaspace(prepend_scheme="never"),
+    "wordpiece": decoders.WordPiece(),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
+@FIXTURE
+@given(tokens=st.lists(st.integers(0, 16), max_size=9), cut=st.integers(0, 9))
+def test_any_decoder_that_writes_words_one_by_one_will_do(decoder: Any, tokens: list[int], cut: int) -> None:
+    """Added tokens, special ones and ids without a token included; cut anywhere, the rest goes on behind the prompt."""
+    words = ["<unk>", "▁Hello", "▁world", "▁", "▁▁", "!", "##s", "é", "好", "\ufffd", "<0x0A>"]
+    backend = Backend(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     if decoder is not None:
         backend.decoder = decoder
-    for tokens in ([0, 1, 3], [0, 1, 1, 0, 2, 2, 1], [2, 0, 1], [3, 4, 1], [2, 2, 1]):
-        assert "".join(parts_of(Pieces(backend), tokens)) == backend.decode(tokens)
+    backend.add_special_tokens(["<unk>", "<end>"])
+    backend.add_tokens(["<tool>", " two words"])
+    text, pieces = backend.decode(tokens), Pieces(backend)
+    assert "".join(parts_of(pieces, tokens)) == text
+    assert "".join([*parts_of(pieces, tokens[:cut]), *parts_of(pieces, tokens[cut:], tokens[:cut])]) == text
 
 
 @given(

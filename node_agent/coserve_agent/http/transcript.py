@@ -87,5 +87,5 @@ def prompt_tokens(pieces: Pieces, prompt: Prompt, scores: Sequence[TokenLogprobs
     found, first = [], True
     for token, score, start in zip(prompt.tokens, scores, prompt.starts or [0] * len(prompt.tokens), strict=False):
         found.append(ScoredToken(token, score, start, first))
-        first = first and token in pieces.special
+        first = first and not pieces.in_texts(token)
     return found
