@@ -42,11 +42,15 @@ def of_prompt(executor: Executor, hidden: torch.Tensor, targets: Sequence[int], 
 def _pick(logp: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
     index = torch.tensor(list(tokens), dtype=torch.int64, device=logp.device).unsqueeze(1)
     picked: list[float] = logp.gather(1, index).squeeze(1).tolist()
+    ranks: list[int] = (logp >= logp.gather(1, index)).sum(1).tolist()
     if not any(tops):
-        return [TokenLogprobs(value, ()) for value in picked]
+        return [TokenLogprobs(value, rank, ()) for value, rank in zip(picked, ranks, strict=True)]
     best = logp.topk(min(MAX_LOGPROBS, logp.shape[1]))  # as many for each: ties must not fall as a neighbour wants
     likeliest = [
         tuple(zip(ids, values, strict=True))
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    return [TokenLogprobs(value, some[:top]) for value, some, top in zip(picked, likeliest, tops, strict=True)]
+    return [
+        TokenLogprobs(value, rank, some[:top])
+        for value, rank, some, top in zip(picked, ranks, likeliest, tops, strict=True)
+    ]

@@ -87,10 +87,12 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probabilities where one token was chosen, of the model's own distribution (nothing of SamplingParams is
-    applied): the token's, and the likeliest tokens' with theirs, likeliest first.
+    applied): the token's and its rank (1: the likeliest; equally likely ones share the last of their ranks, as in
+    vLLM), and the likeliest tokens' with theirs, likeliest first.
     """
 
     logprob: float
+    rank: int
     top: tuple[tuple[int, float], ...]
 
 

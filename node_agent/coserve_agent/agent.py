@@ -154,6 +154,12 @@ class Agent:
         except EngineGoneError as error:
             raise StartError(str(error)) from None
         self.tokenizer.check_fits(ready.vocab_size, self.settings.model_path)
+        if self.tokenizer.size > ready.vocab_size:
+            log.warning(
+                "agent: tokenizer.json has %d tokens and the model %d; prompts with the others are refused",
+                self.tokenizer.size,
+                ready.vocab_size,
+            )
         for note in ready.notes:
             log.info("engine: %s", note)
         log.info("engine: model loaded in %.1f s, %d KV pages", time.monotonic() - begun_s, ready.kv_total_pages)

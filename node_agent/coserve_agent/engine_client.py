@@ -170,6 +170,11 @@ class EngineClient:
         """Wait for the model. Raises EngineGoneError if it cannot be loaded."""
         return await asyncio.shield(self._ready)
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's vocabulary; ids from 0 on. The model must be ready."""
+        return self._ready.result().vocab_size
+
     async def gone(self) -> EngineGoneError:
         """Wait until the engine has ended, and say why."""
         return await asyncio.shield(self._gone)

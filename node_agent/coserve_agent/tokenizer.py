@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from coserve_agent.errors import AgentError, StartError
+from coserve_agent.pieces import Pieces
 
 Message = Mapping[str, Any]
 GENERATION_CONFIG = "generation_config.json"
@@ -36,6 +37,13 @@ class Rendered:
     supervised: list[bool]
 
 
+class Placed(NamedTuple):
+    """Tokens of a text, and the character at which each begins; those that stand for no character where they are."""
+
+    tokens: list[int]
+    starts: list[int]
+
+
 class Tokenizer:
     """The model's tokenizer and chat template.
 
@@ -53,17 +61,14 @@ class Tokenizer:
         self.size = max((*self._backend.get_vocab(with_added_tokens=True).values(), -1)) + 1
         self.eos_token_id: int | None = self._inner.eos_token_id
         self.stop_token_ids = _generation_eos(folder)
-        self.special_ids = frozenset(int(token) for token in self._inner.all_special_ids)
+        self.pieces = Pieces(self._backend)
         content = f"{self._backend.to_str()}\0{self._template or ''}"
         self.digest = hashlib.sha256(content.encode()).hexdigest()
 
     def check_fits(self, vocab_size: int, folder: Path) -> None:
-        """Refuse a tokenizer, and end tokens, with ids that the model has no row for."""
-        if self.size > vocab_size:
-            raise StartError(
-                f"{folder / 'tokenizer.json'}: has {self.size} tokens but the model's vocab_size is {vocab_size}; "
-                "tokenizer and weights are of different models: copy both from the same one"
-            )
+        """Refuse end tokens with ids that the model has no row for. The vocabulary may have some: a prompt with one of
+        them is refused when it comes.
+        """
         wrong = [token for token in self.stop_token_ids if token >= vocab_size]
         if wrong:
             raise StartError(
@@ -75,6 +80,16 @@ class Tokenizer:
         """Tokens of plain text, with what the tokenizer puts around a prompt (often a begin token)."""
         # A batch of one, because only encode_batch lets other threads run meanwhile.
         return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def encode_placed(self, text: str) -> Placed:
+        """The same, and where in the text each token begins."""
+        encoding = self._backend.encode_batch([text])[0]
+        starts, end = [], 0
+        for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            # Some tokenizers leave spaces out of what they say a token covers; the tokens of one character share it.
+            starts.append(end if added else min(first, end))
+            end = max(end, last)
+        return Placed(list(encoding.ids), starts)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)

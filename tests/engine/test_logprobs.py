@@ -113,6 +113,7 @@ def test_they_are_transformers_log_softmax(
     logp = torch.log_softmax(reference(r.executor, adapter).logits(tokens), -1)
     for at, one in enumerate([*of_prompt(d)[1:], *of_output(d)]):
         assert one.logprob == pytest.approx(float(logp[at, tokens[at + 1]]), abs=1e-9)
+        assert one.rank == int((logp[at] >= logp[at, tokens[at + 1]]).sum())
         best = logp[at].topk(5 if at < 69 else 3)
         assert [token for token, _ in one.top] == best.indices.tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-9)

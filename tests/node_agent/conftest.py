@@ -25,7 +25,7 @@ import openai
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -75,8 +75,58 @@ def write_tokenizer(folder: Path, template: str) -> int:
     return int(backend.get_vocab_size())
 
 
-def write_model(folder: Path, template: str = MARKED_TEMPLATE) -> Path:
-    size = write_tokenizer(folder, template)
+BEGIN, END = "<s>", "</s>"
+INSTRUCT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} "
+    "[/INST]{% else %} {{ message['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def write_sentencepiece(folder: Path, template: str = INSTRUCT_TEMPLATE) -> int:
+    """A tokenizer like Llama 2's: spaces are part of words, the decoder strips the one before the first word, and
+    what has no token is spelt in bytes.
+    """
+    to_pieces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = Backend(models.BPE(unk_token="<unk>"))
+    trained.normalizer = to_pieces
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trained.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog", "one two three four five six seven", "hello world [INST] é"]
+        * 3,
+        trainers.BpeTrainer(vocab_size=160, special_tokens=["<unk>"], show_progress=False),
+    )
+    learnt = json.loads(trained.to_str())["model"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = [piece for piece, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if piece != "<unk>"]
+    vocab = {piece: n for n, piece in enumerate(["<unk>", BEGIN, END, *bytes_, *words])}
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    backend = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = to_pieces
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", BEGIN, END])
+    backend.post_processor = processors.TemplateProcessing(f"{BEGIN} $A", f"{BEGIN} $A {BEGIN} $B", [(BEGIN, 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return int(backend.get_vocab_size())
+
+
+def write_model(
+    folder: Path,
+    template: str = MARKED_TEMPLATE,
+    write: Callable[[Path, str], int] = write_tokenizer,
+    eos_token_id: int = 3,
+) -> Path:
+    size = write(folder, template)
     torch.manual_seed(7)
     transformers_logging.disable_progress_bar()
     model = LlamaForCausalLM(
@@ -89,7 +139,7 @@ def write_model(folder: Path, template: str = MARKED_TEMPLATE) -> Path:
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             initializer_range=0.15,
-            eos_token_id=3,
+            eos_token_id=eos_token_id,
             pad_token_id=0,
             bos_token_id=None,
             tie_word_embeddings=False,
@@ -107,6 +157,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer(model_folder)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose tokenizer is like Llama 2's."""
+    return write_model(tmp_path_factory.mktemp("sentencepiece"), INSTRUCT_TEMPLATE, write_sentencepiece, 2)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer(sentencepiece: Path) -> Tokenizer:
+    return Tokenizer(sentencepiece)
 
 
 @pytest.fixture(scope="session")

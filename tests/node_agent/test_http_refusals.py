@@ -26,7 +26,10 @@ REFUSED = [
     ({"logprobs": 3}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"return_token_ids": 1}, "return_token_ids"),
     ({"echo": True}, "echo"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -3}, "frequency_penalty"),
@@ -125,11 +128,32 @@ def test_prompts_that_do_not_fit(http: httpx.Client) -> None:
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [[1], [2]], [1, "a"], [-1], [10**6], None, 5, [True]])
-def test_prompts_that_are_wrong(http: httpx.Client, prompt: object) -> None:
-    answer = http.post("/v1/completions", json={"model": "base", "prompt": prompt})
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["param"] == "prompt"
+NO_PROMPTS: list[Any] = ["", [], [1, "a"], None, 5, [True], [[]], [""], ["a", ""], [[1], []], ["a", [1]], [[[1]]]]
+NO_IDS = (-1, 320, 10**6, 2**31 - 1, 2**31, 2**32, 2**63, 2**64 + 5, 10**400, -(2**31), -(2**63) - 1)
+
+
+@pytest.mark.parametrize("echo", (False, True))
+def test_prompts_that_are_wrong(http: httpx.Client, echo: bool) -> None:
+    wrong_ids = [prompt for token in NO_IDS for prompt in ([token], [5, token], [[5], [5, token]])]
+    for prompt in NO_PROMPTS + wrong_ids:
+        answer = http.post("/v1/completions", json={"model": "base", "prompt": prompt, "echo": echo})
+        assert answer.status_code == 400, (prompt, answer.text)
+        assert answer.json()["error"]["param"] == "prompt"
+    message = answer.json()["error"]["message"]
+    assert all(word in message for word in ("prompt[1]", str(NO_IDS[-1]), "0 to 319")), message
+
+
+def test_nothing_to_say_needs_a_prompt_to_score(http: httpx.Client) -> None:
+    """As in vLLM: max_tokens 0 is for scoring, with echo."""
+    answer = http.post("/v1/completions", json={"model": "base", "prompt": "one", "max_tokens": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+    assert "echo" in answer.json()["error"]["message"]
+
+
+def test_more_prompts_than_may_wait(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"model": "base", "prompt": [[5]] * 129, "n": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert "258 choices" in answer.json()["error"]["message"]
 
 
 def test_an_unknown_model_names_the_known_ones(client: openai.OpenAI) -> None:

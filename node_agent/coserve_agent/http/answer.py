@@ -14,19 +14,22 @@ from starlette.responses import JSONResponse, Response
 
 from coserve_agent.concurrency import end
 from coserve_agent.http.generate import Generation, Generator, Piece
-from coserve_agent.http.logprobs import CompletionLogprobs, ScoredToken, chat_logprobs
+from coserve_agent.http.logprobs import Writer
 from coserve_agent.http.params import ChatRequest, Common
+from coserve_agent.http.prompts import Prompt
 from coserve_agent.http.stream import DONE, EventStream, event, unless_gone
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.http.transcript import ScoredToken, prompt_tokens
+from coserve_agent.pieces import Pieces
 
 
 class Choice:
     """One choice of an answer, and how its parts are written."""
 
-    def __init__(self, index: int, chat: bool, logprobs: bool, tokenizer: Tokenizer) -> None:
-        self._index, self._chat, self._logprobs = index, chat, logprobs
-        self._tokenizer = tokenizer
-        self._completion_logprobs = CompletionLogprobs(tokenizer)
+    def __init__(self, index: int, prompt: Prompt, request: Common, writer: Writer) -> None:
+        self._index, self._prompt, self._writer = index, prompt, writer
+        self._chat = isinstance(request, ChatRequest)
+        self._logprobs = request.output_logprobs is not None
+        self._ids = bool(request.return_token_ids)
 
     def whole(self, piece: Piece, finish: str | None) -> dict[str, Any]:
         """An entry of `choices` with the whole text."""
@@ -35,7 +38,7 @@ class Choice:
             if self._chat
             else {"text": piece.text}
         )
-        return self._entry(answer, piece.tokens, finish)
+        return self._entry(answer, piece, finish, first=True)
 
     def chunks(self, piece: Piece, finish: str | None, *, first: bool) -> list[dict[str, Any]]:
         """The same for the next piece of a stream. A chat says by an entry of its own that it has ended.
@@ -43,32 +46,36 @@ class Choice:
         A piece without characters is written too: clients measure the time between tokens by it.
         """
         if not self._chat:
-            return [self._entry({"text": piece.text}, piece.tokens, finish)]
+            return [self._entry({"text": piece.text}, piece, finish, first=first)]
         entries = []
-        if first or piece.text or piece.tokens or finish is None:
+        if first or piece.text or piece.tokens or (self._ids and piece.ids) or finish is None:
             role = {"role": "assistant"} if first else {}
-            entries.append(self._entry({"delta": {**role, "content": piece.text}}, piece.tokens, None))
+            entries.append(self._entry({"delta": {**role, "content": piece.text}}, piece, None, first=first))
         if finish is not None:
-            entries.append(self._entry({"delta": {}}, (), finish))
+            entries.append(self._entry({"delta": {}}, Piece(""), finish, first=False))
         return entries
 
-    def _entry(self, answer: dict[str, Any], tokens: Sequence[ScoredToken], finish: str | None) -> dict[str, Any]:
+    def _entry(self, answer: dict[str, Any], piece: Piece, finish: str | None, *, first: bool) -> dict[str, Any]:
         logprobs = None
-        if self._logprobs and (tokens or not self._chat):
-            logprobs = chat_logprobs(self._tokenizer, tokens) if self._chat else self._completion_logprobs.show(tokens)
-        return {"index": self._index, **answer, "logprobs": logprobs, "finish_reason": finish}
+        if self._logprobs and (piece.tokens or not self._chat):
+            logprobs = self._writer.chat(piece.tokens) if self._chat else self._writer.completion(piece.tokens)
+        entry = {"index": self._index, **answer, "logprobs": logprobs, "finish_reason": finish}
+        if self._ids:
+            entry["token_ids"] = list(piece.ids)
+            if first and not self._chat:
+                entry["prompt_token_ids"] = list(self._prompt.tokens)
+        return entry
 
 
 class Answer:
-    """The choices of one request as they come. `echo` is the prompt's text where it is part of the answer."""
+    """The choices of one request as they come, those of its first prompt first."""
 
     def __init__(
         self,
         name: str,
-        tokenizer: Tokenizer,
+        pieces: Pieces,
         request: Common,
-        prompt: Sequence[int],
-        echo: str,
+        prompts: Sequence[Prompt],
         generations: list[Generation],
     ) -> None:
         self._chat = isinstance(request, ChatRequest)
@@ -79,33 +86,36 @@ class Answer:
             "system_fingerprint": None,
         }
         self._with_usage = request.stream_options is not None and request.stream_options.include_usage
-        self._prompt, self._echo = prompt, echo
+        self._pieces, self._request, self._prompts = pieces, request, prompts
         self._generations = generations
-        logprobs = request.output_logprobs is not None
-        self._choices = [Choice(index, self._chat, logprobs, tokenizer) for index in range(len(generations))]
+        self._per_prompt = len(generations) // len(prompts)
+        self._writer = Writer(pieces, request.output_logprobs or 0, as_ids=bool(request.return_tokens_as_token_ids))
+        self._choices = [Choice(n, self._prompt_of(n), request, self._writer) for n in range(len(generations))]
+
+    def _prompt_of(self, n: int) -> Prompt:
+        return self._prompts[n // self._per_prompt]
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """Pieces of all choices as they come, with the number of the choice."""
         first = set(range(len(self._generations)))
         async with aclosing(_interleaved(self._generations)) as pieces:
             async for n, piece in pieces:
-                yield n, self._after_prompt(piece, self._generations[n]) if n in first else piece
+                yield n, self._behind_prompt(n, piece) if n in first else piece
                 first.discard(n)
 
     async def whole(self) -> dict[str, Any]:
         """The answer that is no stream."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        tokens: list[list[ScoredToken]] = [[] for _ in self._choices]
+        parts: list[list[Piece]] = [[] for _ in self._choices]
         async with aclosing(self.pieces()) as pieces:
             async for n, piece in pieces:
-                texts[n].append(piece.text)
-                tokens[n].extend(piece.tokens)
-        choices = [
-            choice.whole(Piece("".join(texts[n]), tuple(tokens[n])), self._generations[n].finish_reason)
-            for n, choice in enumerate(self._choices)
-        ]
+                parts[n].append(piece)
+        choices = []
+        for n, choice in enumerate(self._choices):
+            entry = choice.whole(_joined(parts[n]), self._generations[n].finish_reason)
+            choices.append(entry if self._chat else entry | self._prompt_logprobs(n))
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
+        answer = {**self._head, "object": kind, "choices": choices, "usage": self._usage(), **self._prompt_ids()}
+        return answer | (self._prompt_logprobs(0) if self._chat else {})
 
     async def events(
         self, pieces: AsyncGenerator[tuple[int, Piece]], first: tuple[int, Piece]
@@ -129,24 +139,49 @@ class Answer:
     def _chunks(self, head: dict[str, Any], numbered: tuple[int, Piece], begun: set[int]) -> list[bytes]:
         n, piece = numbered
         entries = self._choices[n].chunks(piece, self._generations[n].finish_reason, first=n not in begun)
+        prompt_ids = {} if begun else self._prompt_ids()
         begun.add(n)
         usage = {"usage": None} if self._with_usage else {}
-        return [event({**head, "choices": [entry], **usage}) for entry in entries]
-
-    def _after_prompt(self, piece: Piece, generation: Generation) -> Piece:
-        scored = [
-            ScoredToken(token, scores) for token, scores in zip(self._prompt, generation.prompt_scores, strict=False)
+        return [
+            event({**head, "choices": [entry], **usage, **({} if number else prompt_ids)})
+            for number, entry in enumerate(entries)
         ]
-        return Piece(self._echo + piece.text, (*scored, *piece.tokens))
+
+    def _behind_prompt(self, n: int, piece: Piece) -> Piece:
+        """The first piece of a choice, with the prompt before it where the client asked for that."""
+        prompt = self._prompt_of(n)
+        scored = prompt_tokens(self._pieces, prompt, self._generations[n].prompt_scores) if prompt.starts else []
+        return Piece(prompt.text + piece.text, (*scored, *piece.tokens), piece.ids)
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        """vLLM's field of a chat's answer, and of its first chunk; in completions each choice has it."""
+        wanted = self._chat and self._request.return_token_ids
+        return {"prompt_token_ids": list(self._prompts[0].tokens)} if wanted else {}
+
+    def _prompt_logprobs(self, n: int) -> dict[str, Any]:
+        """vLLM's field of a chat's answer; in completions each choice has it."""
+        top = self._request.prompt_logprobs
+        if top is None:
+            return {}
+        scored = prompt_tokens(self._pieces, self._prompt_of(n), self._generations[n].prompt_scores)
+        return {"prompt_logprobs": self._writer.prompt(scored, top)}
 
     def _usage(self) -> dict[str, Any]:
-        prompt, completion = len(self._prompt), sum(one.completion_tokens for one in self._generations)
+        prompt = sum(len(one.tokens) for one in self._prompts)
+        completion = sum(one.completion_tokens for one in self._generations)
+        cached = sum(one.cached_tokens for one in self._generations[:: self._per_prompt])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self._generations[0].cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    tokens: list[ScoredToken] = [token for piece in pieces for token in piece.tokens]
+    ids = [token for piece in pieces for token in piece.ids]
+    return Piece("".join(piece.text for piece in pieces), tuple(tokens), tuple(ids))
 
 
 async def _interleaved(generations: list[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
@@ -171,20 +206,18 @@ async def answer(
     generator: Generator,
     request: Request,
     parsed: Common,
-    prompt: list[int],
-    max_tokens: int | None,
+    prompts: Sequence[Prompt],
     arrival_s: float,
-    echo: str = "",
 ) -> Response:
     """Generate and answer; the generations end with the answer, or with the client."""
     name = uuid.uuid4().hex
-    generations = generator.begin(name, prompt, parsed, max_tokens, arrival_s)
+    generations = generator.begin(name, prompts, parsed, arrival_s)
 
     def finish() -> None:
         for generation in generations:
             generator.end(generation)
 
-    written = Answer(name, generator.tokenizer, parsed, prompt, echo, generations)
+    written = Answer(name, generator.tokenizer.pieces, parsed, prompts, generations)
     streaming = False
     try:
         if not parsed.stream:

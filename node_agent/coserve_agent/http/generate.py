@@ -6,14 +6,14 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from coserve_agent.detokenize import Detokenizer, StopStrings
 from coserve_agent.engine_client import EngineClient, RefusedError, TokenStream
 from coserve_agent.errors import EngineGoneError
 from coserve_agent.http.errors import ApiError, bad_request
-from coserve_agent.http.logprobs import ScoredToken
 from coserve_agent.http.params import ChatRequest, Common
+from coserve_agent.http.prompts import Prompt
+from coserve_agent.http.transcript import ScoredToken, Transcript
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import Metrics
 from coserve_agent.slo import RequestMeter, SloMeter
@@ -26,6 +26,8 @@ from coserve_engine.messages import (
     Token,
     TokenLogprobs,
 )
+
+T = TypeVar("T")
 
 RETRY_AFTER_S = 1
 SMALL_TEXT_CHARS = 8192
@@ -54,36 +56,32 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """What came next of an answer: characters, and the tokens behind them where their log-probabilities are wanted."""
+    """What came next of an answer: characters, the tokens behind them where their log-probabilities are wanted, and
+    the ids of all that the model said, those at which it stopped included.
+    """
 
     text: str
     tokens: tuple[ScoredToken, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class Generation:
     """One running request. Close it in the end, whatever happened.
 
-    Stop strings are looked for in what follows the first `min_tokens` tokens, as stop tokens are.
+    One that is `scoring_only` ends when its prompt is computed, and says nothing.
     """
 
     def __init__(
-        self,
-        stream: TokenStream,
-        meter: RequestMeter,
-        detokenizer: Detokenizer,
-        stops: StopStrings,
-        min_tokens: int = 0,
+        self, stream: TokenStream, meter: RequestMeter, transcript: Transcript, *, scoring_only: bool = False
     ) -> None:
         self._stream = stream
         self.meter = meter
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._min_tokens = min_tokens
+        self._transcript = transcript
+        self._scoring_only = scoring_only
         self.completion_tokens = 0
         self.finish_reason: str | None = None
         self.failure: str | None = None
         """How the engine gave it up, as a result in the metrics: failed or refused."""
-        self._scored: list[ScoredToken] = []
 
     @property
     def done(self) -> bool:
@@ -106,7 +104,7 @@ class Generation:
             ApiError: the engine refuses the request, or ended.
         """
         try:
-            text = self._consume(await self._stream.next_tokens())
+            return self._consume(await self._stream.next_tokens())
         except RefusedError as error:
             self.failure = "refused" if error.code == "overloaded" else "failed"
             raise _refusal(error) from None
@@ -114,36 +112,26 @@ class Generation:
             self.failure = "failed"
             message = f"the engine stopped: {error}; send the request again"
             raise ApiError(500, message, code="engine_stopped") from None
-        scored, self._scored = tuple(self._scored), []
-        return Piece(text, scored)
 
     def close(self) -> None:
         self._stream.close()
 
-    def _consume(self, tokens: list[Token]) -> str:
-        text = ""
+    def _consume(self, tokens: list[Token]) -> Piece:
+        if self._scoring_only:
+            self.finish_reason = FinishReason.LENGTH.value
+            return Piece(self._transcript.end())
+        text, ids = "", []
         for token in tokens:
-            text += self._push(token.token, token.finish)
-            if token.logprobs is not None and token.finish is not FinishReason.STOP:
-                self._scored.append(ScoredToken(token.token, token.logprobs))
+            self.completion_tokens += 1
+            ids.append(token.token)
+            text += self._transcript.push(token)
+            if self._transcript.stopped:
+                self.finish_reason = FinishReason.STOP.value
+            elif token.finish is not None:
+                self.finish_reason = token.finish.value
             if self.done:
                 break
-        return text
-
-    def _push(self, token: int, finish: FinishReason | None) -> str:
-        self.completion_tokens += 1
-        # The token that ended the answer is no part of it.
-        text = "" if finish is FinishReason.STOP else self._detokenizer.push(token)
-        if finish is not None:
-            text += self._detokenizer.flush()
-            self.finish_reason = finish.value
-        if self.completion_tokens > self._min_tokens:
-            text = self._stops.push(text)
-        if self._stops.found is not None:
-            self.finish_reason = FinishReason.STOP.value
-        elif finish is not None:
-            text += self._stops.flush()
-        return text
+        return Piece(text, self._transcript.take_tokens(), tuple(ids))
 
 
 class Generator:
@@ -171,6 +159,11 @@ class Generator:
         self._max_waiting = max_waiting
         self.now_s = now_s
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model; there once `check_open` lets requests in."""
+        return self._engine.vocab_size
+
     def check_open(self) -> None:
         """Raises ApiError 503 while loading, 500 without an engine."""
         if not self._engine.alive:
@@ -192,14 +185,12 @@ class Generator:
             )
         return served
 
-    async def encode(self, encode: Callable[[], list[int]], chars: int) -> list[int]:
+    async def encode(self, encode: Callable[[], T], chars: int) -> T:
         """Tokenise; long texts in a thread, so that nobody waits for them."""
         return encode() if chars < SMALL_TEXT_CHARS else await asyncio.to_thread(encode)
 
-    def begin(
-        self, request_id: str, prompt: Sequence[int], request: Common, max_tokens: int | None, arrival_s: float
-    ) -> list[Generation]:
-        """Hand the request to the engine, once for each choice it asks for.
+    def begin(self, request_id: str, prompts: Sequence[Prompt], request: Common, arrival_s: float) -> list[Generation]:
+        """Hand the request to the engine, once for each choice it asks for: those of the first prompt, then others.
 
         From resolving the name on nothing waits, so it keeps the version it got.
 
@@ -208,46 +199,60 @@ class Generator:
         """
         self.check_open()
         served = self.served(request.model)
-        max_tokens = self._check_length(
-            len(prompt), max_tokens, "messages" if isinstance(request, ChatRequest) else "prompt"
-        )
-        choices = request.n or 1
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
+        limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
+        choices = len(prompts) * (request.n or 1)
+        if len(prompts) > 1 and choices > self._max_waiting:
+            raise bad_request(
+                f"{len(prompts)} prompts ask for {choices} choices, but at most {self._max_waiting} may wait here; "
+                "send fewer prompts a request",
+                field,
+                "invalid_value",
+            )
         if self._engine.waiting() + choices > self._max_waiting:
             raise self._refused(
                 429,
                 f"{self._engine.waiting()} requests are waiting and at most {self._max_waiting} may; try again later",
                 "overloaded",
             )
-        params = self._params(request, max_tokens)
+        seed = secrets.randbits(62) if request.seed is None else request.seed
         begun: list[Generation] = []
         try:
-            for n in range(choices):  # the choices of a seed are those of the seeds that follow it
-                command = AddRequest(
-                    f"{request_id}-{n}", tuple(prompt), replace(params, seed=params.seed + n), arrival_s, served.version
-                )
-                begun.append(self._begin(command, request.stop or (), streams=bool(request.stream)))
+            for prompt, max_tokens in zip(prompts, limits, strict=True):
+                params = self._params(request, max_tokens)
+                for n in range(request.n or 1):  # the choices of a seed are those of the seeds that follow it
+                    command = AddRequest(
+                        f"{request_id}-{len(begun)}",
+                        tuple(prompt.tokens),
+                        replace(params, seed=seed + n),
+                        arrival_s,
+                        served.version,
+                    )
+                    transcript = Transcript(self.tokenizer.pieces, prompt, request.stop or (), params.min_tokens)
+                    generation = self._begin(
+                        command, transcript, streams=bool(request.stream), scoring_only=max_tokens == 0
+                    )
+                    begun.append(generation)
         except ApiError:
             for generation in begun:
                 self.end(generation)
             raise
         return begun
 
-    def _begin(self, command: AddRequest, stop: Sequence[str], *, streams: bool) -> Generation:
+    def _begin(self, command: AddRequest, transcript: Transcript, *, streams: bool, scoring_only: bool) -> Generation:
         meter = self._meter.request(command.arrival_s, command.request_id, streams=streams)
         try:
             stream = self._engine.generate(command, meter.token)
         except EngineGoneError as error:
             raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
         meter.placed_s = lambda: command.arrival_s if stream.prompt is None else stream.prompt.placed_s
-        detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.special_ids)
-        return Generation(stream, meter, detokenizer, StopStrings(stop), command.params.min_tokens)
+        return Generation(stream, meter, transcript, scoring_only=scoring_only)
 
     def _params(self, request: Common, max_tokens: int) -> SamplingParams:
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=max(1, max_tokens),  # the engine computes a prompt for the token that follows it
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
-            seed=secrets.randbits(62) if request.seed is None else request.seed,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=self._stop_token_ids(request),
             top_k=max(0, request.top_k or 0),
@@ -258,7 +263,7 @@ class Generator:
             logit_bias=tuple((request.logit_bias or {}).items()),
             min_tokens=request.min_tokens or 0,
             logprobs=request.output_logprobs,
-            prompt_logprobs=request.prompt_logprobs,
+            prompt_logprobs=request.scored_prompt,
         )
 
     def end(self, generation: Generation) -> None:

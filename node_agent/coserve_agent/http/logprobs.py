@@ -1,74 +1,105 @@
 """Log-probabilities as the two kinds of completion show them.
 
-A token's text is what it decodes to alone; one that ends inside a character shows U+FFFD there, as in vLLM.
+A token's bytes are its part of the text. One that holds a part of a character only is written as OpenAI's API does:
+`\\xf0\\x9f` in chats, `bytes:\\xf0\\x9f` in completions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.http.transcript import ScoredToken
+from coserve_agent.pieces import Pieces
 from coserve_engine.messages import TokenLogprobs
 
 LOWEST = -9999.0
 """JSON has no infinity; vLLM's number for it."""
 
 
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token of the text; `scores` is None for the first of a prompt."""
+class Writer:
+    """Writes tokens as text, or as `token_id:N` where the client wants that (vLLM's `return_tokens_as_token_ids`).
 
-    token: int
-    scores: TokenLogprobs | None
+    `top` of the likeliest tokens stand beside each. Of those with the same text the chosen one has it, or else the
+    likeliest; the others go by their id.
+    """
 
+    def __init__(self, pieces: Pieces, top: int, *, as_ids: bool) -> None:
+        self._pieces, self._count, self._as_ids = pieces, top, as_ids
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-    """`choices[].logprobs` of chat completions."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = _text(tokenizer, token)
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
-
-    content = [
-        {**entry(one.token, one.scores.logprob), "top_logprobs": [entry(*best) for best in one.scores.top]}
-        for one in tokens
-        if one.scores is not None
-    ]
-    return {"content": content, "refusal": None}
-
-
-class CompletionLogprobs:
-    """`choices[].logprobs` of completions, piece by piece: offsets go on where the last piece ended."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._offset = 0
-
-    def show(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-        """The next tokens of the text. `top_logprobs` of a token holds the token itself, too."""
-        texts: list[str] = []
-        offsets: list[int] = []
-        values: list[float | None] = []
-        tops: list[dict[str, float] | None] = []
+    def chat(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        """`choices[].logprobs` of chat completions."""
+        content = []
         for one in tokens:
-            text = _text(self._tokenizer, one.token)
-            texts.append(text)
-            offsets.append(self._offset)
-            self._offset += len(text)
             if one.scores is None:
-                values.append(None)
-                tops.append(None)
                 continue
-            value = max(one.scores.logprob, LOWEST)
-            values.append(value)
-            best: dict[str, float] = {}
-            for token, likely in one.scores.top:  # of two with the same text the likelier one is shown
-                best.setdefault(_text(self._tokenizer, token), max(likely, LOWEST))
-            tops.append({**best, text: value})
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+            chosen = self._text(one.token, one.first)
+            best = [
+                self._entry(name, token, value, one.first)
+                for name, token, value in self._named(one, one.scores, chosen)
+            ]
+            content.append({**self._entry(chosen, one.token, one.scores.logprob, one.first), "top_logprobs": best})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, name: str, token: int, logprob: float, first: bool) -> dict[str, Any]:
+        part = self._pieces.bytes_of(token, first=first)
+        return {"token": name, "logprob": max(logprob, LOWEST), "bytes": list(part)}
+
+    def completion(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        """`choices[].logprobs` of completions. `top_logprobs` of a token holds the token itself, too."""
+        names, values, tops = [], [], []
+        for one in tokens:
+            name = self._text(one.token, one.first, "bytes:")
+            names.append(name)
+            values.append(None if one.scores is None else max(one.scores.logprob, LOWEST))
+            tops.append(None if one.scores is None else self._top(one, one.scores, name))
+        starts = [one.start for one in tokens]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": starts}
+
+    def _top(self, one: ScoredToken, scores: TokenLogprobs, chosen: str) -> dict[str, float]:
+        best = {name: max(value, LOWEST) for name, _, value in self._named(one, scores, chosen, "bytes:")}
+        return {**best, chosen: max(scores.logprob, LOWEST)}
+
+    def _named(
+        self, one: ScoredToken, scores: TokenLogprobs, chosen: str, mark: str = ""
+    ) -> list[tuple[str, int, float]]:
+        """(text, token, log-probability) of the likeliest tokens; no two have the same text."""
+        taken: dict[str, int] = {chosen: one.token}
+        found = []
+        for token, value in scores.top[: self._count]:
+            name = self._text(token, one.first, mark)
+            if taken.setdefault(name, token) != token:
+                name = _by_id(token)
+            found.append((name, token, value))
+        return found
+
+    def prompt(self, tokens: Sequence[ScoredToken], top: int) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: for each token of the prompt the token's and the `top` likeliest ones', by id."""
+        return [None if one.scores is None else self._ranked(one, one.scores, top) for one in tokens]
+
+    def _ranked(self, one: ScoredToken, scores: TokenLogprobs, top: int) -> dict[str, Any]:
+        ranked = [(one.token, scores.logprob, scores.rank)]
+        ranked += [(token, value, n) for n, (token, value) in enumerate(scores.top[:top], 1) if token != one.token]
+        return {
+            str(token): {
+                "logprob": max(value, LOWEST),
+                "rank": rank,
+                "decoded_token": self._decoded(token, one.first),
+            }
+            for token, value, rank in ranked
+        }
+
+    def _text(self, token: int, first: bool, mark: str = "") -> str:
+        """A token as text; `mark` stands before a part of a character."""
+        return _by_id(token) if self._as_ids else self._decoded(token, first, mark)
+
+    def _decoded(self, token: int, first: bool, mark: str = "") -> str:
+        part = self._pieces.bytes_of(token, first=first)
+        try:
+            return part.decode()
+        except UnicodeDecodeError:
+            return mark + part.decode(errors="backslashreplace")
 
 
-def _text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False)
+def _by_id(token: int) -> str:
+    return f"token_id:{token}"

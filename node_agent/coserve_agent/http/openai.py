@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from coserve_agent.http.errors import (
 from coserve_agent.http.generate import Generator, Served
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
+from coserve_agent.http.prompts import Prompt, check_ids, read_prompts
 from coserve_agent.http.stream import ClientGoneError, read_json
 from coserve_agent.tokenizer import ChatTemplateError
 
@@ -52,23 +54,23 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
             prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), chars)
         except ChatTemplateError as error:
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
+        check_ids(prompt, generator.vocab_size, "messages")
         limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
-        return await answer(generator, request, parsed, prompt, limit, arrival_s)
+        return await answer(generator, request, parsed, [Prompt(prompt, limit)], arrival_s)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         arrival_s = generator.now_s()
         parsed = parse_completion(await body_of(request))
         generator.served(parsed.model)
-        text = parsed.prompt
-        if isinstance(text, str):
-            prompt = await generator.encode(lambda: tokenizer.encode(text), len(text))
-        else:
-            prompt = [int(token) for token in text if isinstance(token, int)]
-        room = generator.max_model_length - len(prompt)
-        limit = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
-        echo = (text if isinstance(text, str) else tokenizer.decode(prompt)) if parsed.echo else ""
-        return await answer(generator, request, parsed, prompt, limit, arrival_s, echo)
+        prompts = []
+        given, echo, vocab_size = parsed.prompts, bool(parsed.echo), generator.vocab_size
+        chars = sum(len(one) for one in given)
+        for prompt in await generator.encode(lambda: read_prompts(tokenizer, given, vocab_size, echo=echo), chars):
+            room = generator.max_model_length - len(prompt.tokens)
+            limit = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
+            prompts.append(replace(prompt, max_tokens=limit))
+        return await answer(generator, request, parsed, prompts, arrival_s)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -7,8 +7,8 @@ of OpenAI's API work unchanged. Nothing is ignored silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
@@ -61,6 +61,14 @@ class Common(_Base):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: StrictBool | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+
+    @field_validator("prompt_logprobs", mode="before")
+    @classmethod
+    def _no_prompt_logprobs(cls, value: object) -> object:
+        return None if value is False else value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -73,9 +81,9 @@ class Common(_Base):
         raise NotImplementedError
 
     @property
-    def prompt_logprobs(self) -> int | None:
+    def scored_prompt(self) -> int | None:
         """The same for the tokens of the prompt."""
-        return None
+        return self.prompt_logprobs
 
 
 class ChatMessage(BaseModel):
@@ -109,6 +117,7 @@ class ChatRequest(Common):
 
 class CompletionRequest(Common):
     prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = None
 
@@ -122,8 +131,18 @@ class CompletionRequest(Common):
         return self.logprobs
 
     @property
-    def prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+    def scored_prompt(self) -> int | None:
+        wanted = [top for top in (self.logprobs if self.echo else None, self.prompt_logprobs) if top is not None]
+        return max(wanted, default=None)
+
+    @property
+    def prompts(self) -> Sequence[str] | Sequence[list[int]]:
+        """What `prompt` holds, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return cast("Sequence[str] | Sequence[list[int]]", self.prompt)
 
 
 def _neutral(*values: object) -> Callable[[object], bool]:
@@ -152,7 +171,6 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     # they would change the answer
     "best_of": _neutral(1),
     "top_logprobs": _neutral(0),
-    "prompt_logprobs": _OFF,
     "echo": _OFF,
     "suffix": _EMPTY,
     "length_penalty": _neutral(1),
@@ -179,8 +197,6 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "truncate_prompt_tokens": _EMPTY,
     "guided_json": _EMPTY,
     "structured_outputs": _EMPTY,
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
 }
 
 
@@ -220,26 +236,35 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
             "top_logprobs",
             "invalid_value",
         )
+    _check_streamable(parsed)
     return parsed
 
 
 def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    request = dict(body)
-    # An empty or single-element list of prompts is the same as the prompt itself.
-    prompt = request.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        request["prompt"] = prompt[0]
     try:
-        parsed = CompletionRequest.model_validate(check_supported(request, frozenset(CompletionRequest.model_fields)))
+        parsed = CompletionRequest.model_validate(check_supported(body, frozenset(CompletionRequest.model_fields)))
     except ValidationError as error:
         raise explain(error) from None
-    if isinstance(parsed.prompt, list) and parsed.prompt and not isinstance(parsed.prompt[0], int):
+    if not parsed.prompt:
+        raise bad_request("prompt is empty; send a text or at least one token", "prompt", "invalid_value")
+    if parsed.max_tokens == 0 and not parsed.echo:
         raise bad_request(
-            f"prompt holds {len(parsed.prompt)} prompts; one a request is supported: send a request for each",
-            "prompt",
-            "unsupported_parameter",
+            "max_tokens is 0 and echo is not true, so there would be no answer; set echo to true to score the prompt, "
+            "or ask for at least 1",
+            "max_tokens",
+            "invalid_value",
         )
+    _check_streamable(parsed)
     return parsed
+
+
+def _check_streamable(request: Common) -> None:
+    if request.stream and request.prompt_logprobs is not None:
+        raise bad_request(
+            "prompt_logprobs are not there with stream true, as in vLLM; take one of them out",
+            "prompt_logprobs",
+            "invalid_value",
+        )
 
 
 def explain(error: ValidationError) -> ApiError:
