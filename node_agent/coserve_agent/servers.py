@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from coserve_agent.errors import StartError
 
@@ -34,7 +34,7 @@ def listen(host: str, port: int, variable: str) -> socket.socket:
 class Server(uvicorn.Server):
     """Serves one application on a listening socket, which it closes in the end."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         self._socket = listener
         self.port = int(listener.getsockname()[1])
         config = uvicorn.Config(
