@@ -92,11 +92,14 @@ def _text_of(part: Mapping[str, Any]) -> str | None:
     """The text of a content part; None where it is null, which vLLM skips, too."""
     kind = part.get("type")
     field = _TEXT_FIELDS.get(kind) if isinstance(kind, str) else None
-    text = None if field is None else part.get(field)
-    if field is None or not isinstance(text, str | None):
+    if field is None:
         raise _unsupported(
-            f"messages has a content part of type {kind!r} with {field or 'no text'} {text!r:.80}; only parts of type "
-            "'text' with a string are supported"
+            f"messages has a content part of type {kind!r}; only parts of type 'text' are supported, remove it"
+        )
+    text = part.get(field)
+    if not isinstance(text, str | None):
+        raise bad_request(
+            f"messages has a content part whose {field} is {text!r:.80}; send a string", "messages", "invalid_value"
         )
     return text
 
