@@ -240,7 +240,18 @@ ModelName = Annotated[
         "must be a model name such as tiny or org/model-8b: at most 128 of letters, digits, ., _, / and -",
     ),
 ]
-Uid = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9-]+$")]
+Origin = Annotated[
+    str,
+    Text(
+        r"\*|[a-z][a-z0-9+.-]{0,31}://([a-z0-9]([a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?",
+        300,
+        "must be an origin as browsers send it, such as https://chat.example.com or http://localhost:3000 (lower case, "
+        "no path), or * for all",
+    ),
+]
+Uid = Annotated[
+    str, Text("[A-Za-z0-9-]{1,64}", 64, "must be 1 to 64 letters, digits or -, as Kubernetes' UIDs are", min_length=1)
+]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 Timestamp = Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
 
@@ -249,6 +260,22 @@ def timestamp(moment: datetime) -> str:
     """`moment` (with a time zone) as Kubernetes writes times: UTC, whole seconds."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
+
+# ---- counts: what custom resources, messages and the agents' settings have in common ----
+
+ModelLength = Annotated[int, Field(ge=16, le=1_048_576)]
+SequenceLength = Annotated[int, Field(ge=8, le=1_048_576)]
+Rank = Annotated[int, Field(ge=1, le=256)]
+ConcurrentJobs = Annotated[int, Field(ge=1, le=16)]
+Percentile = Annotated[int, Field(ge=50, le=100)]
+SlowdownPercent = Annotated[int, Field(ge=0, le=100_000)]
+BatchTokens = Annotated[int, Field(ge=128, le=65_536)]
+Threads = Annotated[int, Field(ge=1, le=256)]
+EvalPercent = Annotated[int, Field(ge=0, le=50)]
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+Steps = Annotated[int, Field(ge=1, le=10_000_000)]
+BatchSize = Annotated[int, Field(ge=1, le=1024)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 # ---- bases ----
 

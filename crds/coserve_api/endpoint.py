@@ -8,7 +8,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
-from coserve_api.common import Duration, Memory, ModelName, ObjectMeta, SpecModel, StatusModel, Window
+from coserve_api.common import (
+    BatchTokens,
+    ConcurrentJobs,
+    Duration,
+    Memory,
+    ModelLength,
+    ModelName,
+    ObjectMeta,
+    Origin,
+    Percentile,
+    Rank,
+    SlowdownPercent,
+    SpecModel,
+    StatusModel,
+    Threads,
+    Window,
+)
 from coserve_api.conditions import Condition
 from coserve_api.pods import PodTemplate
 from coserve_api.uris import ArtifactsUri, ModelUri
@@ -28,6 +44,11 @@ class FinetuningPolicy(StrEnum):
     DISABLED = "Disabled"
 
 
+class GenerationConfig(StrEnum):
+    MODEL = "Model"
+    NEUTRAL = "Neutral"
+
+
 class Model(SpecModel):
     """The base model. Immutable: create another endpoint for another model."""
 
@@ -35,7 +56,7 @@ class Model(SpecModel):
     """A Hugging Face folder: pvc://CLAIM/PATH, or file:///models/PATH in the pod."""
     name: ModelName | None = None
     """What clients give as `model`. Default: the object's name."""
-    max_model_length: Annotated[int, Field(ge=16, le=1_048_576)] = 1024
+    max_model_length: ModelLength = 1024
     """The most tokens of prompt and answer together."""
 
 
@@ -46,7 +67,7 @@ class Slo(SpecModel):
     """From the arrival of a request to its first token."""
     time_per_output_token: Duration = "200ms"
     """Between tokens of an answer."""
-    percentile: Annotated[int, Field(ge=50, le=100)] = 99
+    percentile: Percentile = 99
     """The share of requests, in percent, that must attain both."""
 
 
@@ -107,11 +128,11 @@ class Finetuning(SpecModel):
 
     policy: FinetuningPolicy = FinetuningPolicy.ALLOWED
     """Allowed or Disabled."""
-    max_rank: Annotated[int, Field(ge=1, le=256)] = 64
+    max_rank: Rank = 64
     """The largest adapter rank, served or trained."""
-    max_concurrent_jobs: Annotated[int, Field(ge=1, le=16)] = 1
+    max_concurrent_jobs: ConcurrentJobs = 1
     """FinetuneJobs that an agent runs at once; they share its finetuning time by their priority."""
-    max_slowdown_percent: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    max_slowdown_percent: SlowdownPercent | None = None
     """With finetuning an iteration may take so many percent longer than it would without. Unset: as long as the promise
     allows."""
     activation_memory: Memory | None = None
@@ -120,14 +141,28 @@ class Finetuning(SpecModel):
 
 
 class Engine(SpecModel):
-    """The engine's size in each agent."""
+    """The engine in each agent: its size, and how it samples."""
 
-    max_batch_tokens: Annotated[int, Field(ge=128, le=65_536)] = 512
+    max_batch_tokens: BatchTokens = 512
     """The most tokens of one iteration."""
     kv_cache_memory: Memory = "256Mi"
     """Memory of the paged KV cache, of inference and finetuning together."""
-    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    threads: Threads = 1
     """CPU threads of the engine."""
+    generation_config: GenerationConfig = GenerationConfig.MODEL
+    """How to sample where a request does not say: Model takes temperature, top_p, top_k, min_p, repetition_penalty and
+    max_new_tokens of the model's generation_config.json, as far as they stand there; Neutral takes none of them
+    (temperature 1, nothing cut off). A value in a request always wins."""
+
+
+class Cors(SpecModel):
+    """Which web pages may call the agents from a browser (cross-origin resource sharing)."""
+
+    allow_origins: Annotated[
+        tuple[Origin, ...], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "set"})
+    ] = ()
+    """Origins of the pages, such as https://chat.example.com; * allows every page. Default: none, so that browsers
+    refuse every page but one that reaches the agents under its own address, through an Ingress for instance."""
 
 
 class ArtifactStore(SpecModel):
@@ -168,7 +203,9 @@ class EndpointSpec(SpecModel):
     finetuning: Finetuning = Field(default_factory=Finetuning)
     """Whether FinetuneJobs may run here."""
     engine: Engine = Field(default_factory=Engine)
-    """The engine's size."""
+    """The engine's size, and how it samples."""
+    cors: Cors = Field(default_factory=Cors)
+    """Which web pages may call the agents."""
     artifact_store: ArtifactStore
     """Where checkpoints and adapter versions lie."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None

@@ -9,17 +9,24 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from coserve_api.common import (
+    BatchSize,
     BetaDecimal,
     DropoutDecimal,
     Elapsed,
+    Epochs,
     EpsilonDecimal,
+    EvalPercent,
     Label,
     Measured,
     NonNegativeDecimal,
     ObjectMeta,
     PositiveDecimal,
+    Rank,
+    Seed,
+    SequenceLength,
     SpecModel,
     StatusModel,
+    Steps,
     Timestamp,
     UnitDecimal,
 )
@@ -126,9 +133,9 @@ class Dataset(SpecModel):
     """pvc://CLAIM/PATH, or file:///data/PATH in the pod."""
     format: DatasetFormat = DatasetFormat.AUTO
     """Kind of line: messages, prompt-completion or text; auto looks at the first."""
-    eval_percent: Annotated[int, Field(ge=0, le=50)] = 5
+    eval_percent: EvalPercent = 5
     """Share of the samples that is held out for the evaluation loss."""
-    max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    max_sequence_length: SequenceLength | None = None
     """A line with more tokens cannot be used. Default: the endpoint's maxModelLength."""
     on_invalid: OnInvalid = OnInvalid.FAIL
     """Whether a line that cannot be used fails the job or is skipped and counted."""
@@ -139,7 +146,7 @@ class Adapter(SpecModel):
 
     name: Label
     """What clients give as `model` once it is published."""
-    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    rank: Rank = 8
     """Rows of A; at most the endpoint's finetuning.maxRank."""
     alpha: Annotated[int, Field(ge=1, le=4096)] = 16
     """The adapter's output is scaled by alpha / rank."""
@@ -169,9 +176,9 @@ class Training(SpecModel):
         }
     )
 
-    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    epochs: Epochs | None = None
     """Times through the data."""
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_steps: Steps | None = None
     """Optimizer steps."""
     learning_rate: PositiveDecimal = "2e-4"
     """Peak learning rate, a decimal string."""
@@ -179,7 +186,7 @@ class Training(SpecModel):
     """How the learning rate falls after the warm-up: linear, cosine or constant."""
     warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Steps over which the learning rate rises from 0."""
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    batch_size: BatchSize = 8
     """Samples of an optimizer step."""
     weight_decay: UnitDecimal = "0"
     """AdamW's weight decay, a decimal string."""
@@ -191,7 +198,7 @@ class Training(SpecModel):
     """AdamW's epsilon, a decimal string."""
     max_grad_norm: NonNegativeDecimal = "1.0"
     """The gradient is clipped to this norm; "0" clips never."""
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Seed = 0
     """Of the initial weights, the order of the samples and the dropout."""
 
     @model_validator(mode="after")

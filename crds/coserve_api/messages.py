@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from coserve_api.common import Sha256, Uid
+from coserve_api.common import BatchSize, Rank, Seed, Sha256, Uid
 from coserve_api.errors import MessageError
 from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
 from coserve_api.uris import RelativePath
@@ -142,16 +142,16 @@ class BindingSpec(Part):
     namespace: Name
     adapter_name: Annotated[str, Field(min_length=1, max_length=63)]
     adapter_number: Number
-    rank: Annotated[int, Field(ge=1, le=256)]
+    rank: Rank
     alpha: Annotated[int, Field(ge=1, le=4096)]
     target_modules: Annotated[tuple[TargetModule, ...], Field(min_length=1, max_length=7)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     schedule: Schedule
     warmup_steps: Count
-    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    batch_size: BatchSize
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     max_grad_norm: Ratio
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    seed: Seed
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000)]
     checkpoint_keep: Annotated[int, Field(ge=1, le=100)]
     publish: PublishPolicy
@@ -189,7 +189,7 @@ class AdapterRecord(Message):
     path: RelativePath
     sha256: Sha256
     job_uid: Uid
-    rank: Annotated[int, Field(ge=1, le=256)]
+    rank: Rank
 
 
 # ---- progress and end of a job ----

@@ -120,7 +120,7 @@ class EnvVar(SpecModel):
         ),
     ]
     """Its name."""
-    value: Annotated[str, Field(max_length=4096)] | None = None
+    value: Annotated[str, Text("[^\\x00]*", 4096, "must hold no NUL character")] | None = None
     """Its value."""
     value_from: EnvSource | None = None
     """Where its value comes from."""

@@ -24,8 +24,8 @@ def check(command: AddRequest, vocab_size: int, max_model_length: int) -> None:
     if len(prompt) + params.max_tokens > max_model_length:
         raise RequestError(
             "context_length_exceeded",
-            f"the prompt has {len(prompt)} tokens and max_tokens is {shown(params.max_tokens)}, together more than "
-            f"the context of {max_model_length}; shorten the prompt or lower max_tokens",
+            f"This model's maximum context length is {max_model_length} tokens, and the prompt has {len(prompt)} with "
+            f"max_tokens {shown(params.max_tokens)}; shorten the prompt or lower max_tokens",
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise RequestError("invalid_token", f"the prompt has a token outside the vocabulary of {vocab_size}")

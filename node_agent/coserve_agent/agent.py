@@ -12,9 +12,10 @@ from coserve_agent.concurrency import alongside, end
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
 from coserve_agent.finetuning import Finetuning
+from coserve_agent.generation_config import SamplingDefaults, sampling_defaults
 from coserve_agent.http import admin, openai
 from coserve_agent.http.generate import Generator, Served
-from coserve_agent.http.middleware import CloseWhileDraining
+from coserve_agent.http.middleware import CloseWhileDraining, wrap
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.metrics import Metrics
 from coserve_agent.pacing import Pacer
@@ -23,7 +24,7 @@ from coserve_agent.servers import Server, listen
 from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.slo import Slo, SloMeter
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.endpoint import FinetuningPolicy
+from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost, settle
 from coserve_engine.messages import IterationDone
@@ -67,8 +68,9 @@ class Agent:
             max_model_length=settings.max_model_length,
             max_waiting=settings.max_waiting,
             now_s=time.monotonic,
+            defaults=request_defaults(settings),
         )
-        api = openai.build(self.generator, version("coserve"), settings.max_body_bytes)
+        api = wrap(openai.build(self.generator, version("coserve"), settings.max_body_bytes), settings.cors_origins)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
         self.admin = Server(CloseWhileDraining(inside, lambda: self.lifecycle.draining), admin_socket)
@@ -200,6 +202,19 @@ async def _still_running(servers: list[asyncio.Task[None]]) -> None:
     for task in done:
         task.result()
     raise RuntimeError("an HTTP server ended by itself")
+
+
+def request_defaults(settings: AgentSettings) -> SamplingDefaults:
+    """How to sample where a request does not say; the log says it, too.
+
+    Raises:
+        StartError: the model's generation_config.json has a wrong value.
+    """
+    source = settings.generation_config
+    neutral = source is GenerationConfig.NEUTRAL
+    defaults = SamplingDefaults() if neutral else sampling_defaults(settings.model_path)
+    log.info("agent: sampling where a request does not say: %s (%sGENERATION_CONFIG %s)", defaults, PREFIX, source)
+    return defaults
 
 
 def engine_config(settings: AgentSettings) -> EngineConfig:

@@ -16,6 +16,7 @@ from typing import Any
 
 from coserve_agent.errors import DatasetError
 from coserve_agent.tokenizer import ChatTemplateError, Tokenizer
+from coserve_agent.unicode import surrogate_in_json
 from coserve_api.job import DatasetFormat, FailedReason, OnInvalid
 from coserve_api.shards import Sample
 
@@ -213,13 +214,17 @@ class Dataset:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(raw.removeprefix(_BOM).decode())
+        text = raw.removeprefix(_BOM).decode()
+        row = json.loads(text)
     except UnicodeDecodeError as error:
         raise LineError(f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise LineError(f"is not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict):
         raise LineError(f"is a JSON {type(row).__name__}; each line must be one JSON object")
+    found = surrogate_in_json(text, row)
+    if found is not None:
+        raise LineError(str(found))
     return row
 
 

@@ -1,4 +1,8 @@
-"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start."""
+"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start.
+
+A value that an endpoint's or a job's author chooses has the custom resource's own type, so that nothing which the API
+server took is refused here.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,66 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from coserve_agent.errors import StartError
-from coserve_api.endpoint import FinetuningPolicy
+from coserve_api.common import (
+    BatchSize,
+    BatchTokens,
+    ConcurrentJobs,
+    Epochs,
+    EvalPercent,
+    Label,
+    ModelLength,
+    ModelName,
+    Origin,
+    Percentile,
+    Rank,
+    Seed,
+    SequenceLength,
+    SlowdownPercent,
+    Steps,
+    Subdomain,
+    Threads,
+    Uid,
+)
+from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_api.job import DatasetFormat, OnInvalid
 
 PREFIX = "COSERVE_"
 
 
-def _name(value: object) -> object:
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,252}", value):
-        raise ValueError("must be 1 to 253 letters, digits, '.', '_', ':' or '-', beginning with a letter or digit")
-    return value
-
-
-def _identity(value: object) -> object:
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", value):
-        raise ValueError("must be 1 to 64 letters, digits or '-', as Kubernetes' UIDs are")
-    return value
+def _variable(field: str) -> str:
+    return PREFIX + field.upper()
 
 
 def _blank_is_none(value: object) -> object:
     return None if value == "" else value
 
 
-Name = Annotated[str, BeforeValidator(_name)]
-Identity = Annotated[str, BeforeValidator(_identity)]
+def _comma_separated(value: object) -> object:
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+OrBlank = BeforeValidator(_blank_is_none)
 Port = Annotated[int, Field(ge=0, le=65535)]
+Millis = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1)]
 
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
+    # By their exact names: a variable of the template in other letters is not ours.
+    model_config = SettingsConfigDict(
+        alias_generator=_variable, populate_by_name=True, case_sensitive=True, extra="ignore", frozen=True
+    )
 
 
 class RedisSettings(_Settings):
     """How to reach Redis; the password comes from the endpoint's Secret."""
 
-    redis_url: Annotated[str | None, BeforeValidator(_blank_is_none)] = None
-    redis_username: Annotated[str | None, BeforeValidator(_blank_is_none)] = None
-    redis_password: Annotated[SecretStr | None, BeforeValidator(_blank_is_none)] = None
+    redis_url: Annotated[str | None, OrBlank] = None
+    redis_username: Annotated[str | None, OrBlank] = None
+    redis_password: Annotated[SecretStr | None, OrBlank] = None
 
     @model_validator(mode="after")
     def _check_url(self) -> RedisSettings:
@@ -62,26 +86,28 @@ class AgentSettings(RedisSettings):
     From SIGTERM on new connections are accepted for `drain_s`, and requests and jobs are cut off after `shutdown_s`.
     """
 
-    endpoint_uid: Identity = "local"
-    endpoint_name: Name = "local"
-    namespace: Name = "default"
+    endpoint_uid: Uid = "local"
+    endpoint_name: Label = "local"
+    namespace: Label = "default"
     model_path: Path
-    model_name: Name = "model"
-    max_model_length: int = Field(1024, ge=1, le=1 << 20)
-    ttft_ms: int = Field(1000, ge=1)
-    tpot_ms: int = Field(200, ge=1)
-    slo_percentile: int = Field(99, ge=50, le=100)
+    model_name: ModelName = "model"
+    max_model_length: ModelLength = 1024
+    ttft_ms: Millis = 1000
+    tpot_ms: Millis = 200
+    slo_percentile: Percentile = 99
     finetuning: FinetuningPolicy = FinetuningPolicy.ALLOWED
-    max_rank: int = Field(64, ge=1, le=1024)
-    max_concurrent_jobs: int = Field(1, ge=1, le=64)
-    max_slowdown_percent: Annotated[int | None, Field(ge=0), BeforeValidator(_blank_is_none)] = None
-    pass_bytes: Annotated[int | None, Field(ge=1), BeforeValidator(_blank_is_none)] = None
-    max_batch_tokens: int = Field(512, ge=128)
-    kv_cache_bytes: int = Field(256 << 20, ge=1)
-    threads: int = Field(1, ge=1, le=1024)
+    max_rank: Rank = 64
+    max_concurrent_jobs: ConcurrentJobs = 1
+    max_slowdown_percent: Annotated[SlowdownPercent | None, OrBlank] = None
+    pass_bytes: Annotated[Bytes | None, OrBlank] = None
+    max_batch_tokens: BatchTokens = 512
+    kv_cache_bytes: Bytes = 256 << 20
+    threads: Threads = 1
+    generation_config: GenerationConfig = GenerationConfig.MODEL
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_comma_separated)] = ()
     artifacts: Path = Path("/artifacts")
-    pod_name: Name = "local"
-    pod_uid: Identity = "local"
+    pod_name: Subdomain = "local"
+    pod_uid: Uid = "local"
     node_name: str = ""
     host: str = "0.0.0.0"
     http_port: Port = 8000
@@ -105,19 +131,19 @@ class FeederSettings(RedisSettings):
     """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set."""
 
     redis_url: str
-    endpoint_uid: Identity
-    job_uid: Identity
-    job_name: Name
+    endpoint_uid: Uid
+    job_uid: Uid
+    job_name: Subdomain
     dataset_path: Path
     model_path: Path
     format: DatasetFormat = DatasetFormat.AUTO
-    eval_percent: int = Field(5, ge=0, le=50)
-    max_sequence_length: int = Field(1024, ge=2)
+    eval_percent: EvalPercent = 5
+    max_sequence_length: SequenceLength = 1024
     on_invalid: OnInvalid = OnInvalid.FAIL
-    batch_size: int = Field(8, ge=1, le=4096)
-    epochs: Annotated[int | None, Field(ge=1), BeforeValidator(_blank_is_none)] = None
-    max_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_blank_is_none)] = None
-    seed: int = 0
+    batch_size: BatchSize = 8
+    epochs: Annotated[Epochs | None, OrBlank] = None
+    max_steps: Annotated[Steps | None, OrBlank] = None
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> FeederSettings:
@@ -147,8 +173,8 @@ def _explain(kind: type[_Settings], error: object) -> str:
     what = str(error["msg"]).removeprefix("Value error, ")
     if not field:
         return what
-    variable = PREFIX + field.upper()
+    variable = field if field.startswith(PREFIX) else _variable(field)
     if error["type"] == "missing":
         return f"{variable} is not set; {kind.__name__} needs it: set it in the pod's environment"
-    shown = "***" if "password" in field else repr(error["input"])
+    shown = "***" if "PASSWORD" in variable else repr(error["input"])
     return f"{variable} is {shown}: {what[:1].lower()}{what[1:]}; correct the variable"

@@ -7,8 +7,7 @@ not need.)
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from coserve_agent import generation_config
+from coserve_agent.chat_format import Message, roles_in_parts, shaped
 from coserve_agent.errors import AgentError, StartError
 from coserve_agent.pieces import Pieces
-
-Message = Mapping[str, Any]
-GENERATION_CONFIG = "generation_config.json"
+from coserve_agent.unicode import lone_surrogate
 
 
 class ChatTemplateError(AgentError):
@@ -56,14 +55,22 @@ class Tokenizer:
         self._backend = self._inner.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._template: str | None = self._inner.chat_template
+        self._template = _chat_template(self._inner)
         self._marks_generation = "endgeneration" in (self._template or "")
         self.size = max((*self._backend.get_vocab(with_added_tokens=True).values(), -1)) + 1
         self.eos_token_id: int | None = self._inner.eos_token_id
-        self.stop_token_ids = _generation_eos(folder)
+        self.stop_token_ids = generation_config.end_tokens(folder)
         self.pieces = Pieces(self._backend)
         content = f"{self._backend.to_str()}\0{self._template or ''}"
         self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self._in_parts: frozenset[str] = frozenset()
+        if self._template:
+            self._in_parts = roles_in_parts(lambda messages: self._apply(messages, tokenize=False), ChatTemplateError)
+
+    @property
+    def reads_tool_calls(self) -> bool:
+        """Whether the chat template writes what an assistant called in earlier turns."""
+        return "tool_calls" in (self._template or "")
 
     def check_fits(self, vocab_size: int, folder: Path) -> None:
         """Refuse end tokens with ids that the model has no row for. The vocabulary may have some: a prompt with one of
@@ -72,7 +79,7 @@ class Tokenizer:
         wrong = [token for token in self.stop_token_ids if token >= vocab_size]
         if wrong:
             raise StartError(
-                f"{folder / GENERATION_CONFIG}: eos_token_id has {wrong[0]} but the model's vocab_size is "
+                f"{folder / generation_config.FILE}: eos_token_id has {wrong[0]} but the model's vocab_size is "
                 f"{vocab_size}; copy the file from the same model, or take the id out"
             )
 
@@ -95,7 +102,8 @@ class Tokenizer:
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation up to where the assistant begins to answer.
+        """Tokens of a conversation up to where the assistant begins to answer. A message's content is a string or a
+        list of text parts, whichever the template takes.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
@@ -141,18 +149,32 @@ class Tokenizer:
         return len(before), len(through)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return str(self._call_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        text = str(self._call_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        if lone_surrogate(text) is not None:
+            raise ChatTemplateError("the chat template writes half of a surrogate pair, which is no character")
+        return text
 
     def _call_template(self, messages: Sequence[Message], **options: Any) -> Any:
         if not self._template:
             raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
+        return self._apply([shaped(message, self._in_parts) for message in messages], **options)
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
             return self._inner.apply_chat_template([dict(message) for message in messages], **options)
         except TemplateError as error:
             raise ChatTemplateError(str(error) or type(error).__name__) from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            # A template is a program over the client's data: any of these is the data's fault, not the server's.
-            raise ChatTemplateError(f"the chat template does not accept these messages: {error}") from None
+        except Exception as error:
+            # A template is a program over the client's data: whatever it raises is the data's fault, not the server's.
+            raise ChatTemplateError(
+                f"the chat template does not accept these messages: {type(error).__name__}: {error}"
+            ) from None
+
+
+def _chat_template(inner: PreTrainedTokenizerFast) -> str | None:
+    """The template for plain conversations; some folders have others beside it, by name."""
+    template = inner.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:
@@ -166,18 +188,3 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise StartError(f"{path}: cannot be read as a tokenizer ({error}); copy the model folder again") from None
     return loaded
-
-
-def _generation_eos(folder: Path) -> tuple[int, ...]:
-    """End tokens that generation_config.json names; chat models often have more than config.json says."""
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        return ()
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise StartError(f"{path}: not readable as JSON ({error}); copy the model folder again") from None
-    values = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in values):
-        raise StartError(f"{path}: eos_token_id is {eos!r}; it must be a token id, a list of them, or null")
-    return tuple(values)

@@ -103,6 +103,9 @@ FAULTS = [
     ("endpoint", "spec.slo.timePerOutputToken", "0s", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
     ("endpoint", "spec.slo.timePerOutputToken", "61m", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
     ("endpoint", "spec.slo.percentile", 49, "spec.slo.percentile", "greater than or equal to 50"),
+    ("endpoint", "spec.engine.generationConfig", "vllm", "spec.engine.generationConfig", '"Model", "Neutral"'),
+    ("endpoint", "spec.cors.allowOrigins", ["https://a.com/"], "spec.cors.allowOrigins[0]", "as browsers send it"),
+    ("endpoint", "spec.cors.allowOrigins", ["a.com"], "spec.cors.allowOrigins[0]", "such as https://chat.example.com"),
     ("endpoint", "spec.engine.kvCacheMemory", "1Ki", "spec.engine.kvCacheMemory", "such as 256Mi or 40Gi"),
     (
         "endpoint",

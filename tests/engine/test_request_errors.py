@@ -29,7 +29,7 @@ FINE = SamplingParams(4, ignore_eos=True)
         ((5, -1), FINE, "invalid_token", "vocabulary of 128"),
         ((5,), SamplingParams(0), "invalid_token", "max_tokens is 0"),
         ((5,), SamplingParams(-3), "invalid_token", "max_tokens is -3"),
-        ((5,) * 253, FINE, "context_length_exceeded", "253"),
+        ((5,) * 253, FINE, "context_length_exceeded", "This model's maximum context length is 256 tokens"),
         ((5,), SamplingParams(256), "context_length_exceeded", "256"),
         ((5,) * 1000, FINE, "context_length_exceeded", "shorten the prompt"),
     ],

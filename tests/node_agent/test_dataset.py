@@ -164,6 +164,13 @@ def test_files_that_cannot_be_used_at_all(tmp_path: Path, tokenizer: Tokenizer) 
         load(write(tmp_path, b"{", b"}"), tokenizer, OnInvalid.SKIP)
 
 
+def test_half_of_a_surrogate_pair_is_a_line_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    line = b'{"messages": [{"role": "user", "content": "a\\ud83d"}, {"role": "assistant", "content": "b"}]}'
+    with pytest.raises(DatasetError, match=r"line 2: messages.0.content holds \\ud83d, half of a surrogate pair"):
+        load(write(tmp_path, GOOD, line), tokenizer)
+    assert load(write(tmp_path, GOOD, line), tokenizer, OnInvalid.SKIP).skipped == 1
+
+
 def test_a_bad_first_line_can_be_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
     dataset = load(write(tmp_path, b"#", GOOD), tokenizer, OnInvalid.SKIP)
     assert (dataset.ids, dataset.skipped, dataset.format) == ((2,), 1, DatasetFormat.MESSAGES)

@@ -17,7 +17,15 @@ NEUTRAL = [
     *({"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"response_format": {"type": "text"}}, {"store": True}),
     *({"logit_bias": {}}, {"stop": None}, {"top_p": 1}, {"seed": None}, {"stop": "xyz"}, {"tool_choice": "none"}),
     *({"service_tier": "auto"}, {"stream_options": None}, {"top_k": -1}, {"repetition_penalty": 1.0}),
-    *({"top_k": 0}, {"min_p": 0}, {"min_tokens": 0}, {"top_logprobs": 0}, {"best_of": 1}, {"prompt_logprobs": False}),
+    *(
+        {"top_k": 0},
+        {"min_p": 0},
+        {"top_p": 0},
+        {"min_tokens": 0},
+        {"top_logprobs": 0},
+        {"best_of": 1},
+        {"prompt_logprobs": False},
+    ),
 ]
 REFUSED = [
     ({"n": 0}, "n"),
@@ -53,7 +61,8 @@ REFUSED = [
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"seed": 2**70}, "seed"),
@@ -63,11 +72,14 @@ REFUSED = [
     ({"stream_options": {"other": 1}}, "stream_options"),
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
-    ({"messages": [{"role": "user"}], "model": None}, "model"),
     ({"messages": [{"content": "x"}]}, "messages"),
     ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
-    ({"model": ""}, "model"),
+    ({"model": 5}, "model"),
+    ({"model": "x" * 513}, "model"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {}}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages"),
 ]
 
 
@@ -88,11 +100,12 @@ def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], 
 
 
 def test_content_parts_of_text_are_joined(http: httpx.Client) -> None:
-    parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": " brown fox"}]
-    joined = http.post(
-        "/v1/chat/completions", json=GOOD | {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+    """By line ends, as in vLLM, where the template takes a string."""
+    parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": "brown fox"}]
+    joined, plain = (
+        http.post("/v1/chat/completions", json=GOOD | {"messages": [{"role": "user", "content": said}], "seed": 1})
+        for said in (parts, "the quick\nbrown fox")
     )
-    plain = http.post("/v1/chat/completions", json=GOOD | {"temperature": 0})
     assert joined.json()["choices"] == plain.json()["choices"]
 
 

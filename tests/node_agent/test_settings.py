@@ -54,6 +54,9 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
         ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
         ("REDIS_URL", "redis-host", ["REDIS_URL", "redis://"]),
+        ("MODEL_NAME", "org model", ["COSERVE_MODEL_NAME", "'org model'", "org/model-8b"]),
+        ("GENERATION_CONFIG", "vllm", ["COSERVE_GENERATION_CONFIG", "'vllm'", "Neutral"]),
+        ("CORS_ORIGINS", "*,https://a.example.com/", ["COSERVE_CORS_ORIGINS", "a.example.com/", "no path"]),
     ],
 )
 def test_a_wrong_variable_is_explained(
@@ -63,6 +66,22 @@ def test_a_wrong_variable_is_explained(
     with pytest.raises(StartError) as caught:
         read(AgentSettings)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_variable_in_other_letters_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint's template may set it, and it must not take the place of what the operator sets."""
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", "MODEL_NAME": "org/model-8b"})
+    monkeypatch.setenv("coserve_model_name", "another")
+    monkeypatch.setenv("Coserve_Model_Path", "/elsewhere")
+    settings = read(AgentSettings)
+    assert (settings.model_name, settings.model_path) == ("org/model-8b", Path("/models/m"))
+
+
+def test_origins_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", "CORS_ORIGINS": "https://a.example.com,http://localhost:3000"})
+    assert read(AgentSettings).cors_origins == ("https://a.example.com", "http://localhost:3000")
+    environment(monkeypatch, {"CORS_ORIGINS": ""})
+    assert read(AgentSettings).cors_origins == ()
 
 
 def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_a_roll_out_needs_no_spare_gpu_and_a_pod_has_time_to_drain(make) -> None
 def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     spec = {"slo": {"timeToFirstToken": "1m30s", "timePerOutputToken": "50ms"}, "engine": {"kvCacheMemory": "2Gi"}}
     spec |= {"finetuning": {"maxSlowdownPercent": 50, "activationMemory": "64Mi"}}
+    spec["cors"] = {"allowOrigins": ["https://chat.example.com", "http://localhost:3000"]}
     env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS, "digest"))
     expected = {
         "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_ENDPOINT_NAME": "tiny", "COSERVE_NAMESPACE": "ml",
@@ -74,11 +75,12 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_MAX_SLOWDOWN_PERCENT": "50", "COSERVE_PASS_BYTES": str(64 * 2**20),
         "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30), "COSERVE_THREADS": "1",
         "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,
-        "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001",
+        "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001", "COSERVE_GENERATION_CONFIG": "Model",
+        "COSERVE_CORS_ORIGINS": "https://chat.example.com,http://localhost:3000",
     }  # fmt: skip
     assert expected.items() <= env.items()
     unset = env_of(agents.deployment(make.endpoint(), 1, "agent:1", REDIS, "digest"))
-    assert (unset["COSERVE_MAX_SLOWDOWN_PERCENT"], unset["COSERVE_PASS_BYTES"]) == ("", "")
+    assert {unset[f"COSERVE_{name}"] for name in ("MAX_SLOWDOWN_PERCENT", "PASS_BYTES", "CORS_ORIGINS")} == {""}
     assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
     assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis", "key": "password"}}
 

@@ -40,7 +40,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {
             "error": {
-                "message": str(self),
+                # Whatever a message quotes, it can be sent.
+                "message": str(self).encode("utf-8", "backslashreplace").decode(),
                 "type": _TYPES.get(self.status, "server_error"),
                 "param": self.param,
                 "code": self.code,

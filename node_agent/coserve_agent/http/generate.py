@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 from coserve_agent.engine_client import EngineClient, RefusedError, TokenStream
 from coserve_agent.errors import EngineGoneError
+from coserve_agent.generation_config import SamplingDefaults
+from coserve_agent.http import context
 from coserve_agent.http.errors import ApiError, bad_request
 from coserve_agent.http.params import ChatRequest, Common
 from coserve_agent.http.prompts import Prompt
@@ -51,7 +53,9 @@ class Models(Protocol):
 
     def resolve(self, name: str) -> Served | None: ...
 
-    def listing(self) -> list[Served]: ...
+    def listing(self) -> list[Served]:
+        """The base model first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Generator:
         max_model_length: int,
         max_waiting: int,
         now_s: Callable[[], float],
+        defaults: SamplingDefaults,
     ) -> None:
         self._engine = engine
         self.tokenizer = tokenizer
@@ -158,6 +163,7 @@ class Generator:
         self.max_model_length = max_model_length
         self._max_waiting = max_waiting
         self.now_s = now_s
+        self.defaults = defaults
 
     @property
     def vocab_size(self) -> int:
@@ -249,15 +255,16 @@ class Generator:
         return Generation(stream, meter, transcript, scoring_only=scoring_only)
 
     def _params(self, request: Common, max_tokens: int) -> SamplingParams:
+        defaults = self.defaults
         return SamplingParams(
             max_tokens=max(1, max_tokens),  # the engine computes a prompt for the token that follows it
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            temperature=_said(request.temperature, defaults.temperature),
+            top_p=_said(request.top_p, defaults.top_p),
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=self._stop_token_ids(request),
-            top_k=max(0, request.top_k or 0),
-            min_p=request.min_p or 0.0,
-            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+            top_k=max(0, _said(request.top_k, defaults.top_k)),
+            min_p=_said(request.min_p, defaults.min_p),
+            repetition_penalty=_said(request.repetition_penalty, defaults.repetition_penalty),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=tuple((request.logit_bias or {}).items()),
@@ -285,20 +292,11 @@ class Generator:
         if prompt_tokens == 0:
             raise bad_request("the prompt has no tokens; send at least one", param, "invalid_value")
         if prompt_tokens >= limit:
-            raise bad_request(
-                f"the prompt has {prompt_tokens} tokens, but this model's context is {limit} tokens of prompt and "
-                f"answer together; shorten the prompt to {limit - 1} tokens or less",
-                param,
-                "context_length_exceeded",
-            )
+            raise context.prompt_too_long(prompt_tokens, limit, param)
         if max_tokens is not None and prompt_tokens + max_tokens > limit:
-            raise bad_request(
-                f"the prompt has {prompt_tokens} tokens and {max_tokens} are asked for, but this model's context is "
-                f"{limit} tokens; ask for {limit - prompt_tokens} or less",
-                "max_tokens",
-                "context_length_exceeded",
-            )
-        return limit - prompt_tokens if max_tokens is None else max_tokens
+            raise context.answer_too_long(prompt_tokens, max_tokens, limit)
+        room = limit - prompt_tokens
+        return min(self.defaults.max_tokens or room, room) if max_tokens is None else max_tokens
 
     def _stop_token_ids(self, request: Common) -> tuple[int, ...]:
         own = tuple(request.stop_token_ids or ())
@@ -309,6 +307,10 @@ class Generator:
         self._metrics.on_request("refused")
         retry_after_s = None if status == 500 else RETRY_AFTER_S
         return ApiError(status, message, code=code, retry_after_s=retry_after_s)
+
+
+def _said(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def _refusal(error: RefusedError) -> ApiError:

@@ -1,10 +1,13 @@
-"""What every answer gets, whatever route made it: a body where a handler failed, and notice of the connection's end."""
+"""What every request and answer gets, whatever its route: a path without its last slash, what a browser asks before,
+a body where a handler failed, and notice of the connection's end.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coserve_agent.http.errors import mistake
@@ -12,6 +15,7 @@ from coserve_agent.http.errors import mistake
 log = logging.getLogger(__name__)
 
 CLOSE = (b"connection", b"close")
+PREFLIGHT_S = 600
 
 
 class AnswerMistakes:
@@ -57,3 +61,33 @@ class CloseWhileDraining:
             await send(message)
 
         await self._app(scope, receive, sending)
+
+
+class TrailingSlash:
+    """/v1/models/ is /v1/models. A redirect would need the address by which the client knows us."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/" and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+def wrap(app: ASGIApp, cors_origins: Sequence[str]) -> ASGIApp:
+    """`app` behind both. Pages of `cors_origins` may call it from a browser; "*" are all, none: no page may.
+
+    It is outside of the application's own handlers, so that a page can read its errors, too.
+    """
+    app = TrailingSlash(app)
+    if not cors_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("retry-after",),
+        max_age=PREFLIGHT_S,
+    )

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from coserve_agent.http.answer import answer
+from coserve_agent.http.body import read_json
 from coserve_agent.http.errors import (
     ApiError,
     bad_request,
@@ -19,10 +20,11 @@ from coserve_agent.http.errors import (
     on_wrong_method,
 )
 from coserve_agent.http.generate import Generator, Served
+from coserve_agent.http.messages import characters
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
 from coserve_agent.http.prompts import Prompt, check_ids, read_prompts
-from coserve_agent.http.stream import ClientGoneError, read_json
+from coserve_agent.http.stream import ClientGoneError
 from coserve_agent.tokenizer import ChatTemplateError
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -41,17 +43,19 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
 
     async def body_of(request: Request) -> dict[str, Any]:
         generator.check_open()
-        return await read_json(request, max_body_bytes)
+        body = await read_json(request, max_body_bytes)
+        if body.get("model") in (None, ""):  # as in vLLM
+            body["model"] = generator.models.listing()[0].name
+        return body
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         arrival_s = generator.now_s()
         parsed = parse_chat(await body_of(request))
         generator.served(parsed.model)
-        messages = [message.plain() for message in parsed.messages]
-        chars = sum(len(message["content"]) for message in messages)
+        messages = [message.plain(tokenizer.reads_tool_calls) for message in parsed.messages]
         try:
-            prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), chars)
+            prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), characters(messages))
         except ChatTemplateError as error:
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
@@ -66,9 +70,10 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         prompts = []
         given, echo, vocab_size = parsed.prompts, bool(parsed.echo), generator.vocab_size
         chars = sum(len(one) for one in given)
+        usual = min(DEFAULT_COMPLETION_TOKENS, generator.defaults.max_tokens or DEFAULT_COMPLETION_TOKENS)
         for prompt in await generator.encode(lambda: read_prompts(tokenizer, given, vocab_size, echo=echo), chars):
             room = generator.max_model_length - len(prompt.tokens)
-            limit = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
+            limit = min(usual, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
             prompts.append(replace(prompt, max_tokens=limit))
         return await answer(generator, request, parsed, prompts, arrival_s)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
 
+from coserve_agent.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from coserve_agent.http.errors import ApiError, bad_request
+from coserve_agent.http.messages import ChatMessage, RequestModel, without_nulls
 from coserve_engine.messages import MAX_LOGPROBS
 
 MAX_STOPS = 16
@@ -28,35 +30,31 @@ Count = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class _Base(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class StreamOptions(_Base):
+class StreamOptions(RequestModel):
     include_usage: StrictBool = False
     continuous_usage_stats: Literal[False] | None = None
     include_obfuscation: StrictBool | None = None
 
 
-class Common(_Base):
+class Common(RequestModel):
     """What both kinds of completion share. Token counts; temperature 0 is greedy. Names beyond OpenAI's are vLLM's."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Count], Field(max_length=64)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: (
         Annotated[dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
     ) = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=MAX_COUNT)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     min_tokens: Count | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -69,6 +67,11 @@ class Common(_Base):
     @classmethod
     def _no_prompt_logprobs(cls, value: object) -> object:
         return None if value is False else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _given_biases(cls, value: object) -> object:
+        return without_nulls(value)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -86,27 +89,9 @@ class Common(_Base):
         return self.prompt_logprobs
 
 
-class ChatMessage(BaseModel):
-    """One message. Content parts are joined if they are text; other kinds are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    role: Annotated[str, Field(min_length=1, max_length=32)]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def plain(self) -> dict[str, str]:
-        """role and content as the chat template gets them."""
-        return {"role": self.role, "content": _text(self.content)}
-
-
 class ChatRequest(Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -208,6 +193,8 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
     """
     kept = {}
     for name, value in body.items():
+        if value is None:
+            continue
         if name in known:
             kept[name] = value
         elif name not in NEUTRAL:
@@ -216,7 +203,7 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
                 name,
                 "unknown_parameter",
             )
-        elif value is not None and not NEUTRAL[name](value):
+        elif not NEUTRAL[name](value):
             raise bad_request(
                 f"{name} is not supported here, and ignoring it would change the answer; remove it",
                 name,
@@ -283,20 +270,3 @@ def explain(error: ValidationError) -> ApiError:
 def _is_branch(part: object) -> bool:
     """pydantic puts the tried type of a union into the path."""
     return isinstance(part, str) and (part in ("str", "int") or "[" in part)
-
-
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise bad_request(
-                f"messages has a content part of type {part.get('type')!r}; only parts of type 'text' are supported",
-                "messages",
-                "unsupported_parameter",
-            )
-        texts.append(part["text"])
-    return "".join(texts)

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -27,8 +26,14 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads the answer."""
 
 
+# What splits lines for str.splitlines, by which httpx and others read events, and stands bare in JSON.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
 def event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One server-sent event: a single line, by whatever rule its reader splits lines."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -86,27 +91,3 @@ class EventStream(Response):
             said = error if isinstance(error, ApiError) else mistake()
             await send({"type": "http.response.body", "body": event(said.body()), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object.
-
-    Raises:
-        ApiError: 413 if it is larger than `max_bytes`, 400 if it is no JSON object.
-    """
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes; send less", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
-    try:
-        data = json.loads(bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(data, dict):
-        raise ApiError(400, f"the body is a JSON {type(data).__name__}; send an object", code="invalid_json")
-    return data

@@ -82,8 +82,10 @@ def pod_spec(
     """Return a restricted pod with `container` merged with the endpoint's template."""
     template = endpoint.spec.template
     claims = [mount for mount in mounts if mount is not None]
+    # Server-side apply takes no variable twice: the template's HOME is the one.
+    home = [] if any(one.name == "HOME" for one in template.env) else [{"name": "HOME", "value": "/tmp"}]
     merged = container | {
-        "env": [{"name": "HOME", "value": "/tmp"}, *container["env"], *_dumped(template, "env")],
+        "env": [*home, *container["env"], *_dumped(template, "env")],
         "resources": resources,
         "securityContext": CONTAINER_SECURITY,
         "terminationMessagePolicy": "FallbackToLogsOnError",

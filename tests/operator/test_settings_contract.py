@@ -1,0 +1,115 @@
+"""Whatever the API server takes of an endpoint and a job, their pods take: from the CRDs through the operator's own
+builders into the settings of agent and feeder, and the binding that an agent reads.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from unittest import mock
+
+import pytest
+from crd_strategies import objects
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError, field_validator
+
+from coserve_agent.agent import engine_config
+from coserve_agent.errors import StartError
+from coserve_agent.settings import AgentSettings, FeederSettings, read
+from coserve_api.common import duration_ms, quantity_bytes
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_api.messages import Binding, Desired
+from coserve_api.store import JobRecord
+from coserve_operator.reconcile.briefing import binding_of
+from coserve_operator.resources import agents, feeder
+from coserve_operator.resources.feeder import sequence_length
+
+REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
+UIDS = st.uuids().map(str)
+ENDPOINTS = objects("inferenceendpoints.yaml", UIDS)
+JOBS = objects("finetunejobs.yaml", UIDS)
+MANY = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+
+
+def accepted(kind: Any, body: dict[str, Any]) -> Any:
+    """The object, where it keeps the rules between its fields, too."""
+    try:
+        made = kind.from_dict(body)
+    except ValidationError:
+        assume(False)
+    scaling = getattr(made.spec, "autoscaling", None)
+    assume(scaling is None or scaling.min_replicas <= scaling.max_replicas)
+    return made
+
+
+def environment(manifest: dict[str, Any], pod: str) -> dict[str, str]:
+    """A container's variables as the kubelet sets them."""
+    downward = {"metadata.name": pod, "metadata.uid": "0b1c5a3e-9d7f-4f43-8d1c-0a6f6f6f1a2b", "spec.nodeName": "node-1"}
+    values: dict[str, str] = {}
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    for one in container["env"]:
+        assert one["name"] not in values, "server-side apply takes no variable twice"
+        source = one.get("valueFrom", {})
+        values[one["name"]] = downward.get(source.get("fieldRef", {}).get("fieldPath"), one.get("value", "secret"))
+    return values
+
+
+def settings_of(kind: Any, manifest: dict[str, Any], pod: str) -> Any:
+    with mock.patch.dict(os.environ, environment(manifest, pod), clear=True):
+        return read(kind)
+
+
+@MANY
+@given(ENDPOINTS)
+def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
+    endpoint = accepted(InferenceEndpoint, body)
+    manifest = agents.deployment(endpoint, 1, "agent:1", REDIS, "digest")
+    got = settings_of(AgentSettings, manifest, f"{endpoint.metadata.name}-5d9c7b9f6b-x2x4z")
+    spec = endpoint.spec
+    assert (got.endpoint_uid, got.endpoint_name) == (endpoint.metadata.uid, endpoint.metadata.name)
+    assert (got.model_name, got.max_model_length) == (endpoint.model_name, spec.model.max_model_length)
+    assert (got.ttft_ms, got.tpot_ms) == tuple(
+        map(duration_ms, (spec.slo.time_to_first_token, spec.slo.time_per_output_token))
+    )
+    assert (got.finetuning, got.max_rank) == (spec.finetuning.policy, spec.finetuning.max_rank)
+    assert got.max_slowdown_percent == spec.finetuning.max_slowdown_percent
+    assert got.kv_cache_bytes == quantity_bytes(spec.engine.kv_cache_memory)
+    assert (got.generation_config, got.cors_origins) == (spec.engine.generation_config, spec.cors.allow_origins)
+    assert engine_config(got).max_batch_tokens == spec.engine.max_batch_tokens
+
+
+@MANY
+@given(ENDPOINTS, JOBS)
+def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job_body: dict[str, Any]) -> None:
+    endpoint, job = accepted(InferenceEndpoint, endpoint_body), accepted(FinetuneJob, job_body)
+    got = settings_of(FeederSettings, feeder.feeder(job, endpoint, "agent:1", REDIS), f"{job.metadata.name}-feeder-x2x")
+    training = job.spec.training
+    assert (got.job_uid, got.job_name) == (job.metadata.uid, job.metadata.name)
+    assert (got.epochs, got.max_steps) == (training.epochs, training.max_steps)
+    assert (got.batch_size, got.seed) == (training.batch_size, training.seed)
+    assert got.max_sequence_length == sequence_length(job, endpoint)
+    binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord())
+    assert Binding.loads("key", binding.dumps()) == binding
+
+
+def test_a_narrower_setting_would_be_found() -> None:
+    """Negative control: with the pattern that once refused the CRD's own example, the same objects fail."""
+
+    class Narrow(AgentSettings):
+        @field_validator("model_name")
+        @classmethod
+        def _without_slash(cls, name: str) -> str:
+            if "/" in name:
+                raise ValueError("no slash")
+            return name
+
+    @settings(MANY, database=None, phases=(Phase.generate,))
+    @given(ENDPOINTS)
+    def every(body: dict[str, Any]) -> None:
+        manifest = agents.deployment(accepted(InferenceEndpoint, body), 1, "agent:1", REDIS, "digest")
+        settings_of(Narrow, manifest, "pod-1")
+
+    with pytest.raises(StartError, match="no slash"):
+        every()
