@@ -11,7 +11,7 @@ SOURCES := crds engine node_agent operator examples tests bench
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster)
+demo: ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster)
 	@CLUSTER=$(CLUSTER) hack/demo
 
 test: lint ## every test but the nightly ones
