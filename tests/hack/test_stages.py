@@ -47,7 +47,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with process:  # closes its pipes
+            pass
 
 
 @pytest.fixture
