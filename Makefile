@@ -12,7 +12,7 @@ SOURCES := crds engine node_agent operator examples tests bench
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: venv ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster; MODEL=smollm2: a real model)
+demo: ## from nothing to a job that trains inside a serving endpoint (CLUSTER=current: on the kubeconfig's cluster; MODEL=smollm2: a real model)
 	@CLUSTER=$(CLUSTER) MODEL=$(MODEL) hack/demo
 
 test: lint ## every test but the nightly ones

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from operator import mul
 
 from coserve_engine.errorbound import ErrorBound, Highest
-from coserve_engine.fit import OnlineFit
+from coserve_engine.fit import OnlineFit, Prior
 from coserve_engine.work import Features, ForwardWork, UnitWork
 
 MISS_RATE = 5e-4
@@ -28,13 +28,13 @@ OUTLIER = 2.0
 class Predictor:
     """Seconds of one kind of work: a fit, the machine's speed, and the bound on what is left of the error."""
 
-    def __init__(self, size: int) -> None:
-        self._fit = OnlineFit(size)
+    def __init__(self, size: int, prior: Prior | None = None) -> None:
+        self._fit = OnlineFit(size, prior=prior)
         self._new: list[tuple[Features, float]] = []
         """What the fit has not learnt yet, of the last `_iterations`."""
         self._iterations = 0
         self._log_speed = 0.0
-        self.coefficients: Features = (0.0,) * size
+        self.coefficients: Features = tuple(self._fit.coefficients)
         """Seconds for each feature, the speed in them."""
         self.error = ErrorBound(MISS_RATE)
 
@@ -71,6 +71,11 @@ class CostModel:
     def __init__(self) -> None:
         self._forward, self._unit, self._head = Predictor(7), Predictor(4), Predictor(4)
         self._turnaround = Highest()
+
+    def begin(self, forward: Prior, unit: Prior | None = None, head: Prior | None = None) -> None:
+        """Forget all, and believe this until it is measured; units without a prior cost nothing until then."""
+        self._forward = Predictor(7, forward)
+        self._unit, self._head = Predictor(4, unit), Predictor(4, head)
 
     def forget_errors(self) -> None:
         """Start the error bounds anew: the errors of a fit that has just begun say nothing."""

@@ -8,7 +8,7 @@ from functools import singledispatchmethod
 from pathlib import Path
 
 from coserve_engine.adapter_folder import read_adapter
-from coserve_engine.calibrate import calibrate
+from coserve_engine.calibrate import budget_s, calibrate
 from coserve_engine.config import EngineConfig
 from coserve_engine.cost import CostModel
 from coserve_engine.deferred import FileError, FileWork
@@ -66,7 +66,9 @@ class Engine:
         paused: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.config, self._clock, self._policy = config, clock, policy
+        started = clock()
         self.executor = Executor(config)
+        self._loading_s = clock() - started
         self._adapters: dict[AdapterVersion, LoraWeights] = {}
         self._wanted: dict[AdapterVersion, int] = {}
         """Versions that are loaded, or will be, and the number of the load."""
@@ -87,8 +89,11 @@ class Engine:
     def ready(self) -> EngineReady:
         """Calibrate the latency model; the first thing to call."""
         e = self.executor
-        notes = calibrate(e, self.cost, self._clock)
+        calibrated = calibrate(e, self.cost, self._clock, budget_s(self._loading_s))
+        started = self._clock()
         odd = probe_row_invariance(e.transformer, backward=self.config.finetuning)
+        tried_s = self._clock() - started
+        notes = (f"loaded in {self._loading_s:.1f} s", *calibrated, f"tried rows of products in {tried_s:.1f} s")
         if odd:
             notes += (f"rows of {', '.join(odd)} depend on their batch: results are not bit-exact on this machine",)
         notes += (*e.linears.notes(), f"attention by {e.transformer.attention.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from operator import mul
 
 from coserve_engine.work import Features
@@ -14,7 +15,36 @@ WARM = 64
 HEAVIEST = 1e60
 """Weight of a sample beyond which all are made lighter, so that no sum overflows."""
 
+PRIOR_WEIGHT = 0.01
+"""A made-up measurement of a prior counts for so much of a real one."""
+
 Row = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Where a fit begins.
+
+    Args:
+        coefficients: seconds for each feature.
+        typical: how much of each feature a common piece of work has.
+    """
+
+    coefficients: Features
+    typical: Features
+
+    @property
+    def typical_s(self) -> float:
+        """Seconds of a common piece of work."""
+        return self.seconds(self.typical)
+
+    def seconds(self, x: Features) -> float:
+        """Seconds for the features `x`."""
+        return float(sum(map(mul, self.coefficients, x)))
+
+    def scaled(self, factors: Sequence[float]) -> Prior:
+        """Each coefficient times its factor."""
+        return Prior(tuple(map(mul, self.coefficients, factors)), self.typical)
 
 
 class OnlineFit:
@@ -22,15 +52,21 @@ class OnlineFit:
 
     Samples weigh 1 / seconds^2, so that errors count relatively; the normal equations are solved by coordinate
     descent that starts from the last solution.
+
+    A prior is a made-up measurement of each feature alone, in its typical number, whose error counts in a typical
+    piece of work: it decides what was never measured or never apart, and fades like all the others.
     """
 
-    def __init__(self, size: int, forgetting: float = 0.99) -> None:
+    def __init__(self, size: int, forgetting: float = 0.99, prior: Prior | None = None) -> None:
         self._growth, self._weight = 1.0 / forgetting, 1.0
-        self._rows = [_wide(1e-9 if i == j else 0.0 for j in range(size)) for i in range(size)]
+        own = [1e-9] * size
+        if prior is not None and prior.typical_s > 0:
+            own = [max(1e-9, PRIOR_WEIGHT * (count / prior.typical_s) ** 2) for count in prior.typical]
+        self._rows = [_wide(own[i] if i == j else 0.0 for j in range(size)) for i in range(size)]
         self._gradient = _wide(())
         """b - A c, kept up rather than b: what does not move then costs nothing."""
         self.samples = 0
-        self.coefficients = [0.0] * size
+        self.coefficients = [0.0] * size if prior is None else list(prior.coefficients)
 
     @property
     def warm(self) -> bool:

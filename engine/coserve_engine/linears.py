@@ -17,6 +17,12 @@ from coserve_engine.numerics import Numerics
 PACKED_ROWS = 256
 """Rows that oneDNN lays a weight out for. A layout for few rows gives other bits for more."""
 PROBED_ROWS = (4, 8, 12, 16, 20, 28, 32, 48, 64, 96, 128, 192, 256, 320)
+LEAST_PROBED = 64
+"""Rows that are tried of the widest weights too: those of a tile."""
+CHECK_FLOPS = 1e11
+"""What the check of one product may compute beyond LEAST_PROBED rows: some seconds of a slow core. Not a time: what is
+chosen must not depend on the moment.
+"""
 
 
 class FrozenLinear(Protocol):
@@ -83,12 +89,22 @@ def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -
     return y
 
 
+def probed_rows(weights: int) -> int:
+    """The most rows that the check of a product with so many weights tries."""
+    spent = 0
+    for index, rows in enumerate(PROBED_ROWS):
+        spent += rows
+        if rows > LEAST_PROBED and 2.0 * weights * (spent + rows) > CHECK_FLOPS:
+            return PROBED_ROWS[index - 1]
+    return PROBED_ROWS[-1]
+
+
 def differing_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numerics: Numerics) -> list[int]:
-    """Row counts among PROBED_ROWS for which the last rows of x [max(PROBED_ROWS), in], copied elsewhere and turned by
-    one place, give other bits than among all of them: none where a row's bits depend on the row alone.
+    """Row counts among PROBED_ROWS, up to R, for which the last rows of x [R, in], copied elsewhere and turned by one
+    place, give other bits than among all of them: none where a row's bits depend on the row alone.
     """
     whole = product(x)
-    counts = (rows for rows in PROBED_ROWS if rows % numerics.row_multiple == 0)
+    counts = (rows for rows in PROBED_ROWS if rows % numerics.row_multiple == 0 and rows <= x.shape[0])
     return [rows for rows in counts if not torch.equal(product(x[-rows:].roll(1, 0)), whole[-rows:].roll(1, 0))]
 
 
@@ -103,18 +119,20 @@ class LinearChoice:
         elif not PackedLinear.available():
             self._reason = "this torch has no oneDNN"
         self._odd: dict[tuple[int, int], list[int]] = {}
+        """Row counts that the packed form fails, for each shape."""
 
     def make(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> FrozenLinear:
         """The linear of weight [out, in] and bias [out]."""
+        out, into = weight.shape
         if self._reason:
+            self._odd[out, into] = []
             return PlainLinear(by_inputs(weight), bias)
         packed = PackedLinear(weight, bias, backward=self._backward)
-        out, into = weight.shape
         if (out, into) not in self._odd:
-            draw = torch.Generator().manual_seed(0)
-            odd = differing_rows(packed.forward, torch.randn(PROBED_ROWS[-1], into, generator=draw), self._numerics)
+            draw, rows = torch.Generator().manual_seed(0), probed_rows(out * into)
+            odd = differing_rows(packed.forward, torch.randn(rows, into, generator=draw), self._numerics)
             if self._backward:
-                dy = torch.randn(PROBED_ROWS[-1], out, generator=draw)
+                dy = torch.randn(rows, out, generator=draw)
                 odd += differing_rows(packed.backward, dy, self._numerics)
             self._odd[out, into] = odd
         return PlainLinear(by_inputs(weight), bias) if self._odd[out, into] else packed
@@ -123,7 +141,9 @@ class LinearChoice:
         """Lines for the log: what was chosen and why."""
         if self._reason:
             yield f"linears by BLAS ({self._reason})"
-            return
         for (out, into), odd in sorted(self._odd.items()):
             why = f"BLAS (packed, rows differ for {sorted(set(odd))} rows)" if odd else "oneDNN, packed"
-            yield f"linear {out} x {into} by {why}"
+            if not self._reason:
+                yield f"linear {out} x {into} by {why}"
+            if (tried := probed_rows(out * into)) < PROBED_ROWS[-1]:
+                yield f"linear {out} x {into} is large: whether rows keep their bits is tried up to {tried} rows"

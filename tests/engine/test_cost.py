@@ -10,7 +10,7 @@ import pytest
 
 from coserve_engine.cost import LESSON, MISS_RATE, CostModel
 from coserve_engine.errorbound import ErrorBound, Highest
-from coserve_engine.fit import OnlineFit
+from coserve_engine.fit import OnlineFit, Prior
 from coserve_engine.work import ForwardWork, UnitWork
 
 
@@ -111,6 +111,34 @@ def test_more_work_is_never_predicted_to_take_less(taught: CostModel) -> None:
     for _ in range(200):
         a, b = forward_work(source), forward_work(source)
         assert taught.forward_s(a.plus(b)) >= max(taught.forward_s(a), taught.forward_s(b))
+
+
+def test_a_prior_decides_what_was_never_measured_and_nothing_else() -> None:
+    prior = Prior((5e-3, 1e-3, 2e-3), (1.0, 10.0, 10.0))
+    fit, bare = OnlineFit(3, prior=prior), OnlineFit(3)
+    assert fit.predict((1.0, 2.0, 3.0)) == pytest.approx(13e-3)
+    for n in range(40):
+        for made in (fit, bare):
+            made.update([((1.0, n % 7, 0.0), 1e-3 + 4e-3 * (n % 7))])
+    assert fit.predict((1.0, 5.0, 0.0)) == pytest.approx(21e-3, rel=0.02)
+    assert fit.predict((0.0, 0.0, 1.0)) == pytest.approx(2e-3)
+    assert bare.predict((0.0, 0.0, 1.0)) == 0.0, "the control"
+
+
+def test_a_prior_that_is_far_off_gives_way() -> None:
+    fit = OnlineFit(2, prior=Prior((1e-6, 1.0), (1.0, 10.0)))
+    for n in range(20):
+        fit.update([((1.0, n % 5), 3e-3 + 1e-3 * (n % 5))])
+    assert fit.predict((1.0, 2.0)) == pytest.approx(5e-3, rel=0.1)
+
+
+def test_a_prior_parts_what_is_never_apart() -> None:
+    """Rows and tiles of units of whole tiles, decode rows and their attention calls."""
+    fit = OnlineFit(2, prior=Prior((2e-3, 1e-3), (1.0, 1.0)))
+    for _ in range(40):
+        fit.update([((1.0, 1.0), 6e-3)])
+    assert fit.predict((1.0, 1.0)) == pytest.approx(6e-3, rel=0.01)
+    assert min(fit.coefficients) > 1.5e-3
 
 
 def test_features_that_never_vary_alone_do_no_harm() -> None:

@@ -7,7 +7,15 @@ import torch
 
 from coserve_engine import linears
 from coserve_engine.host import on_intel
-from coserve_engine.linears import PROBED_ROWS, LinearChoice, PackedLinear, PlainLinear, by_inputs, differing_rows
+from coserve_engine.linears import (
+    PROBED_ROWS,
+    LinearChoice,
+    PackedLinear,
+    PlainLinear,
+    by_inputs,
+    differing_rows,
+    probed_rows,
+)
 from coserve_engine.numerics import Numerics
 
 CPU = torch.device("cpu")
@@ -82,6 +90,31 @@ def test_it_gives_way_to_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = LinearChoice(CPU, torch.float32, Numerics(), backward=True)
     assert isinstance(choice.make(draw(64, 48)), PlainLinear)
     assert list(choice.notes()) == ["linear 64 x 48 by BLAS (packed, rows differ for [8] rows)"]
+
+
+@pytest.mark.parametrize(
+    ("out", "into", "rows"), ((64, 48, 320), (49152, 576, 320), (14336, 4096, 192), (128256, 4096, 64))
+)
+def test_how_many_rows_are_tried_depends_on_the_weight_alone(out: int, into: int, rows: int) -> None:
+    """Not on a clock, or two agents of one endpoint would choose differently. A tile is tried of any."""
+    assert probed_rows(out * into) == rows
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_rows_that_were_not_tried_are_said(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(linears, "differing_rows", lambda product, x, numerics: seen.append(len(x)) or [])
+    monkeypatch.setattr(linears, "CHECK_FLOPS", 2.0 * 64 * 48 * 700)
+    choice = LinearChoice(CPU, dtype, Numerics(), backward=True)
+    choice.make(draw(64, 48).to(dtype))
+    assert seen == ([128, 128] if dtype is torch.float32 else [])
+    said = "linear 64 x 48 is large: whether rows keep their bits is tried up to 128 rows"
+    assert list(choice.notes())[1:] == [said]
+
+
+def test_fewer_rows_are_tried_among_themselves() -> None:
+    x, w = draw(64, 64), draw(32, 64, seed=1)
+    assert differing_rows(lambda rows: rows @ w.t() * (1.0 if len(rows) > 8 else 1.5), x, Numerics()) == [4, 8]
 
 
 def test_float64_is_plain() -> None:

@@ -55,6 +55,13 @@ def test_a_linear_that_depends_on_the_number_of_rows(rig: Any, backward: bool) -
     assert probe_row_invariance(broken, backward=backward) == found
 
 
+def test_a_head_that_depends_on_the_number_of_rows(rig: Any) -> None:
+    transformer: Transformer = rig().executor.transformer
+    odd = OtherOrderForFewRows(torch.randn(transformer.weights.embed.shape))
+    broken = replace(transformer, weights=replace(transformer.weights, head=odd))
+    assert probe_row_invariance(broken, backward=True) == ("head", "head backward")
+
+
 def test_attention_that_depends_on_the_number_of_rows(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said in the log."""
     attend = Attention.attend
