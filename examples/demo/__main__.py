@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from gsm8k import load_split
 from rich.console import Console
 
 from demo.answers import Score, ask
+from demo.causes import misses, pauses_said
+from demo.client import Work
 from demo.cluster import ENDPOINTS, JOBS, Cluster, DemoError, condition, connected, kubectl, manifest
 from demo.display import Display
 from demo.picture import by_second, draw
-from demo.replay import Prompts, Replayer, Slo
+from demo.remote import RemoteClient
+from demo.replay import Prompts, Replayer, Sample, Slo
 from demo.trace import Recorded, Replay, Scaling, fit, read_trace
 from demo.watch import AgentLog, Watcher, finetune_rate
 
@@ -29,6 +33,8 @@ TRACE = EXAMPLES / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
 JOB = "gsm8k-json"
 QUESTIONS = 24
 ALONE_S = 15.0
+LEAST_ATTAINMENT = 99.0
+DRAWING_NICE = 10
 LEAST_STEPS = 100
 """With fewer the adapter does not learn the form."""
 
@@ -64,7 +70,8 @@ class Verdict:
         checks = {
             f"the job is {self.state}, not Complete": self.state != "Complete",
             f"{self.failed} requests failed": self.failed > 0,
-            f"attainment {self.attainment_percent:.1f} % is below 99 %": self.attainment_percent < 99.0,
+            f"attainment {self.attainment_percent:.1f} % is below {LEAST_ATTAINMENT:.0f} %": self.attainment_percent
+            < LEAST_ATTAINMENT,
             f"held-out loss {self.loss_before} -> {self.loss_after} did not fall": self.loss_after >= self.loss_before,
             f"finetuning kept {self.finetune_percent:.0f} % of its rate alone, below 30 %": self.finetune_percent
             < 30.0,
@@ -124,27 +131,30 @@ async def run(cluster: Cluster, case: Case, options: argparse.Namespace) -> int:
     rate = options.utilisation / 100 * len(agents) / busy_s
     scaling = Scaling(seconds=options.seconds, rate=rate, context=context)
     replay = fit(recorded, scaling)
-    replayer = Replayer(urls, endpoint, prompts)
     print(
         f"a mean request takes {busy_s * 1e3:.0f} ms by itself; utilisation {options.utilisation:.0f} % is {rate:.2f}/s"
     )
     print(describe(replay, scaling), flush=True)
-    began = time.monotonic()
-    gc.collect()
-    gc.freeze()  # a full round of the collector would be seen as a gap of every request
-    during = await traffic(console, watcher, replayer, replay, slo)
-    await replayer.close()
+    work = Work(urls, endpoint, corpus, str(options.tokenizer), replay.arrivals)
+    async with RemoteClient(work) as client:
+        began, during = await traffic(console, watcher, client, slo)
+    paths = [path for log in watcher.logs for path in log.requests(began)]
+    missed = misses(client.samples, slo, paths, client.stalls)
     status = await complete(console, watcher, slo)
     scores = await compare(urls[0], endpoint, job_body["spec"]["adapter"]["name"])
-    verdict = judge(status, replayer, slo, 100.0 * during / alone if alone else 0.0)
-    report(verdict, scores, replayer, alone, during, status)
-    save(options.raw, replayer, watcher)
-    shown = by_second(watcher.logs, replayer.samples, began, round(options.seconds) + 5)
+    verdict = judge(status, client.samples, slo, 100.0 * during / alone if alone else 0.0)
+    pauses = pauses_said(watcher.logs, began, client.stalls)
+    print("\n".join(["", *missed.lines(), pauses]))
+    report(verdict, scores, client.samples, alone, during, status)
+    save(options.raw, client, watcher, paths)
+    shown = by_second(watcher.logs, client.samples, began, round(options.seconds) + 5)
     picture = options.raw.with_suffix(".svg")
     picture.write_text(draw(shown, slo, "make demo: a job trains while a conversation trace is served"))
     print(f"picture: {picture}")
     for miss in verdict.misses():
         print(f"MISSED: {miss}")
+    if verdict.attainment_percent < LEAST_ATTAINMENT and missed.only_the_machines:
+        print("        nothing but pauses of this machine did that: see above; run it where less else runs")
     return 1 if verdict.misses() else 0
 
 
@@ -211,25 +221,26 @@ async def seconds_a_request(base_url: str, model: str, prompts: Prompts, replay:
     return sorted(sample.token_times_s[-1] - sample.due_s for sample in probe.samples)[2]
 
 
-async def traffic(console: Console, watcher: Watcher, replayer: Replayer, replay: Replay, slo: Slo) -> float:
-    """Replay; returns finetuning tokens a second while the job trained and requests came."""
+async def traffic(console: Console, watcher: Watcher, client: RemoteClient, slo: Slo) -> tuple[float, float]:
+    """Replay; returns when it began, and finetuning tokens a second while the job trained and requests came."""
     stop = asyncio.Event()
     await watcher.poll()
     with Display(console, watcher, slo, f"kubectl get ftj {JOB}") as display:
-        display.update("traffic, 0 s", replayer)  # the first takes long: requests that wait here would look late
+        display.update("traffic begins", client.samples)
+        os.nice(DRAWING_NICE)  # the client runs without it: what is drawn is not to delay what is measured
         marks, started = watcher.mark(), time.monotonic()
+        sending = asyncio.create_task(client.run(started))
         polling = asyncio.create_task(watcher.run(stop))
-        sending = asyncio.create_task(replayer.run(replay.arrivals, started))
         trained_until = started
         while not sending.done():
             await asyncio.sleep(1.0)
             if watcher.mix(2.0)["backward"] > 0:
                 trained_until = time.monotonic()
-            display.update(f"traffic, {time.monotonic() - started:.0f} s", replayer)
+            display.update(f"traffic, {time.monotonic() - started:.0f} s", client.samples)
     stop.set()
     await polling
     await sending
-    return watcher.finetune_tokens(marks) / max(1.0, trained_until - started)
+    return started, watcher.finetune_tokens(marks) / max(1.0, trained_until - started)
 
 
 async def complete(console: Console, watcher: Watcher, slo: Slo) -> dict[str, Any]:
@@ -240,7 +251,7 @@ async def complete(console: Console, watcher: Watcher, slo: Slo) -> dict[str, An
     with Display(console, watcher, slo, f"kubectl wait --for=condition=Complete ftj/{JOB}") as display:
         while not _ended(watcher.job) and time.monotonic() < deadline:
             await asyncio.sleep(1.0)
-            display.update("the rest of the job, without traffic", None)
+            display.update("the rest of the job, without traffic", ())
     stop.set()
     await polling
     return watcher.job.get("status", {})
@@ -255,8 +266,7 @@ async def compare(base_url: str, base: str, adapter: str) -> dict[str, Score]:
         return {name: await ask(client, name, problems) for name in (base, adapter) if name in names}
 
 
-def judge(status: dict[str, Any], replayer: Replayer, slo: Slo, finetune_percent: float) -> Verdict:
-    samples = replayer.samples
+def judge(status: dict[str, Any], samples: Sequence[Sample], slo: Slo, finetune_percent: float) -> Verdict:
     progress = status.get("progress", {})
     return Verdict(
         state=status.get("state", "unknown"),
@@ -271,7 +281,7 @@ def judge(status: dict[str, Any], replayer: Replayer, slo: Slo, finetune_percent
 def report(
     verdict: Verdict,
     scores: dict[str, Score],
-    replayer: Replayer,
+    samples: Sequence[Sample],
     alone: float,
     during: float,
     status: dict[str, Any],
@@ -282,25 +292,27 @@ def report(
         print(f"  {name}: {score.first}")
         print(f"    valid JSON {score.valid}/{score.total}, correct {score.correct}/{score.total}")
     print("(the adapter has learnt the form; a model this small does not learn to calculate)")
-    for error in sorted({s.error for s in replayer.samples if s.error})[:5]:
+    for error in sorted({s.error for s in samples if s.error})[:5]:
         print(f"  failed request: {error}")
     print(f"finetuning: {alone:.0f} tokens/s alone, {during:.0f} tokens/s under traffic")
     restarts = f", {status['restarts']} restarts" if status.get("restarts") else ""
     print(
         f"job {verdict.state}{restarts} | "
         f"held-out loss {verdict.loss_before:.2f} -> {verdict.loss_after:.2f} | "
-        f"strict SLO attainment {verdict.attainment_percent:.1f} % of {len(replayer.samples)} | "
+        f"strict SLO attainment {verdict.attainment_percent:.1f} % of {len(samples)} | "
         f"failed {verdict.failed} | finetuning {verdict.finetune_percent:.0f} % of its rate alone"
     )
 
 
-def save(path: Path, replayer: Replayer, watcher: Watcher) -> None:
+def save(path: Path, client: RemoteClient, watcher: Watcher, paths: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = {
         "requests": [
-            {"due": s.due_s, "tokens": s.token_times_s, "wanted": s.wanted_tokens, "error": s.error}
-            for s in replayer.samples
+            {"id": s.name, "due": s.due_s, "tokens": s.token_times_s, "wanted": s.wanted_tokens, "error": s.error}
+            for s in client.samples
         ],
+        "paths": paths,
+        "client_stalls": client.stalls,
         "iterations": {log.agent.pod: log.iterations for log in watcher.logs},
         "losses": list(watcher.losses),
     }

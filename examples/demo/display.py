@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -12,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from demo.replay import Replayer, Slo, percentile
+from demo.replay import Sample, Slo, percentile
 from demo.watch import Watcher
 
 COLOURS = {"decode": "green", "prefill": "yellow", "finetune": "blue", "backward": "cyan"}
@@ -42,11 +43,10 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, phase: str, replayer: Replayer | None) -> None:
+    def update(self, phase: str, samples: Sequence[Sample]) -> None:
         """Draw the state of now."""
         mix = self._watcher.mix(1.0)
         now = time.monotonic()
-        samples = replayer.samples if replayer else []
         recent = [
             b - a
             for sample in samples
@@ -56,13 +56,12 @@ class Display:
         self._mixes.append(mix)
         self._gaps.append(percentile(recent, 99))
         if self._live:
-            self._live.update(self._screen(phase, replayer), refresh=True)
+            self._live.update(self._screen(phase, samples), refresh=True)
         elif now - self._last_line >= LINE_S:
             self._last_line = now
-            self._console.print(self._line(phase, replayer, mix), soft_wrap=True)
+            self._console.print(self._line(phase, samples, mix), soft_wrap=True)
 
-    def _serving(self, replayer: Replayer | None) -> dict[str, float]:
-        samples = replayer.samples if replayer else []
+    def _serving(self, samples: Sequence[Sample]) -> dict[str, float]:
         ttfts = [s.ttft_s for s in samples if s.ttft_s is not None]
         gaps = [gap for s in samples for gap in s.gaps_s]
         return {
@@ -87,8 +86,8 @@ class Display:
             "epoch": str(binding.get("epoch", "-")),
         }
 
-    def _line(self, phase: str, replayer: Replayer | None, mix: dict[str, float]) -> str:
-        job, serving = self._job(), self._serving(replayer)
+    def _line(self, phase: str, samples: Sequence[Sample], mix: dict[str, float]) -> str:
+        job, serving = self._job(), self._serving(samples)
         return (
             f"{phase} | job {job['state']} step {job['step']} loss {job['loss']} eta {job['eta']} "
             f"epoch {job['epoch']} | requests {serving['sent']:.0f} running {serving['running']:.0f} "
@@ -98,8 +97,8 @@ class Display:
             f"prefill {mix['prefill']:.0f} finetune {mix['backward']:.0f}"
         )
 
-    def _screen(self, phase: str, replayer: Replayer | None) -> Group:
-        job, serving = self._job(), self._serving(replayer)
+    def _screen(self, phase: str, samples: Sequence[Sample]) -> Group:
+        job, serving = self._job(), self._serving(samples)
         table = Table.grid(padding=(0, 3))
         table.add_row(
             f"[b]{job['state']}[/b] step {job['step']}",

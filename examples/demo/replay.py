@@ -21,6 +21,8 @@ class Sample:
     due_s: float
     wanted_tokens: int
     token_times_s: list[float] = field(default_factory=list)
+    name: str = ""
+    """The answer's id, by which the agent knows the request too."""
     error: str | None = None
     done: bool = False
 
@@ -112,6 +114,7 @@ class Replayer:
                 extra_body={"ignore_eos": True},
             )
             async for chunk in stream:
+                sample.name = chunk.id
                 if chunk.choices and (chunk.choices[0].text or not chunk.choices[0].finish_reason):
                     sample.token_times_s.append(time.monotonic())
         except (openai.OpenAIError, httpx.HTTPError) as error:

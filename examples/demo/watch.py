@@ -10,6 +10,9 @@ from typing import Any
 
 from demo.cluster import ENDPOINTS, JOBS, Agent, Cluster
 
+TURN_S, OBJECTS_EVERY = 1.5, 3
+"""Agents share their cores with whoever asks them."""
+
 
 @dataclass
 class AgentLog:
@@ -25,6 +28,11 @@ class AgentLog:
         if reply:
             self.iterations += reply["iterations"]
             self.now_s = reply["now"]
+
+    def requests(self, since_s: float) -> list[dict[str, Any]]:
+        """Requests that arrived since then and have ended: where each token waited, and why a promise was missed."""
+        reply = self.agent.get(f"/debug/requests?since={since_s}")
+        return reply["requests"] if reply else []
 
     def finetune_tokens(self, since_s: float) -> float:
         """Tokens whose backward was done in iterations that began after `since_s`."""
@@ -45,7 +53,15 @@ class Watcher:
 
     async def poll(self) -> None:
         """Read everything once."""
+        await self.poll_agents()
+        await self.poll_objects()
+
+    async def poll_agents(self) -> None:
+        """Read what the agents have done since the last time."""
         await asyncio.gather(*(asyncio.to_thread(log.poll) for log in self.logs))
+
+    async def poll_objects(self) -> None:
+        """Read the job and the endpoint."""
         self.job = await asyncio.to_thread(self.cluster.get, JOBS, self.job_name)
         self.endpoint = await asyncio.to_thread(self.cluster.get, ENDPOINTS, self.endpoint_name)
         progress = self.job.get("status", {}).get("progress", {})
@@ -53,10 +69,15 @@ class Watcher:
             self.losses.append((progress["step"], float(progress["loss"])))
 
     async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop`: the agents at every turn, the objects at every third."""
+        turn = 0
         while not stop.is_set():
-            await self.poll()
+            await self.poll_agents()
+            if turn % OBJECTS_EVERY == 0:
+                await self.poll_objects()
+            turn += 1
             try:
-                await asyncio.wait_for(stop.wait(), 1.0)
+                await asyncio.wait_for(stop.wait(), TURN_S)
             except TimeoutError:
                 continue
 
