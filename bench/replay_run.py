@@ -1,18 +1,20 @@
 """What a replay saw: what its users got, with and without the machine's pauses, and what the engine learned.
 
-A machine pauses for another process or another guest of its host: time in which the engine's thread did not run,
-although it waits for nothing but a core. No scheduler foresees that, so a replay tells such time apart.
+A machine pauses for another process or another guest of its host. No plan foresees that, so a replay tells such time
+apart; what the engine does about it is the learnt reserve.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, field
 
 from coserve_engine.engine import Engine
 from coserve_engine.messages import Event, IterationDone, TokenBatch
+from coserve_engine.pauses import PauseClock
+from coserve_engine.reserve import Reserve
 from coserve_engine.simulate.machine import ForwardCost, Machine, UnitCost, machine_of
+from coserve_engine.simulate.pauses import Pauses as MeasuredPauses
 from coserve_engine.simulate.result import RequestTimes, Result
 
 PAUSE_S = 1e-3
@@ -33,15 +35,14 @@ class Late:
 class Pauses:
     """Those of this thread, since this was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: PauseClock) -> None:
         self.seconds: list[float] = []
-        self._wall_s, self._ran_s = time.monotonic(), time.thread_time()
+        self._clock, self._last_s = clock, clock()
 
     def look(self) -> float:
         """Seconds of all pauses until now."""
-        wall_s, ran_s = self._wall_s, self._ran_s
-        self._wall_s, self._ran_s = time.monotonic(), time.thread_time()
-        pause_s = (self._wall_s - wall_s) - (self._ran_s - ran_s)
+        now_s = self._clock()
+        pause_s, self._last_s = now_s - self._last_s, now_s
         if pause_s > PAUSE_S:
             self.seconds.append(pause_s)
         return self.total_s
@@ -53,10 +54,11 @@ class Pauses:
 
 
 class Users:
-    """What users see by one clock."""
+    """What users see by one clock. `late` are those who waited too long in a gap with finetuning."""
 
     def __init__(self, ttft_s: float, tpot_s: float) -> None:
         self.result = Result(ttft_s, tpot_s)
+        self.late: set[str] = set()
         self._times: dict[str, RequestTimes] = {}
         self._last_s: dict[str, float] = {}
 
@@ -65,14 +67,23 @@ class Users:
         self._times[name] = RequestTimes(at_s)
         self.result.requests.append(self._times[name])
 
-    def token(self, name: str, at_s: float) -> None:
-        """A request got a token."""
+    def token(self, name: str, at_s: float, *, finetuned: bool) -> None:
+        """A request got a token; `finetuned`: with finetuning since the one before."""
         times, last_s = self._times[name], self._last_s.get(name)
         if last_s is None:
             times.first_s = at_s - times.arrival_s
         else:
             times.gaps_s.append(at_s - last_s)
+            if finetuned and at_s - last_s > self.result.tpot_s:
+                self.late.add(name)
         self._last_s[name] = at_s
+
+    def judge(self, name: str, at_s: float, reserve: Reserve) -> None:
+        """A request has ended."""
+        times = self._times[name]
+        kept = times.strict(self.result.ttft_s, self.result.tpot_s)
+        if kept or name in self.late:
+            reserve.judged(at_s - times.arrival_s, missed=not kept)
 
 
 @dataclass
@@ -85,10 +96,13 @@ class Run:
     quiet: Users
     left: int
     """Requests that are not done."""
-    pauses: Pauses = field(default_factory=Pauses)
+    pauses: Pauses
+    reserve: Reserve
     late: list[Late] = field(default_factory=list)
     learned: list[Machine] = field(default_factory=list)
     noises: list[float] = field(default_factory=list)
+    reserves: list[float] = field(default_factory=list)
+    """The reserve after each gap with finetuning, in seconds."""
     _began_paused_s: float = 0.0
 
     @property
@@ -126,6 +140,16 @@ class Run:
         over = f"{len(seconds)} pauses of over {1e3 * PAUSE_S:.0f} ms"
         return f"{over}, {percent:.2f} % of the time, {longest_ms:.0f} ms at most"
 
+    def reserve_said(self) -> str:
+        """What was kept free."""
+        ranked = sorted(1e3 * seconds for seconds in self.reserves) or [0.0]
+        return f"reserve {ranked[len(ranked) // 2]:.0f} ms in the middle, {ranked[0]:.0f} to {ranked[-1]:.0f} ms"
+
+    def measured_pauses(self) -> MeasuredPauses:
+        """As the simulator takes them."""
+        ms = tuple(round(1e3 * seconds, 1) for seconds in self.pauses.seconds)
+        return MeasuredPauses(len(ms) / max(1e-9, self.result.seconds - self.pauses.total_s), ms)
+
     def learn(self, engine: Engine) -> None:
         """Look at what the engine has learned of its machine."""
         self.learned.append(machine_of(engine.cost, engine.executor.model.layers))
@@ -149,9 +173,15 @@ class Run:
                 by_s = event.started_s + event.duration_s - event.until_s
                 if by_s > 0:
                     self.late.append(Late(by_s, paused_s - self._began_paused_s))
+                if event.excess_s is not None:
+                    self.reserve.observe(event.started_s + event.duration_s, event.excess_s)
+                    self.reserves.append(self.reserve.seconds)
                 self.result.finetune_tokens += event.finetune_tokens / 3 + 2 * event.backward_tokens / 3
             elif isinstance(event, TokenBatch):
+                finetuned = event.emission.finetuned
                 for token in event.tokens:
-                    self.users.token(token.request_id, token.emitted_s)
-                    self.quiet.token(token.request_id, token.emitted_s - paused_s)
-                    self.left -= token.finish is not None
+                    self.users.token(token.request_id, token.emitted_s, finetuned=finetuned)
+                    self.quiet.token(token.request_id, token.emitted_s - paused_s, finetuned=finetuned)
+                    if token.finish is not None:
+                        self.left -= 1
+                        self.users.judge(token.request_id, token.emitted_s, self.reserve)

@@ -88,7 +88,7 @@ def test_whether_only_the_machine_is_at_fault() -> None:
 
 def test_pauses_are_said_since_the_traffic_began() -> None:
     log = AgentLog(Agent("pod", "node", "http://api", "http://admin"))
-    for started, paused in ((1.0, 0.5), (11.0, 0.04), (12.0, 0.001)):
+    for started, paused in ((1.0, 0.5), (11.0, 0.04), (12.0, 0.0)):
         log.iterations.append({"started": started, "duration": 1.0, "paused": paused})
     said = pauses_said([log], 10.0, [(1.0, 1.03)])
     assert "1 of over 20 ms" in said and "longest 40 ms, 2.0 %" in said and "1 times, 30 ms" in said
