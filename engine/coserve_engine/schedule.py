@@ -3,8 +3,8 @@
 A pure function of a View and a latency model. The gap between two tokens of a request is the rest of one iteration
 (its backward units), the turnaround and the forward of the next, so both ends are held: a forward by the earliest
 deadline, the units by leaving room for the next forward. No constant says how much is kept free: the bounds of the
-latency model do. Finetuning gets nothing in an iteration in which a request waits for a place or a prompt does not
-fit whole: the budget shrinks in the very iteration after a burst begins.
+latency model do, and the learnt reserve for what no plan foresees. Finetuning gets nothing in an iteration in which a
+request waits for a place or a prompt does not fit whole: the budget shrinks in the very iteration after a burst begins.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     decoding, prompts = split(view.sequences)
     segments = decode_segments(decoding)
     decode = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
-    due_s = min([s.deadline for s in decoding], default=inf) - view.now
-    left_s = due_s - view.reserve_s
-    room_s = due_s - prefill.reserve_s(prompts, view, cost, decode)
-    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, room_s)
+    left_s = min([s.deadline for s in decoding], default=inf) - view.now
+    prompts_left_s = left_s - prefill.reserve_s(prompts, view, cost, decode)
+    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, prompts_left_s)
     segments += chunks
     work, units_s = serving, 0.0
     units: tuple[Unit, ...] = ()
     if whole and view.waiting == 0 and view.passes and not _crowded(view, cost, decoding, decode):
-        room = _forward_room(view, cost, serving, min(left_s, due_s))
+        room = _forward_room(view, cost, serving, min(left_s - view.reserve_s, due_s))
         windows, work, passes = finetuning.windows(view, cost, work, room, at_least_one=not view.sequences)
         segments += windows
         units, units_s = _backward(view, cost, passes, forward=bool(windows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -142,3 +143,41 @@ def test_nothing_to_do_is_an_empty_plan() -> None:
 @given(view=views, cost=costs)
 def test_the_same_view_gives_the_same_plan(view: View, cost: Linear) -> None:
     assert decide(view, cost, 0) == decide(view, cost, 0)
+
+
+# ---- the reserve ----
+
+
+@given(view=views, cost=costs, reserve_s=st.floats(0.0, 0.2))
+def test_finetuning_keeps_the_reserve_free(view: View, cost: Linear, reserve_s: float) -> None:
+    plan = decide(replace(view, reserve_s=reserve_s), cost, 0)
+    decode = [s for s in view.sequences if s.decoding]
+    if decode and of(plan, Kind.FINETUNE):
+        due_s = min(s.deadline for s in decode) - view.now
+        assert cost.forward_bound_s(plan.work) <= due_s - reserve_s + 1e-9
+    if view.sequences and plan.units:
+        gap_s = min(s.tpot_s for s in view.sequences)
+        following_s = cost.forward_bound_s(decode_work([s.known for s in view.sequences], TILE))
+        assert plan.units_s + following_s <= gap_s - reserve_s + 1e-9
+
+
+@given(view=views, cost=costs)
+def test_everybody_who_decodes_gets_a_token_whatever_the_reserve(view: View, cost: Linear) -> None:
+    plan = decide(replace(view, reserve_s=10.0), cost, 0)
+    assert len(of(plan, Kind.DECODE)) == sum(s.decoding for s in view.sequences)
+    if any(s.decoding for s in view.sequences):
+        assert not of(plan, Kind.FINETUNE) and not plan.units
+
+
+def test_prompts_keep_the_reserve_free_while_they_are_in_time_with_it() -> None:
+    """300 rows beside 20 that decode; a row takes 1 ms, the gap is 200 ms, of which 100 are kept free."""
+
+    def seconds_with_the_prompt(left_s: float) -> float:
+        late = prompt(99, 300)._replace(deadline=NOW + left_s)
+        view = replace(view_of(*decoding(20), late), reserve_s=0.1)
+        plan = decide(view, Linear(1e-3), 0)
+        assert len(of(plan, Kind.PREFILL)) == 1
+        return Linear(1e-3).forward_bound_s(plan.work)
+
+    in_time_s, hurried_s = seconds_with_the_prompt(5.0), seconds_with_the_prompt(0.7)
+    assert in_time_s <= 0.1 < hurried_s <= 0.2
