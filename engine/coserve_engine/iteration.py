@@ -164,4 +164,5 @@ class Accounts:
             predicted_s=total_s + units_expected_s,
             paused_s=pause_s,
             excess_s=excess_s if forwarded.finetuned else None,
+            reserve_s=view.reserve_s,
         )

@@ -148,7 +148,7 @@ class IterationDone:
     `finetune_tokens` counts forward rows of passes, `backward_tokens` rows x layers / layers; `predicted_s` is what its
     forward and the units that ran were expected to take; `paused_s` are the machine's pauses in it and in the
     turnaround before it; `excess_s` is how much later than planned its forward ended (None: no finetuning in it, nor
-    between it and the forward before).
+    between it and the forward before); `reserve_s` was kept free.
     """
 
     started_s: float
@@ -161,6 +161,7 @@ class IterationDone:
     predicted_s: float
     paused_s: float = 0.0
     excess_s: float | None = None
+    reserve_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

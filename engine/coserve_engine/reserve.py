@@ -50,10 +50,12 @@ class Reserving(Protocol):
 
 
 class Reserve:
-    """The learnt reserve for a promise of `tpot_s` that `percentile` percent of requests must attain."""
+    """The learnt reserve for a promise of `tpot_s` that `percentile` percent of requests must attain; never less than
+    `least_share` of it.
+    """
 
-    def __init__(self, tpot_s: float, percentile: float) -> None:
-        self._tpot_s = tpot_s
+    def __init__(self, tpot_s: float, percentile: float, least_share: float = LEAST_SHARE) -> None:
+        self._tpot_s, self._least_s, self._most_s = tpot_s, least_share * tpot_s, MOST_SHARE * tpot_s
         self._may_miss = max(1e-3, 1.0 - percentile / 100) / SAFETY
         self._events: deque[tuple[float, float]] = deque()
         """(second seen, highest excess) of each block that had one worth it."""
@@ -72,14 +74,13 @@ class Reserve:
         self._gaps += 1
         self._seen_s += min(LONGEST_GAP_S, max(0.0, at_s - self._last_at_s))
         self._last_at_s = max(at_s, self._last_at_s)
-        least_s, most_s = LEAST_SHARE * self._tpot_s, MOST_SHARE * self._tpot_s
-        if least_s < excess_s <= most_s:  # what no reserve can cover is no reason for a longer one
+        if LEAST_SHARE * self._tpot_s < excess_s <= self._most_s:  # what no reserve can cover is no reason for a longer
             self._remember(excess_s)
         if self._seen_s >= self._renew_s:
             self._renew_s = self._seen_s + BLOCK_S
             self._forget()
-            least_s = max(least_s, START_SHARE * (1 - self._gaps / START_GAPS) * self._tpot_s)
-            self.seconds = min(most_s, max(least_s, self._needed_s()))
+            start_s = START_SHARE * (1 - self._gaps / START_GAPS) * self._tpot_s
+            self.seconds = min(self._most_s, max(self._least_s, start_s, self._needed_s()))
 
     def judged(self, life_s: float, *, missed: bool) -> None:
         """A request that lasted `life_s` kept its promise, or `missed` it in a gap with finetuning; others teach

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 # After the engine ended: time for the last 500s to reach their clients.
 FLUSH_S = 0.5
 
+WAY_SHARE = 0.05
+"""Of the time per output token, what is kept free at least: the way from here to the client is not seen here."""
+
 
 class Agent:
     """One agent process. Build it in a running loop, then `run` it once.
@@ -54,7 +57,8 @@ class Agent:
         slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
         self.engine_host = EngineHost.start(engine_config(settings))
         self.engine = EngineClient(self.engine_host, self._on_iteration, self.metrics.on_load)
-        self.pacer = Pacer(Reserve(slo.tpot_s, settings.slo_percentile), self.metrics, self.engine.submit)
+        reserve = Reserve(slo.tpot_s, settings.slo_percentile, least_share=WAY_SHARE)
+        self.pacer = Pacer(reserve, self.metrics, self.engine.submit)
         self.meter = SloMeter(slo, time.monotonic, self.pacer)
         base = Served(settings.model_name, None, str(settings.model_path), int(time.time()))
         self.registry = AdapterRegistry(self.engine, base, settings.artifacts)

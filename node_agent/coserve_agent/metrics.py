@@ -47,6 +47,7 @@ class IterationLog:
                         "finetune": event.finetune_tokens,
                         "backward": event.backward_tokens,
                         "paused": event.paused_s,
+                        "reserve": event.reserve_s,
                     }
                 )
                 if len(rows) == limit:

@@ -17,8 +17,8 @@ from coserve_agent.passage import Cause, Passage, PathLog, RequestPath, cause_of
 
 WINDOW_S = 60.0
 LOAD_WINDOW_S = 15.0
-BACK_PRESSURE_S = 1e-3
-"""A write that takes longer waited for the client to read."""
+BACK_PRESSURE_S = 0.01
+"""A write that takes longer waited for the client to read; a shorter one may have waited for a core."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,13 +216,13 @@ def serve(d: Any, draw_tokens: Any, rows: list[torch.Tensor]) -> dict[str, list[
     prompts = [draw_tokens(n, source.randint(3, 150)) for n in range(6)]
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for n, prompt in enumerate(prompts):
-        params = SamplingParams(24, temperature=0.7 * (n % 2), seed=n, ignore_eos=True)
+        params = SamplingParams(32, temperature=0.7 * (n % 2), seed=n, ignore_eos=True)
         d.submit(AddRequest(f"r{n}", prompt, params, d.clock.now))
         for _ in range(4):
             d.step(lambda: source.random() < 0.3)
     d.run(lambda: source.random() < 0.3)
     tokens = [token for batch in d.of(TokenBatch) for token in batch.tokens]
-    assert len(tokens) == len(rows) == 6 * 24
+    assert len(tokens) == len(rows) == 6 * 32
     for token, row in zip(tokens, rows, strict=True):
         found.setdefault(token.request_id, []).append((token.token, row))
     return found

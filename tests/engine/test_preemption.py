@@ -202,8 +202,8 @@ def test_keeping_the_old_keys_and_values_in_other_pages_breaks_it(
     order = orders(draw_tokens, 0)
     start = RequestTable._start
 
-    def as_if_computed(self: RequestTable, request: Any, hits: Any) -> None:
-        start(self, request, hits)
+    def as_if_computed(self: RequestTable, request: Any, hits: Any, now_s: float) -> None:
+        start(self, request, hits, now_s)
         if request.last_emit_s is not None:
             request.done = len(request.tokens) - 1
 

@@ -166,8 +166,8 @@ def test_shared_pages_are_never_written(
     written = write_shared(d, monkeypatch)
     start = type(d.engine.requests)._start
 
-    def from_the_start(self: Any, request: Any, hits: Any) -> None:
-        start(self, request, hits)
+    def from_the_start(self: Any, request: Any, hits: Any, now_s: float) -> None:
+        start(self, request, hits, now_s)
         request.done = 0
 
     if broken:
