@@ -22,8 +22,10 @@ BLOCK_S = 0.5
 """Excesses so close are one."""
 LONGEST_GAP_S = 1.0
 """Longer without a gap: nothing was seen meanwhile."""
-LEAST_SHARE, MOST_SHARE = 0.02, 0.6
+LEAST_SHARE, MOST_SHARE = 0.01, 0.6
 """Of the time per output token that is kept free at least, and at most: a job is to go on."""
+NOISE_SHARE = 0.01
+"""Of it, an excess that is not worth remembering."""
 START_SHARE, START_GAPS = 0.35, 400
 """What is kept free at least before much was seen; it fades over so many gaps."""
 SHORTEST_S, LONGEST_S = 30.0, 600.0
@@ -50,8 +52,8 @@ class Reserving(Protocol):
 
 
 class Reserve:
-    """The learnt reserve for a promise of `tpot_s` that `percentile` percent of requests must attain; never less than
-    `least_share` of it.
+    """The learnt reserve for a promise of `tpot_s` that `percentile` percent of requests must attain; `least_share` of
+    it is for what is not seen here.
     """
 
     def __init__(self, tpot_s: float, percentile: float, least_share: float = LEAST_SHARE) -> None:
@@ -74,13 +76,13 @@ class Reserve:
         self._gaps += 1
         self._seen_s += min(LONGEST_GAP_S, max(0.0, at_s - self._last_at_s))
         self._last_at_s = max(at_s, self._last_at_s)
-        if LEAST_SHARE * self._tpot_s < excess_s <= self._most_s:  # what no reserve can cover is no reason for a longer
+        if NOISE_SHARE * self._tpot_s < excess_s <= self._most_s:  # what no reserve can cover is no reason for one
             self._remember(excess_s)
         if self._seen_s >= self._renew_s:
             self._renew_s = self._seen_s + BLOCK_S
             self._forget()
             start_s = START_SHARE * (1 - self._gaps / START_GAPS) * self._tpot_s
-            self.seconds = min(self._most_s, max(self._least_s, start_s, self._needed_s()))
+            self.seconds = min(self._most_s, max(start_s, self._least_s + self._needed_s()))
 
     def judged(self, life_s: float, *, missed: bool) -> None:
         """A request that lasted `life_s` kept its promise, or `missed` it in a gap with finetuning; others teach

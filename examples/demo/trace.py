@@ -37,7 +37,7 @@ class Scaling:
     burst_s: float = 12.0
     burst_factor: float = 4.0
     prompt_divisor: int = 8
-    output_divisor: int = 4
+    output_divisor: int = 8
     context: int = 512
 
 
