@@ -237,8 +237,8 @@ def test_the_engine_serves_the_same_bits_with_a_job(
     seed: int,
     start_job: Any,
 ) -> None:
-    alone = serve(driver(jitter_s=0.01), draw_tokens, sampled_logits)
-    both = driver(jitter_s=0.01, seed=seed)
+    alone = serve(driver(jitter_s=0.008), draw_tokens, sampled_logits)
+    both = driver(jitter_s=0.008, seed=seed)
     both.submit(start_job(), *training(steps=20))
     mixed = serve(both, draw_tokens, sampled_logits)
     together = [e for e in both.of(IterationDone) if e.decode_tokens and (e.finetune_tokens or e.backward_tokens)]
