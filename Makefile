@@ -18,7 +18,7 @@ demo: ## from nothing to a job that trains inside a serving endpoint (CLUSTER=cu
 test: lint ## every test but the nightly ones
 	hack/cluster install redis-server:redis-server
 	hack/cluster build
-	$(BIN)/pytest -m "not nightly"
+	hack/test
 
 nightly: venv ## the tests that are too long for every run
 	hack/cluster install

@@ -307,6 +307,15 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_takes_pauses(capsys: pytest.CaptureFixture[str]) -> None:
+    def finetuning(*options: str) -> float:
+        assert main(["--drawn", "1", *QUICK, "--policies", "ours", *options]) == 0
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ours")]
+        return float(row.split()[-5])
+
+    assert 0 < finetuning("--pauses", "heavy") < finetuning()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -316,6 +325,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
         (["--drawn", "1", "--noise", "2"], ["--noise", "2"]),
         (["--drawn", "1", "--requests", "1"], ["--requests"]),
         (["--drawn", "1", "--cost", "tpu"], ["tpu", "cpu"]),
+        (["--drawn", "1", "--pauses", "light"], ["light", "heavy"]),
         (["--drawn", "1", "--requests", "20", "--slo-ms", "1"], ["--slo-ms", "longer"]),
         (["--drawn", "1", *QUICK, "--policies", "best"], ["best", "ours"]),
         (["--drawn", "1", *QUICK, "--policies", "temporal 1:0"], ["temporal 1:0", "temporal 1:N"]),

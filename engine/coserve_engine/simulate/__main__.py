@@ -13,6 +13,7 @@ from coserve_engine.simulate.bound import capacity
 from coserve_engine.simulate.compare import Case, Row, table
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import read_machine
+from coserve_engine.simulate.pauses import read_pauses
 from coserve_engine.simulate.policies import named, policy_named
 from coserve_engine.simulate.trace import Arrival, drawn, read_trace
 from coserve_engine.simulate.world import Setup, alone_tokens_per_s
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-divisor", type=float, default=4.0)
     parser.add_argument("--cost", default="cpu", help="cpu, h200, or a JSON file")
     parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of log(actual / true)")
+    parser.add_argument("--pauses", default="none", help="none, heavy, or a JSON file; the reserve is learnt")
     parser.add_argument("--kv-pages", type=int, default=1024, help="of 64 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -113,7 +115,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         raise SimulationError(f"--noise is {options.noise}; it must lie in [0, 1)")
     if options.requests < 2:
         raise SimulationError(f"--requests is {options.requests}; at least 2 are needed")
-    machine = read_machine(options.cost)
+    machine, pauses = read_machine(options.cost), read_pauses(options.pauses)
     return [
         Setup(
             machine,
@@ -122,6 +124,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
             noise=options.noise,
             seed=options.seed,
             kv_pages=options.kv_pages,
+            pauses=pauses,
         )
         for slo_ms in options.slo_ms
     ]

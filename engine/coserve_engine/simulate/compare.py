@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coserve_engine.simulate.bound import part, work_conserving_bound
+from coserve_engine.reserve import Reserve
+from coserve_engine.simulate.bound import ATTAINED_PERCENT, part, work_conserving_bound
 from coserve_engine.simulate.policies import policy_named
 from coserve_engine.simulate.trace import Arrival, at_rate
 from coserve_engine.simulate.world import Setup, World
@@ -49,7 +50,9 @@ class Case:
         rate = self.capacity * self.load_percent / 100
         arrivals = at_rate(list(self.arrivals), rate)
         used = setup if entry.share is None else part(setup, entry.share)
-        result = World(used, arrivals, entry.policy, finetuning=entry.finetuning, stops=entry.stops).run()
+        reserve = Reserve(setup.tpot_s, ATTAINED_PERCENT) if setup.pauses.per_s > 0 else None
+        world = World(used, arrivals, entry.policy, finetuning=entry.finetuning, stops=entry.stops, reserve=reserve)
+        result = world.run()
         got = 1.0 - entry.share if entry.share is not None else result.finetune_tokens_per_s / self.alone
         bound = work_conserving_bound(setup, arrivals, rate)
         return Row(
