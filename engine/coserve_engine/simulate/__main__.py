@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from coserve_engine.simulate.bound import capacity
 from coserve_engine.simulate.compare import Case, Row, table
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import read_machine
-from coserve_engine.simulate.pauses import read_pauses
+from coserve_engine.simulate.pauses import NONE, read_pauses
 from coserve_engine.simulate.policies import named, policy_named
 from coserve_engine.simulate.trace import Arrival, drawn, read_trace
 from coserve_engine.simulate.world import Setup, alone_tokens_per_s
@@ -139,7 +140,8 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 def _cases(setups: list[Setup], arrivals: list[Arrival], loads: list[float], pool: Executor) -> list[Case]:
     alone = pool.map(alone_tokens_per_s, setups)
-    most = pool.map(capacity, setups, [arrivals] * len(setups))
+    quiet = [replace(setup, pauses=NONE) for setup in setups]  # or a load with pauses would be another load
+    most = pool.map(capacity, quiet, [arrivals] * len(setups))
     cases = []
     for setup, requests_per_s, tokens_per_s in zip(setups, most, alone, strict=True):
         slo_ms = 1e3 * setup.tpot_s
