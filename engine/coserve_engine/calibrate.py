@@ -148,9 +148,9 @@ class _Run:
         work = decode_work([start] * count, *how) if kind is Kind.DECODE else prefill_work(start, count, *how)
         if not self._fits(self._expected.forward_bound_s(work), self._end):
             return
-        tokens = [1] * (start + count)
-        slots = range(count) if kind is Kind.DECODE else range(1)
+        slots = range(count) if kind is Kind.DECODE else range(1)  # rows of one sequence: they only read it
         length = 1 if kind is Kind.DECODE else count
+        tokens = [1] * (start + length)
         segments = tuple(Segment(kind, slot, start, length, sample=True) for slot in slots)
         pages = executor.ledger.reserve("calibration", executor.numerics.pages(len(tokens)))
         rows = {slot: SequenceRows(tokens, pages) for slot in slots}

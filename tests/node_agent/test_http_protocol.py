@@ -74,7 +74,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("change", WHOLE, ids=str)
 def test_a_whole_number_may_be_written_with_a_point(http: httpx.Client, change: dict[str, Any]) -> None:
-    written = json.dumps(TEXT | change)
+    written = json.dumps(TEXT | {"temperature": 0, "ignore_eos": True} | change)
     assert ".0" in written
     status, answer = post(http, "/v1/completions", written)
     assert status == 200, answer
