@@ -162,7 +162,8 @@ class Accounts:
             finetune_tokens=plan.work.finetune,
             backward_tokens=backward_rows / layers,
             predicted_s=total_s + units_expected_s,
-            paused_s=pause_s,
+            paused_s=paused_s - self._paused_s,
             excess_s=excess_s if forwarded.finetuned else None,
             reserve_s=view.reserve_s,
+            pauses_s=self._pauses_s,
         )

@@ -146,9 +146,9 @@ class IterationDone:
     """What one iteration did.
 
     `finetune_tokens` counts forward rows of passes, `backward_tokens` rows x layers / layers; `predicted_s` is what its
-    forward and the units that ran were expected to take; `paused_s` are the machine's pauses in it and in the
-    turnaround before it; `excess_s` is how much later than planned its forward ended (None: no finetuning in it, nor
-    between it and the forward before); `reserve_s` was kept free.
+    forward and the units that ran were expected to take; `paused_s` are the machine's pauses in it, `pauses_s` all
+    until its end, turnarounds included; `excess_s` is how much later than planned its forward ended (None: no
+    finetuning in it, nor between it and the forward before); `reserve_s` was kept free.
     """
 
     started_s: float
@@ -162,6 +162,7 @@ class IterationDone:
     paused_s: float = 0.0
     excess_s: float | None = None
     reserve_s: float = 0.0
+    pauses_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

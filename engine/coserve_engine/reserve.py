@@ -26,8 +26,8 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.6
 """Of the time per output token that is kept free at least, and at most: a job is to go on."""
 NOISE_SHARE = 0.01
 """Of it, an excess that is not worth remembering."""
-START_SHARE, START_GAPS = 0.35, 400
-"""What is kept free at least before much was seen; it fades over so many gaps."""
+START_SHARE, START_S = 0.35, 40.0
+"""What is kept free at least before much was seen; it fades over so many seconds."""
 SHORTEST_S, LONGEST_S = 30.0, 600.0
 """How long an excess is remembered at least and at most."""
 SAFETY = 4.0
@@ -61,7 +61,6 @@ class Reserve:
         self._may_miss = max(1e-3, 1.0 - percentile / 100) / SAFETY
         self._events: deque[tuple[float, float]] = deque()
         """(second seen, highest excess) of each block that had one worth it."""
-        self._gaps = 0
         self._last_at_s = -math.inf
         self._seen_s = 0.0
         self._renew_s = 0.0
@@ -73,7 +72,6 @@ class Reserve:
 
     def observe(self, at_s: float, excess_s: float) -> None:
         """A gap with finetuning in it ended at `at_s`, so much later than planned (earlier, where negative)."""
-        self._gaps += 1
         self._seen_s += min(LONGEST_GAP_S, max(0.0, at_s - self._last_at_s))
         self._last_at_s = max(at_s, self._last_at_s)
         if NOISE_SHARE * self._tpot_s < excess_s <= self._most_s:  # what no reserve can cover is no reason for one
@@ -81,7 +79,7 @@ class Reserve:
         if self._seen_s >= self._renew_s:
             self._renew_s = self._seen_s + BLOCK_S
             self._forget()
-            start_s = START_SHARE * (1 - self._gaps / START_GAPS) * self._tpot_s
+            start_s = START_SHARE * (1 - self._seen_s / START_S) * self._tpot_s
             self.seconds = min(self._most_s, max(start_s, self._least_s + self._needed_s()))
 
     def judged(self, life_s: float, *, missed: bool) -> None:
@@ -111,7 +109,7 @@ class Reserve:
         ranked += [0.0] * (whole + 1)
         if whole:
             return ranked[whole] + (whole + 1 - spared) * (ranked[whole - 1] - ranked[whole])
-        distance_s = (ranked[0] - (ranked[top] if top < len(ranked) else 0.0)) / top
+        distance_s = (ranked[0] - ranked[top]) / top
         return ranked[0] + min(BEYOND, -math.log(max(1e-9, spared))) * distance_s
 
     @property

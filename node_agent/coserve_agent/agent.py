@@ -53,6 +53,7 @@ class Agent:
         http_socket = listen(settings.host, settings.http_port, PREFIX + "HTTP_PORT")
         admin_socket = listen(settings.host, settings.admin_port, PREFIX + "ADMIN_PORT")
         self.tokenizer = Tokenizer(settings.model_path)
+        defaults = request_defaults(settings)
         self.metrics = Metrics(settings.model_name, time.monotonic)
         slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
         self.engine_host = EngineHost.start(engine_config(settings))
@@ -72,7 +73,7 @@ class Agent:
             max_model_length=settings.max_model_length,
             max_waiting=settings.max_waiting,
             now_s=time.monotonic,
-            defaults=request_defaults(settings),
+            defaults=defaults,
         )
         api = wrap(openai.build(self.generator, version("coserve"), settings.max_body_bytes), settings.cors_origins)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
@@ -95,7 +96,7 @@ class Agent:
 
     def _on_iteration(self, event: IterationDone) -> None:
         self.metrics.on_iteration(event)
-        self.meter.paused_s += event.paused_s
+        self.meter.paused_s = event.pauses_s
         if self.engine.alive:
             self.pacer.iteration(event)
 

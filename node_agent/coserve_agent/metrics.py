@@ -97,12 +97,17 @@ class Metrics:
             buckets=GAP_BUCKETS_S,
             registry=self.registry,
         )
-        self.missed = counter("coserve_promises_missed", "Requests that missed their promise, by cause", "cause")
+        self.missed = counter(
+            "coserve_promises_missed",
+            "Requests late or turned away, by cause",
+            "cause",
+        )
         for cause in Cause:
             self.missed.labels(cause.value)
         self.reserve = Gauge(
             "coserve_reserve_seconds", "Of each gap, kept free for what no plan foresees", registry=self.registry
         )
+        self._pauses_s = 0.0
         self._paused = Counter("coserve_paused_seconds", "Pauses of the machine", registry=self.registry)
         self._iterations_done = Counter("coserve_iterations", "Iterations of the engine", registry=self.registry)
         self._over_bound = Counter(
@@ -117,7 +122,8 @@ class Metrics:
         self.iterations.add(event)
         self._iteration.observe(event.duration_s)
         self._iterations_done.inc()
-        self._paused.inc(event.paused_s)
+        self._paused.inc(event.pauses_s - self._pauses_s)
+        self._pauses_s = event.pauses_s
         late_s = event.started_s + event.duration_s - event.until_s - event.paused_s
         if late_s > 0:
             self._over_bound.inc()

@@ -63,34 +63,34 @@ def cause_of_first(passage: Passage, arrival_s: float, placed_s: float, paused_s
 
 @dataclass(frozen=True, slots=True)
 class RequestPath:
-    """A request that has ended: why it missed its promise, if it did, and of each token its passage and when it was
-    handed to the transport.
+    """A request that has ended: why it missed its promise, if it did, and of each token when the engine had it, the
+    reading thread, the event loop and the transport.
     """
 
     name: str
     arrival_s: float
     cause: Cause | None
-    tokens: tuple[tuple[Passage, float], ...]
+    times: tuple[tuple[float, float, float, float], ...]
 
 
 class PathLog:
-    """The last requests, for /debug/requests."""
+    """The last requests, for /debug/requests: as many as have `tokens` tokens together."""
 
-    def __init__(self, size: int = 512) -> None:
-        self._ring: deque[RequestPath] = deque(maxlen=size)
+    def __init__(self, tokens: int = 20_000) -> None:
+        self._most = tokens
+        self._held = 0
+        self._ring: deque[RequestPath] = deque()
 
     def add(self, path: RequestPath) -> None:
         self._ring.append(path)
+        self._held += len(path.times)
+        while self._held > self._most:
+            self._held -= len(self._ring.popleft().times)
 
     def since(self, arrival_s: float) -> list[dict[str, Any]]:
         """Those that arrived after `arrival_s` (monotonic seconds of this machine), in the order of their ends."""
         return [
-            {
-                "id": path.name,
-                "arrival": path.arrival_s,
-                "cause": path.cause,
-                "tokens": [[p.emitted_s, p.received_s, p.routed_s, handed_s] for p, handed_s in path.tokens],
-            }
-            for path in self._ring
+            {"id": path.name, "arrival": path.arrival_s, "cause": path.cause, "tokens": path.times}
+            for path in tuple(self._ring)
             if path.arrival_s > arrival_s
         ]

@@ -66,10 +66,12 @@ class Listener:
         """A first token or a gap was later than promised."""
 
     def missed(self, cause: Cause) -> None:
-        """A request missed its promise, or would have if its client's own delays counted."""
+        """A request missed its promise by being late or turned away; with Cause.CLIENT: it kept it, but would not have
+        if its client's own delays counted.
+        """
 
     def judged(self, life_s: float, *, missed: bool) -> None:
-        """A request kept its promise, or missed it in a gap with finetuning."""
+        """A request kept its promise, or missed it by gaps with finetuning alone."""
 
 
 class RequestMeter:
@@ -86,11 +88,11 @@ class RequestMeter:
         self._late = 0
         self._late_with_clients = 0
         """Late gaps, those included that the client's own delays made."""
-        self._late_with_finetuning = False
+        self._late_with_finetuning = 0
         self._worst: tuple[float, Cause] | None = None
         """By how much and why: the first token if that was late, else the latest gap."""
         self._writing_s = 0.0
-        self._blocked_until_s = -math.inf
+        self.blocked_until_s = -math.inf
         self._ttft_s: float | None = None
         self._judged = False
         self.placed_s: Callable[[], float] = lambda: arrival_s
@@ -106,14 +108,20 @@ class RequestMeter:
         """The next piece of the stream is handed to the transport."""
         self._writing_s = self._owner.now_s()
 
-    def written(self, tokens: int) -> None:
-        """With that, so many tokens of this request are."""
+    def written(self, tokens: int) -> bool:
+        """With that, so many tokens of this request are. Returns whether the client kept it waiting."""
         now_s = self._owner.now_s()
-        if now_s - self._writing_s > BACK_PRESSURE_S:
-            self._blocked_until_s = now_s
+        waited = now_s - self._writing_s > BACK_PRESSURE_S
+        if waited:
+            self.blocked(now_s)
         for passage in self._passages[len(self._handed_s) : tokens]:
-            blocked = passage.routed_s < self._blocked_until_s
+            blocked = passage.routed_s < self.blocked_until_s
             self._hand(now_s, passage.routed_s if blocked else now_s)
+        return waited
+
+    def blocked(self, until_s: float) -> None:
+        """The client of this answer did not read until then."""
+        self.blocked_until_s = until_s
 
     def _hand(self, handed_s: float, judged_s: float) -> None:
         number, slo, listener = len(self._handed_s), self._owner.slo, self._owner.listener
@@ -136,12 +144,12 @@ class RequestMeter:
         late_s = gap_s - slo.tpot_s
         if late_s > 0:
             self._late += 1
-            self._late_with_finetuning |= emission.finetuned
+            self._late_with_finetuning += emission.finetuned
             cause = cause_of_gap(before, passage, gap_s, slo.tpot_s)
             if self._worst is None or late_s > self._worst[0]:
                 self._worst = late_s, cause
             listener.late(cause, late_s)
-        elif handed_s - self._handed_s[-2] > slo.tpot_s:
+        elif self._streams and handed_s - self._handed_s[-2] > slo.tpot_s:
             listener.late(Cause.CLIENT, handed_s - self._handed_s[-2] - slo.tpot_s)
             self._late_with_clients += 1
 
@@ -170,16 +178,22 @@ class RequestMeter:
         self._judged = True
         owner, now_s = self._owner, self._owner.now_s()
         p99_s = percentile(self._gaps_s, 99) if self._gaps_s else None
-        cause = None
+        cause, bears = None, len(self._gaps_s) // 100
         if not attained:
-            cause = self._worst[1] if self._worst is not None else Cause.WAITED
+            late = self._worst is not None or now_s - self._arrival_s > owner.slo.ttft_s
+            cause = (self._worst[1] if self._worst is not None else Cause.WAITED) if late else None
+        if cause is not None:
             owner.listener.missed(cause)
-        elif self._late + self._late_with_clients > len(self._gaps_s) // 100:
+        elif attained and self._late + self._late_with_clients > bears:
             owner.listener.missed(Cause.CLIENT)
-        if attained or self._late_with_finetuning:
+        in_time = self._ttft_s is not None and self._ttft_s <= owner.slo.ttft_s
+        if attained or (in_time and self._late_with_finetuning > bears):
             owner.listener.judged(now_s - self._arrival_s, missed=not attained)
-        passed = tuple(zip(self._passages, self._handed_s, strict=False))
-        owner.paths.add(RequestPath(self._name, self._arrival_s, cause, passed))
+        times = tuple(
+            (p.emitted_s, p.received_s, p.routed_s, handed_s)
+            for p, handed_s in zip(self._passages, self._handed_s, strict=False)
+        )
+        owner.paths.add(RequestPath(self._name, self._arrival_s, cause, times))
         owner.record(Sample(now_s, attained, self._ttft_s, p99_s))
 
 
@@ -200,6 +214,7 @@ class SloMeter:
 
     def refused(self) -> None:
         """A request that was turned away before it began."""
+        self.listener.missed(Cause.WAITED)
         self.record(Sample(self.now_s(), False, None, None))
 
     def record(self, sample: Sample) -> None:

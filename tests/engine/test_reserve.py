@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.cost import CostModel
-from coserve_engine.reserve import LEAST_SHARE, MOST_SHARE, START_GAPS, START_SHARE, FixedReserve, Reserve
+from coserve_engine.reserve import LEAST_SHARE, MOST_SHARE, START_S, START_SHARE, FixedReserve, Reserve
 from coserve_engine.schedule import decide
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import CPU
@@ -46,7 +46,7 @@ class Gaps:
 @pytest.fixture
 def gaps() -> Gaps:
     gaps = Gaps()
-    gaps.calm(2 * START_GAPS * GAP_S)
+    gaps.calm(2 * START_S)
     return gaps
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from coserve_agent.http.generate import Generator
+
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 GREEDY: dict[str, Any] = {"model": "base", "temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -271,12 +273,20 @@ def test_metrics_count_cached_tokens(client: openai.OpenAI, served: Any) -> None
     assert metric(served, "vllm:num_preemptions_total") == 0
 
 
+def test_more_choices_than_may_ever_wait_are_refused_for_good(start_agent: Any) -> None:
+    agent = start_agent(max_waiting=3)
+    for body, field in (({"prompt": "one", "n": 4}, "n"), ({"prompt": ["one"] * 4}, "prompt")):
+        answer = httpx.post(f"{agent.url}/v1/completions", json={"model": "base", "max_tokens": 2, **body}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
 def test_an_engine_that_is_full_is_429(start_agent: Any) -> None:
     """The agent counts what it sent; the engine has the last word."""
     agent = start_agent(max_waiting=1)
     engine = agent.agent.engine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(engine), "waiting", lambda self: -100)
+        patch.setattr(Generator, "check_choices", lambda self, prompts, request: None)
         options = {"model": "base", "prompt": "one", "max_tokens": 2, "n": 16}
         answers = [httpx.post(f"{agent.url}/v1/completions", json=options, timeout=60) for _ in range(3)]
     assert {answer.status_code for answer in answers} == {429}
@@ -285,3 +295,14 @@ def test_an_engine_that_is_full_is_429(start_agent: Any) -> None:
     assert 'coserve_requests_total{result="refused"}' in httpx.get(f"{agent.admin_url}/metrics").text
     fine = httpx.post(f"{agent.url}/v1/completions", json={"model": "base", "prompt": "one"}, timeout=60)
     assert fine.status_code == 200
+
+
+def test_prompts_of_a_list_are_drawn_independently_without_a_seed(client: openai.OpenAI) -> None:
+    def texts(**options: Any) -> set[str]:
+        answer = client.completions.create(
+            model="base", prompt=["one two"] * 6, max_tokens=12, extra_body={"ignore_eos": True}, **options
+        )
+        return {choice.text for choice in answer.choices}
+
+    assert len(texts()) > 1
+    assert len(texts(seed=3)) == 1, "a seed is every prompt's"

@@ -13,7 +13,7 @@ from coserve_agent.metrics import Metrics
 from coserve_agent.pacing import CHANGE_S, Pacer
 from coserve_agent.passage import Cause
 from coserve_engine.messages import IterationDone, SetReserve
-from coserve_engine.reserve import START_GAPS, START_SHARE, Reserve
+from coserve_engine.reserve import START_S, START_SHARE, Reserve
 
 TPOT_S = 0.2
 
@@ -42,7 +42,7 @@ def test_the_engine_hears_of_the_reserve_at_once_and_of_changes(pacer: Pacer, to
     assert told == [SetReserve(START_SHARE * TPOT_S)]
     pacer.tell()
     assert len(told) == 1, "no news"
-    for n in range(2 * START_GAPS):
+    for n in range(round(2 * START_S / 0.1)):
         pacer.iteration(iteration(0.1 * n, -0.01))
     calm_s = told[-1].seconds
     assert calm_s < 0.05 * TPOT_S
@@ -53,7 +53,7 @@ def test_the_engine_hears_of_the_reserve_at_once_and_of_changes(pacer: Pacer, to
 
 def test_an_iteration_without_finetuning_changes_nothing(pacer: Pacer, told: list[SetReserve]) -> None:
     pacer.tell()
-    for n in range(2 * START_GAPS):
+    for n in range(round(2 * START_S / 0.1)):
         pacer.iteration(iteration(0.1 * n, None))
         pacer.gap(0.1 * n, 5.0, None)
     assert len(told) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coserve_agent.passage import Cause, Passage
+from coserve_agent.passage import Cause, Passage, PathLog, RequestPath
 from coserve_agent.slo import Listener, LoadAverage, Slo, SloMeter, percentile
 from coserve_engine.messages import Emission
 
@@ -224,13 +224,66 @@ def test_a_miss_without_finetuning_teaches_nothing(meter: SloMeter, clock: Clock
     assert (heard.judgements, heard.misses) == ([], [Cause.OVER_BOUND])
 
 
+def test_a_choice_is_not_charged_with_what_the_client_of_another_did_not_read(
+    meter: SloMeter, clock: Clock, heard: Heard
+) -> None:
+    """Both choices have a token at once; while the first is written the client does not read for half a second."""
+    first, second = (meter.request(clock.now_s, streams=True) for _ in range(2))
+    for number, at_s in enumerate((0.1, 0.2), start=1):
+        for choice in (first, second):
+            choice.token(passed(1000.0 + at_s, finetuned=True))
+        clock.now_s = max(clock.now_s, 1000.0 + at_s + 0.001)
+        first.writing()
+        clock.now_s += 0.5 * (number == 2)
+        if first.written(number):
+            second.blocked(first.blocked_until_s)
+        second.writing()
+        second.written(number)
+    first.finish()
+    second.finish()
+    assert heard.lates == heard.misses == [Cause.CLIENT, Cause.CLIENT]
+    assert heard.excesses == [pytest.approx(-0.01)] * 2
+
+
+def test_a_miss_by_queueing_teaches_nothing_though_a_gap_that_may_be_late_had_finetuning(
+    meter: SloMeter, clock: Clock, heard: Heard
+) -> None:
+    stream = Stream(meter, clock)
+    stream.token(5.0)
+    for _ in range(198):
+        stream.token(0.1)
+    stream.token(0.25, late_s=0.06, finetuned=True)
+    stream.request.finish()
+    assert (heard.judgements, heard.misses) == ([], [Cause.PREFILL])
+
+
+def test_an_answer_that_is_no_stream_knows_no_client(meter: SloMeter, clock: Clock, heard: Heard) -> None:
+    request = meter.request(clock.now_s)
+    request.token(passed(clock.now_s + 0.1))
+    request.token(passed(clock.now_s + 0.2)._replace(routed_s=clock.now_s + 0.9))
+    request.finish()
+    assert heard.lates == heard.misses == []
+
+
+def test_a_request_that_was_turned_away_waited(meter: SloMeter, heard: Heard) -> None:
+    meter.refused()
+    assert heard.misses == [Cause.WAITED]
+
+
+def test_paths_are_bounded_by_their_tokens() -> None:
+    log = PathLog(tokens=10)
+    for number in range(5):
+        log.add(RequestPath(str(number), float(number), None, ((0.0, 0.0, 0.0, 0.0),) * 4))
+    assert [path["id"] for path in log.since(-1.0)] == ["3", "4"]
+
+
 def test_where_each_token_waited_is_shown(meter: SloMeter, clock: Clock) -> None:
     stream = Stream(meter, clock)
     began_s = clock.now_s
     stream.token(0.1, on_the_way_s=0.004)
     stream.request.finish()
     (path,) = meter.paths.since(0.0)
-    assert path["tokens"] == [pytest.approx([began_s + after for after in (0.1, 0.1005, 0.101, 0.105)])]
+    assert path["tokens"] == (pytest.approx([began_s + after for after in (0.1, 0.1005, 0.101, 0.105)]),)
     assert meter.paths.since(began_s) == []
 
 

@@ -44,7 +44,7 @@ class Result:
     def iteration(self, done: IterationDone) -> None:
         """Count an iteration."""
         self.iterations += 1
-        self.over_bound += done.started_s + done.duration_s > done.until_s
+        self.over_bound += done.started_s + done.duration_s - done.paused_s > done.until_s
         self.errors += abs(done.predicted_s / done.duration_s - 1.0)
 
     @property
@@ -57,7 +57,7 @@ class Result:
 
     @property
     def over_percent(self) -> float:
-        """Iterations that ended after their bound."""
+        """Iterations that ended after their bound, but for pauses."""
         return 100.0 * self.over_bound / max(1, self.iterations)
 
     @property

@@ -56,8 +56,8 @@ class _Request:
     finetune_s: float
     last_s: float | None = None
     pages: int = 0
-    late_with_finetuning: bool = False
-    """Whether a gap with finetuning in it was longer than promised."""
+    late_with_finetuning: int = 0
+    """Gaps with finetuning in them that were longer than promised."""
 
 
 class World:
@@ -251,14 +251,14 @@ class World:
             else:
                 gap_s = now - request.last_s
                 request.times.gaps_s.append(gap_s)
-                request.late_with_finetuning |= gap_s > tpot_s and forwarded.finetuned
+                request.late_with_finetuning += gap_s > tpot_s and forwarded.finetuned
             request.last_s = now
             request.view = SequenceView.of(slot, done, done + 1, arrival_s, now, ttft_s, tpot_s)
             if done + 1 >= request.end:
                 del self._running[slot]
                 self._leave(request)
-                kept = request.times.strict(ttft_s, tpot_s)
-                if kept or request.late_with_finetuning:
+                kept, bears = request.times.strict(ttft_s, tpot_s), len(request.times.gaps_s) // 100
+                if kept or (request.times.first_s <= ttft_s and request.late_with_finetuning > bears):
                     self._reserve.judged(now - arrival_s, missed=not kept)
             elif done >= request.pages * page:
                 self._growing.append(request)

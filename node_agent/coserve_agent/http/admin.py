@@ -43,7 +43,7 @@ def build(lifecycle: Lifecycle, metrics: Metrics, meter: SloMeter, engine: Engin
         return {"now": time.monotonic(), "iterations": metrics.iterations.since(since, limit)}
 
     @app.get("/debug/requests")
-    async def requests(since: float = 0.0) -> dict[str, Any]:
+    def requests(since: float = 0.0) -> dict[str, Any]:
         return {"now": time.monotonic(), "requests": meter.paths.since(since)}
 
     return app

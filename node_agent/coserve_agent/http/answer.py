@@ -130,7 +130,9 @@ class Answer:
                 generation.meter.writing()
                 for data in self._chunks(head, numbered, begun):
                     yield data
-                generation.meter.written(generation.completion_tokens)
+                if generation.meter.written(generation.completion_tokens):
+                    for other in self._generations:
+                        other.meter.blocked(generation.meter.blocked_until_s)
                 numbered = await anext(pieces, None)
         if self._with_usage:
             yield event({**head, "choices": [], "usage": self._usage()})

@@ -191,6 +191,17 @@ class Generator:
             )
         return served
 
+    def check_choices(self, prompts: int, request: Common) -> None:
+        """Raises ApiError 400 for more choices than may ever wait, before anything is done for them."""
+        choices = prompts * (request.n or 1)
+        if choices > self._max_waiting:
+            raise bad_request(
+                f"{prompts} prompt{'s' * (prompts > 1)} with n {request.n or 1} ask for {choices} choices, but at most "
+                f"{self._max_waiting} may wait here; send fewer prompts a request, or a smaller n",
+                "prompt" if prompts > 1 else "n",
+                "invalid_value",
+            )
+
     async def encode(self, encode: Callable[[], T], chars: int) -> T:
         """Tokenise; long texts in a thread, so that nobody waits for them."""
         return encode() if chars < SMALL_TEXT_CHARS else await asyncio.to_thread(encode)
@@ -208,24 +219,17 @@ class Generator:
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
         choices = len(prompts) * (request.n or 1)
-        if len(prompts) > 1 and choices > self._max_waiting:
-            raise bad_request(
-                f"{len(prompts)} prompts ask for {choices} choices, but at most {self._max_waiting} may wait here; "
-                "send fewer prompts a request",
-                field,
-                "invalid_value",
-            )
         if self._engine.waiting() + choices > self._max_waiting:
             raise self._refused(
                 429,
                 f"{self._engine.waiting()} requests are waiting and at most {self._max_waiting} may; try again later",
                 "overloaded",
             )
-        seed = secrets.randbits(62) if request.seed is None else request.seed
         begun: list[Generation] = []
         try:
             for prompt, max_tokens in zip(prompts, limits, strict=True):
                 params = self._params(request, max_tokens)
+                seed = secrets.randbits(62) if request.seed is None else request.seed
                 for n in range(request.n or 1):  # the choices of a seed are those of the seeds that follow it
                     command = AddRequest(
                         f"{request_id}-{len(begun)}",

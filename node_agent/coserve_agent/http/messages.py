@@ -81,10 +81,11 @@ class ChatMessage(RequestModel):
 
 
 def characters(messages: list[dict[str, Any]]) -> int:
-    """How much text there is to encode."""
+    """How much text there is to encode, at least: of calls their JSON."""
     return sum(
-        len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-        for content in (message["content"] for message in messages)
+        (len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content or ()))
+        + len(json.dumps(message.get("tool_calls")))
+        for content, message in ((message["content"], message) for message in messages)
     )
 
 

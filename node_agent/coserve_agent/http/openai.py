@@ -53,6 +53,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         arrival_s = generator.now_s()
         parsed = parse_chat(await body_of(request))
         generator.served(parsed.model)
+        generator.check_choices(1, parsed)
         messages = [message.plain(tokenizer.reads_tool_calls) for message in parsed.messages]
         try:
             prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), characters(messages))
@@ -69,6 +70,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         generator.served(parsed.model)
         prompts = []
         given, echo, vocab_size = parsed.prompts, bool(parsed.echo), generator.vocab_size
+        generator.check_choices(len(given), parsed)
         chars = sum(len(one) for one in given)
         usual = min(DEFAULT_COMPLETION_TOKENS, generator.defaults.max_tokens or DEFAULT_COMPLETION_TOKENS)
         for prompt in await generator.encode(lambda: read_prompts(tokenizer, given, vocab_size, echo=echo), chars):

@@ -102,7 +102,7 @@ class ChatRequest(Common):
 
 class CompletionRequest(Common):
     prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = None
 
@@ -203,7 +203,7 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
                 name,
                 "unknown_parameter",
             )
-        elif not NEUTRAL[name](value):
+        elif not NEUTRAL[name](without_nulls(value)):
             raise bad_request(
                 f"{name} is not supported here, and ignoring it would change the answer; remove it",
                 name,
