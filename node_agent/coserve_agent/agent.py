@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # After the engine ended: time for the last 500s to reach their clients.
 FLUSH_S = 0.5
 
-WAY_SHARE = 0.05
+WAY_SHARE = 0.1
 """Of the time per output token, what is kept free at least: the way from here to the client is not seen here."""
 
 
