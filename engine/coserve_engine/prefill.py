@@ -29,10 +29,10 @@ def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: 
     """
     if not prompts or view.reserve_s == 0:
         return view.reserve_s
-    share, needed_s = 0.0, 0.0
+    share, needed_s, decode_s = 0.0, 0.0, cost.forward_s(decode)
     for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
         rest = prefill_work(sequence.done, sequence.known - sequence.done, view.tile, view.reaches)
-        needed_s += cost.forward_s(decode.plus(rest)) - cost.forward_s(decode)
+        needed_s += cost.forward_s(decode.plus(rest)) - decode_s
         left_s = HURRY_SHARE * (sequence.deadline - view.now)
         if needed_s >= left_s:
             return 0.0

@@ -82,8 +82,8 @@ class RequestMeter:
         self._paused_s = owner.paused_s
         self._passages: list[Passage] = []
         self._handed_s: list[float] = []
-        self._judged_s: list[float] = []
-        """When each counts as handed over."""
+        self._last_s = arrival_s
+        """When the last one counts as handed over."""
         self._gaps_s: list[float] = []
         self._late = 0
         self._late_with_clients = 0
@@ -125,9 +125,8 @@ class RequestMeter:
 
     def _hand(self, handed_s: float, judged_s: float) -> None:
         number, slo, listener = len(self._handed_s), self._owner.slo, self._owner.listener
-        passage = self._passages[number]
+        passage, last_s, self._last_s = self._passages[number], self._last_s, judged_s
         self._handed_s.append(handed_s)
-        self._judged_s.append(judged_s)
         if number == 0:
             self._ttft_s = judged_s - self._arrival_s
             listener.first_token(self._ttft_s)
@@ -136,7 +135,7 @@ class RequestMeter:
                 self._worst = math.inf, cause
                 listener.late(cause, self._ttft_s - slo.ttft_s)
             return
-        before, gap_s = self._passages[number - 1], judged_s - self._judged_s[-2]
+        before, gap_s = self._passages[number - 1], judged_s - last_s
         emission = passage.emission
         excess_s = emission.late_s + gap_s - (passage.emitted_s - before.emitted_s) if emission.finetuned else None
         self._gaps_s.append(gap_s)

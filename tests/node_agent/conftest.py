@@ -127,21 +127,25 @@ class AgentThread:
         assert not self._thread.is_alive()
 
 
+def serving_only(model: Path, artifacts: Path) -> dict[str, Any]:
+    """Settings of an agent that serves the model, without Redis."""
+    return {
+        "model_path": model,
+        "model_name": "base",
+        "max_model_length": CONTEXT,
+        "host": "127.0.0.1",
+        "http_port": 0,
+        "admin_port": 0,
+        "kv_cache_bytes": 16 << 20,
+        "artifacts": artifacts,
+    }
+
+
 @pytest.fixture(scope="session")
 def settings(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AgentSettings]:
     def make(**changes: Any) -> AgentSettings:
-        values: dict[str, Any] = {
-            "model_path": model_folder,
-            "model_name": "base",
-            "max_model_length": CONTEXT,
-            "host": "127.0.0.1",
-            "http_port": 0,
-            "admin_port": 0,
-            "kv_cache_bytes": 16 << 20,
-            "artifacts": tmp_path_factory.mktemp("artifacts"),
-            "drain_s": 0,
-        }
-        return AgentSettings(**values | changes)
+        values = serving_only(model_folder, tmp_path_factory.mktemp("artifacts"))
+        return AgentSettings(**values | {"drain_s": 0} | changes)
 
     return make
 
@@ -197,16 +201,7 @@ def programs(tmp_path: Path) -> Iterator[Programs]:
 @pytest.fixture
 def variables(model_folder: Path, tmp_path: Path) -> dict[str, object]:
     """Of an agent process that serves the small model, without Redis."""
-    return {
-        "model_path": model_folder,
-        "model_name": "base",
-        "max_model_length": CONTEXT,
-        "host": "127.0.0.1",
-        "http_port": 0,
-        "admin_port": 0,
-        "kv_cache_bytes": 16 << 20,
-        "artifacts": tmp_path,
-    }
+    return serving_only(model_folder, tmp_path)
 
 
 @pytest.fixture

@@ -82,11 +82,12 @@ class ChatMessage(RequestModel):
 
 def characters(messages: list[dict[str, Any]]) -> int:
     """How much text there is to encode, at least: of calls their JSON."""
-    return sum(
-        (len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content or ()))
-        + len(json.dumps(message.get("tool_calls")))
-        for content, message in ((message["content"], message) for message in messages)
-    )
+    total = 0
+    for message in messages:
+        content = message["content"] or ""
+        total += len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+        total += len(json.dumps(message.get("tool_calls")))
+    return total
 
 
 def _text_of(part: Mapping[str, Any]) -> str | None:
