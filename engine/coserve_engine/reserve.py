@@ -26,8 +26,12 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.6
 """Of the time per output token that is kept free at least, and at most: a job is to go on."""
 NOISE_SHARE = 0.01
 """Of it, an excess that is not worth remembering."""
-START_SHARE, START_S = 0.35, 40.0
+START_SHARE, START_S = 0.35, 300.0
 """What is kept free at least before much was seen; it fades over so many seconds."""
+LOOK_S, RARE = 20.0, 12.0
+"""After so many seconds no more than so many times the highest excess: a machine that is still stays it, while on others
+the first rare one is some ten times what came all the time.
+"""
 SHORTEST_S, LONGEST_S = 30.0, 600.0
 """How long an excess is remembered at least and at most."""
 SAFETY = 4.0
@@ -79,8 +83,7 @@ class Reserve:
         if self._seen_s >= self._renew_s:
             self._renew_s = self._seen_s + BLOCK_S
             self._forget()
-            start_s = START_SHARE * (1 - self._seen_s / START_S) * self._tpot_s
-            self.seconds = min(self._most_s, max(start_s, self._least_s + self._needed_s()))
+            self.seconds = min(self._most_s, max(self._start_s, self._least_s + self._needed_s()))
 
     def judged(self, life_s: float, *, missed: bool) -> None:
         """A request that lasted `life_s` kept its promise, or `missed` it in a gap with finetuning; others teach
@@ -111,6 +114,14 @@ class Reserve:
             return ranked[whole] + (whole + 1 - spared) * (ranked[whole - 1] - ranked[whole])
         distance_s = (ranked[0] - ranked[top]) / top
         return ranked[0] + min(BEYOND, -math.log(max(1e-9, spared))) * distance_s
+
+    @property
+    def _start_s(self) -> float:
+        """What stands for excesses that were not seen yet."""
+        start_s = START_SHARE * (1 - self._seen_s / START_S) * self._tpot_s
+        if self._seen_s < LOOK_S:
+            return start_s
+        return min(start_s, RARE * max((excess_s for _, excess_s in self._events), default=0.0))
 
     @property
     def _spared(self) -> float:
