@@ -26,11 +26,11 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.6
 """Of the time per output token that is kept free at least, and at most: a job is to go on."""
 NOISE_SHARE = 0.01
 """Of it, an excess that is not worth remembering."""
-START_SHARE, START_S = 0.35, 300.0
+START_SHARE, START_S = MOST_SHARE, 300.0
 """What is kept free at least before much was seen; it fades over so many seconds."""
 LOOK_S, RARE = 20.0, 12.0
-"""After so many seconds no more than so many times the highest excess: a machine that is still stays it, while on others
-the first rare one is some ten times what came all the time.
+"""After so many seconds no more than so many times the highest excess: a still machine stays still, while on others the
+first rare one is some ten times what came all the time.
 """
 SHORTEST_S, LONGEST_S = 30.0, 600.0
 """How long an excess is remembered at least and at most."""

@@ -33,8 +33,10 @@ def log_to_stderr() -> None:
 async def _run() -> int:
     from coserve_agent.agent import Agent  # noqa: PLC0415 (see above)
     from coserve_agent.errors import StartError  # noqa: PLC0415
+    from coserve_agent.priority import take_short_turns  # noqa: PLC0415
     from coserve_agent.settings import AgentSettings, read  # noqa: PLC0415
 
+    take_short_turns()
     try:
         agent = Agent(read(AgentSettings))
         loop = asyncio.get_running_loop()
