@@ -19,6 +19,7 @@ from coserve_agent import generation_config
 from coserve_agent.chat_format import Message, roles_in_parts, shaped
 from coserve_agent.errors import AgentError, StartError
 from coserve_agent.pieces import Pieces
+from coserve_agent.roles import Roles
 from coserve_agent.unicode import lone_surrogate
 
 
@@ -66,11 +67,13 @@ class Tokenizer:
         self._in_parts: frozenset[str] = frozenset()
         if self._template:
             self._in_parts = roles_in_parts(lambda messages: self._apply(messages, tokenize=False), ChatTemplateError)
+        self._roles = Roles(self._text_of, ChatTemplateError)
 
     @property
-    def reads_tool_calls(self) -> bool:
-        """Whether the chat template writes what an assistant called in earlier turns."""
-        return "tool_calls" in (self._template or "")
+    def written_fields(self) -> frozenset[str]:
+        """What the chat template writes beside roles and contents, of all that we could give it."""
+        template = self._template or ""
+        return frozenset(name for name in ("tools", "tool_calls", "reasoning_content") if name in template)
 
     def check_fits(self, vocab_size: int, folder: Path) -> None:
         """Refuse end tokens with ids that the model has no row for. The vocabulary may have some: a prompt with one of
@@ -111,7 +114,7 @@ class Tokenizer:
         text = self._render(messages, add_generation_prompt=True)
         return self.encode(text, add_special_tokens=False)
 
-    def render_training(self, messages: Sequence[Message]) -> Rendered:
+    def render_training(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Rendered:
         """Tokens of a whole conversation and which of them are the assistant's.
 
         A template with {% generation %} blocks says so itself; otherwise a turn's text is what the template writes
@@ -124,23 +127,28 @@ class Tokenizer:
         if self._marks_generation:
             encoded = self._call_template(
                 messages,
+                tools=list(tools) or None,
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=False,
             )
             return Rendered(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
-        text = self._render(messages, add_generation_prompt=False)
+        text = self._render(messages, tools=tools)
         spans = [
-            self._turn_span(messages, n, text) for n, message in enumerate(messages) if message["role"] == "assistant"
+            self._turn_span(messages, n, text, tools)
+            for n, message in enumerate(messages)
+            if message["role"] == "assistant"
         ]
         encoding = self._backend.encode(text, add_special_tokens=False)
         flags = [any(start <= first and last <= end for start, end in spans) for first, last in encoding.offsets]
         return Rendered(list(encoding.ids), flags)
 
-    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-        before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-        through = self._render(messages[: index + 1], add_generation_prompt=False)
+    def _turn_span(
+        self, messages: Sequence[Message], index: int, text: str, tools: Sequence[Message]
+    ) -> tuple[int, int]:
+        before = self._render(messages[:index], add_generation_prompt=True, tools=tools) if index else ""
+        through = self._render(messages[: index + 1], tools=tools)
         if not (through.startswith(before) and text.startswith(through.rstrip())):
             raise ChatTemplateError(
                 f"the chat template writes message {index} differently inside a longer conversation, so its tokens "
@@ -148,16 +156,22 @@ class Tokenizer:
             )
         return len(before), len(through)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        text = str(self._call_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-        if lone_surrogate(text) is not None:
-            raise ChatTemplateError("the chat template writes half of a surrogate pair, which is no character")
-        return text
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Message] = ()
+    ) -> str:
+        options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return _whole(str(self._call_template(messages, **options)))
 
     def _call_template(self, messages: Sequence[Message], **options: Any) -> Any:
         if not self._template:
             raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
-        return self._apply([shaped(message, self._in_parts) for message in messages], **options)
+        return self._apply(self._shaped(self._roles.as_written(messages)), **options)
+
+    def _text_of(self, messages: Sequence[Message]) -> str:
+        return _whole(str(self._apply(self._shaped(messages), tokenize=False)))
+
+    def _shaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [shaped(message, self._in_parts) for message in messages]
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         try:
@@ -169,6 +183,12 @@ class Tokenizer:
             raise ChatTemplateError(
                 f"the chat template does not accept these messages: {type(error).__name__}: {error}"
             ) from None
+
+
+def _whole(text: str) -> str:
+    if lone_surrogate(text) is not None:
+        raise ChatTemplateError("the chat template writes half of a surrogate pair, which is no character")
+    return text
 
 
 def _chat_template(inner: PreTrainedTokenizerFast) -> str | None:

@@ -80,6 +80,9 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "x", "reasoning_content": "y"}, *CHAT]}, "messages"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "x", "weight": 0}, *CHAT]}, "messages"),
+    ({"messages": [{"role": "developer", "content": "x"}, *CHAT]}, "messages"),
 ]
 
 

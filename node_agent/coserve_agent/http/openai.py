@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from coserve_agent.chat_message import MessageError, characters
 from coserve_agent.http.answer import answer
 from coserve_agent.http.body import read_json
 from coserve_agent.http.errors import (
@@ -20,7 +21,6 @@ from coserve_agent.http.errors import (
     on_wrong_method,
 )
 from coserve_agent.http.generate import Generator, Served
-from coserve_agent.http.messages import characters
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
 from coserve_agent.http.prompts import Prompt, check_ids, read_prompts
@@ -54,9 +54,12 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         parsed = parse_chat(await body_of(request))
         generator.served(parsed.model)
         generator.check_choices(1, parsed)
-        messages = [message.plain(tokenizer.reads_tool_calls) for message in parsed.messages]
         try:
+            messages = [message.plain(tokenizer.written_fields) for message in parsed.messages]
             prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), characters(messages))
+        except MessageError as error:
+            code = "unsupported_parameter" if error.unsupported else "invalid_value"
+            raise bad_request(str(error), "messages", code) from None
         except ChatTemplateError as error:
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
