@@ -50,9 +50,9 @@ class PassMode(StrEnum):
 class TrainSeq:
     """One tokenised sample. `weights[i]` multiplies the loss of predicting `tokens[i]` (index 0 is never predicted).
 
-    For training the driver has divided the weights by the step's supervised tokens: the engine only sums. `uid` and
-    `epoch` (the time through the data, from 0) address the dropout of its rows. `old_logprobs` and `advantages` are per
-    token like the weights, for the losses that name them.
+    For training the driver has divided the weights by the step's supervised tokens: the engine only sums. `uid`, `turn`
+    (of several samples with one uid) and `epoch` (the time through the data), both from 0, address the dropout of its
+    rows. `old_logprobs` and `advantages` are per token like the weights, for the losses that name them.
     """
 
     uid: int
@@ -61,6 +61,7 @@ class TrainSeq:
     epoch: int = 0
     old_logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

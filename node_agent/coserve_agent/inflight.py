@@ -18,7 +18,7 @@ from coserve_engine.messages import Command, ForwardBackward, OptimStep, Pass, P
 
 @dataclass(slots=True)
 class _OpenStep:
-    """A step whose commands are submitted; `optim_seq` is that of its OptimStep."""
+    """A step whose commands are submitted; `samples` are its lines, `optim_seq` is that of its OptimStep."""
 
     step: int
     lr: float
@@ -47,7 +47,8 @@ class OpenSteps:
         spec = self._spec
         lr = learning_rate(spec.schedule, step - 1, spec.learning_rate, spec.warmup_steps, self._total_steps)
         divisor = weight_sum(shard.samples)
-        current = _OpenStep(step, lr, tuple(sample.id for sample in shard.samples), set())
+        lines = tuple(dict.fromkeys(sample.id for sample in shard.samples))
+        current = _OpenStep(step, lr, lines, set())
         commands: list[Command] = []
         for micro, part in enumerate(split_passes(shard.samples)):
             seq_no = next(seq)

@@ -15,7 +15,9 @@ STATE_FILE = "driver.json"
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One finished optimizer step. `loss` is the mean over its supervised tokens; None where it is not finite."""
+    """One finished optimizer step. `loss` is the mean over its supervised tokens; None where it is not finite.
+    `samples` are lines of the data set.
+    """
 
     step: int
     loss: float | None
