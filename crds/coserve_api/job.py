@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
 
 from coserve_api.common import (
@@ -33,6 +33,9 @@ from coserve_api.common import (
 from coserve_api.conditions import Condition
 from coserve_api.errors import InvalidValueError
 from coserve_api.uris import DatasetUri
+
+_STORED = "stored"
+"""In the context of a validation: the API server took the object, maybe by older rules."""
 
 
 class JobState(StrEnum):
@@ -83,6 +86,15 @@ class DatasetFormat(StrEnum):
     MESSAGES = "messages"
     PROMPT_COMPLETION = "prompt-completion"
     TEXT = "text"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
+
+
+class Learn(StrEnum):
+    """Which of a conversation's answers are learned."""
+
+    ALL = "All"
+    LAST = "Last"
 
 
 class OnInvalid(StrEnum):
@@ -127,18 +139,20 @@ class EndpointRef(SpecModel):
 
 
 class Dataset(SpecModel):
-    """What to learn from: a JSON Lines file."""
+    """What to learn from: files of JSON Lines (plain or gzip) or Parquet."""
 
     uri: DatasetUri
-    """pvc://CLAIM/PATH, or file:///data/PATH in the pod."""
+    """pvc://CLAIM/PATH, or file:///data/PATH in the pod: a file, a folder, or a pattern with * and ?."""
     format: DatasetFormat = DatasetFormat.AUTO
-    """Kind of line: messages, prompt-completion or text; auto looks at the first."""
+    """Kind of row: messages, sharegpt, prompt-completion, alpaca or text; auto looks at the first."""
+    learn: Learn = Learn.ALL
+    """Whether All answers of a conversation are learned or only the Last."""
     eval_percent: EvalPercent = 5
     """Share of the samples that is held out for the evaluation loss."""
     max_sequence_length: SequenceLength | None = None
-    """A line with more tokens cannot be used. Default: the endpoint's maxModelLength."""
+    """A sample with more tokens cannot be used. Default: the endpoint's maxModelLength."""
     on_invalid: OnInvalid = OnInvalid.FAIL
-    """Whether a line that cannot be used fails the job or is skipped and counted."""
+    """Whether a line, or an answer of it, that cannot be used fails the job or is skipped and counted."""
 
 
 class Adapter(SpecModel):
@@ -168,8 +182,8 @@ class Training(SpecModel):
             "x-kubernetes-validations": [
                 {"rule": "has(self.epochs) != has(self.maxSteps)", "message": "set exactly one of epochs and maxSteps"},
                 {
-                    "rule": "!has(self.maxSteps) || self.warmupSteps <= self.maxSteps",
-                    "message": "warmupSteps must be at most maxSteps",
+                    "rule": "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
+                    "message": "warmupSteps must be below maxSteps",
                     "fieldPath": ".warmupSteps",
                 },
             ]
@@ -202,11 +216,14 @@ class Training(SpecModel):
     """Of the initial weights, the order of the samples and the dropout."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Training:
+    def _one_length(self, info: ValidationInfo) -> Training:
         if (self.epochs is None) == (self.max_steps is None):
             raise InvalidValueError("set exactly one of epochs and maxSteps")
-        if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise InvalidValueError("warmupSteps must be at most maxSteps")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            # Stored objects are older than the rule that forbids equality; the feeder tells whoever made one.
+            stored = info.context is not None and info.context.get(_STORED)
+            if not stored or self.warmup_steps > self.max_steps:
+                raise InvalidValueError("warmupSteps must be below maxSteps")
         return self
 
 
@@ -301,6 +318,74 @@ class Progress(StatusModel):
     """Time left, estimated from the training speed, such as 2m12s."""
 
 
+class SkippedLine(StatusModel):
+    """A line, or an answer of one, that could not be used."""
+
+    file: Annotated[str, Field(max_length=1024)] = ""
+    """Its file in the feeder's pod."""
+    line: Annotated[int, Field(ge=1)]
+    """Its number there, from 1."""
+    reason: Annotated[str, Field(max_length=64)]
+    """Why, in one word."""
+    message: Annotated[str, Field(max_length=512)] = ""
+    """Why, and what to change."""
+
+
+class ReasonCount(StatusModel):
+    """How many lines could not be used for one reason."""
+
+    reason: Annotated[str, Field(max_length=64)]
+    """The reason."""
+    count: Annotated[int, Field(ge=0)]
+    """Lines, and answers that were refused alone."""
+
+
+class FieldCount(StatusModel):
+    """How many rows have a field that means nothing here."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """The field."""
+    count: Annotated[int, Field(ge=0)]
+    """Rows that have it."""
+
+
+class DatasetStatus(StatusModel):
+    """What was found in the data set."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Lines to train on."""
+    eval_samples: Annotated[int, Field(ge=0)] = 0
+    """Lines that are held out."""
+    sequences: Annotated[int, Field(ge=0)] = 0
+    """Sequences that the lines to train on give: more than lines where the chat template does not let one serve all
+    answers of a conversation.
+    """
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of these, which is what one time through the data costs."""
+    skipped_lines: Annotated[int, Field(ge=0)] = 0
+    """Lines that cannot be used."""
+    skipped_turns: Annotated[int, Field(ge=0)] = 0
+    """Answers that cannot be used, of lines of which others can."""
+    skipped_by_reason: Annotated[
+        tuple[ReasonCount, ...],
+        Field(
+            max_length=32, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["reason"]}
+        ),
+    ] = ()
+    """Why, by count."""
+    first_skipped: Annotated[
+        tuple[SkippedLine, ...], Field(max_length=10, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = ()
+    """The first ten of them."""
+    unknown_fields: Annotated[
+        tuple[FieldCount, ...],
+        Field(
+            max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = ()
+    """Fields of rows that mean nothing here."""
+
+
 class BindingStatus(StatusModel):
     """The agent that has the right to run the job."""
 
@@ -349,6 +434,8 @@ class JobStatus(StatusModel):
     """Why it is in this state."""
     progress: Progress | None = None
     """How far the training is."""
+    dataset: DatasetStatus | None = None
+    """What was found in the data set."""
     binding: BindingStatus | None = None
     """The agent that runs it."""
     checkpoint: CheckpointStatus | None = None
@@ -386,4 +473,4 @@ class FinetuneJob(BaseModel):
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> FinetuneJob:
         """The object as the API server sent it; pydantic.ValidationError names each bad field."""
-        return cls.model_validate(body)
+        return cls.model_validate(body, context={_STORED: True})

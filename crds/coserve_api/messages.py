@@ -280,16 +280,39 @@ class FeedError(Part):
     line: Annotated[int, Field(ge=1)] | None = None
 
 
+class FeedRefusal(Part):
+    """A line (or an answer of one) that is left out; `line` counts from 1 in `file`."""
+
+    file: Annotated[str, Field(max_length=1024)] = ""
+    line: Annotated[int, Field(ge=1)]
+    reason: Annotated[str, Field(max_length=64)]
+    message: Annotated[str, Field(max_length=512)] = ""
+
+
 class FeedStatus(Message):
-    """What the feeder knows of the data. `digest` is that of tokenizer and chat template; `finished`: the last shard is
-    in the stream.
+    """What the feeder knows of the data. `finished`: the last shard is in the stream.
+
+    `digest` is that of tokenizer and chat template, which the agent compares with its own; `rendering` that of what
+    else decides how a row becomes tokens, and `content` that of the lines, which a feeder that comes back compares.
+    `sequences` and `tokens` are of one time through the samples to train on. `skipped_lines` cannot be used,
+    `skipped_turns` are answers of lines that otherwise can; `skipped` counts both by reason, `refusals` are the first.
+    `unknown_fields`: rows that have a field which means nothing here. `notes` are sentences for the user.
     """
 
     total_steps: Count = 0
     samples: Count = 0
     eval_samples: Count = 0
     eval_shards: Count = 0
+    sequences: Count = 0
+    tokens: Count = 0
     skipped_lines: Count = 0
+    skipped_turns: Count = 0
+    skipped: Annotated[dict[str, Count], Field(max_length=32)] = Field(default_factory=dict)
+    refusals: Annotated[tuple[FeedRefusal, ...], Field(max_length=10)] = ()
+    unknown_fields: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    notes: Annotated[tuple[Prose, ...], Field(max_length=16)] = ()
     digest: Sha256 | None = None
+    rendering: Sha256 | None = None
+    content: Sha256 | None = None
     finished: bool = False
     error: FeedError | None = None

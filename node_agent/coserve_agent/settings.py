@@ -35,7 +35,8 @@ from coserve_api.common import (
     Uid,
 )
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
-from coserve_api.job import DatasetFormat, OnInvalid
+from coserve_api.job import DatasetFormat, Learn, OnInvalid
+from coserve_api.uris import DATA_ROOT
 
 PREFIX = "COSERVE_"
 
@@ -128,21 +129,26 @@ class AgentSettings(RedisSettings):
 
 
 class FeederSettings(RedisSettings):
-    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set."""
+    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set. DATASET_ROOT is the folder that no link in the
+    data set may lead out of.
+    """
 
     redis_url: str
     endpoint_uid: Uid
     job_uid: Uid
     job_name: Subdomain
     dataset_path: Path
+    dataset_root: Path = Path(DATA_ROOT)
     model_path: Path
     format: DatasetFormat = DatasetFormat.AUTO
+    learn: Learn = Learn.ALL
     eval_percent: EvalPercent = 5
     max_sequence_length: SequenceLength = 1024
     on_invalid: OnInvalid = OnInvalid.FAIL
     batch_size: BatchSize = 8
     epochs: Annotated[Epochs | None, OrBlank] = None
     max_steps: Annotated[Steps | None, OrBlank] = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
 
     @model_validator(mode="after")

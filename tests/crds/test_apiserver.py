@@ -152,7 +152,12 @@ FAULTS = [
     ("job", "spec.training.learningRate", "0", "spec.training.learningRate", "decimal string above 0 and at most 1"),
     ("job", "spec.training.learningRate", "fast", "spec.training.learningRate", 'such as "2e-4"'),
     ("job", "spec.training.learningRate", 4e-3, "spec.training.learningRate", "must be of type string"),
-    ("job", "spec.training.warmupSteps", 361, "spec.training.warmupSteps", "warmupSteps must be at most maxSteps"),
+    ("job", "spec.training.warmupSteps", 361, "spec.training.warmupSteps", "warmupSteps must be below maxSteps"),
+    ("job", "spec.training.warmupSteps", 360, "spec.training.warmupSteps", "warmupSteps must be below maxSteps"),
+    ("job", "spec.dataset.uri", "pvc://data/../x", "spec.dataset.uri", "the marks * and ?"),
+    ("job", "spec.dataset.uri", "pvc://data/[ab]", "spec.dataset.uri", "the marks * and ?"),
+    ("job", "spec.dataset.format", "sharegtp", "spec.dataset.format", '"sharegpt", "alpaca"'),
+    ("job", "spec.dataset.learn", "First", "spec.dataset.learn", '"All", "Last"'),
     ("job", "spec.checkpoint.everySteps", 0, "spec.checkpoint.everySteps", "greater than or equal to 1"),
     ("job", "spec.publsh", {"policy": "Never"}, "spec.publsh", "unknown field"),
 ]

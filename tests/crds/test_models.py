@@ -23,6 +23,7 @@ from coserve_api.uris import (
     artifact_uri,
     artifacts_path,
     dataset_path,
+    dataset_root,
     model_path,
     parse_uri,
     relative_path,
@@ -74,6 +75,10 @@ def test_uris_become_paths_in_the_pod() -> None:
     assert model_path("pvc://coserve-demo/") == "/models/coserve-demo"
     assert model_path("file:///models/tiny") == "/models/tiny"
     assert dataset_path("pvc://coserve-demo/job.jsonl") == "/data/coserve-demo/job.jsonl"
+    assert dataset_path("pvc://coserve-demo/a?/*.jsonl.gz") == "/data/coserve-demo/a?/*.jsonl.gz"
+    assert dataset_path("file:///data/team/*") == "/data/team/*"
+    assert dataset_root("pvc://coserve-demo/a/b.jsonl") == dataset_root("pvc://coserve-demo") == "/data/coserve-demo"
+    assert dataset_root("file:///data/team/x.jsonl") == "/data"
     assert artifacts_path("pvc://coserve-artifacts/") == "/artifacts"
     assert artifacts_path("pvc://coserve-artifacts/team") == "/artifacts/team"
     assert artifacts_path("file:///artifacts/team/") == "/artifacts/team"
@@ -144,6 +149,23 @@ def test_a_job_has_exactly_one_length(training: dict[str, int]) -> None:
     spec = example("job.yaml")["spec"]
     with pytest.raises(ValidationError, match="exactly one of epochs and maxSteps"):
         JobSpec.model_validate({**spec, "training": training})
+
+
+def test_a_warm_up_is_below_the_length() -> None:
+    """Equality was allowed once: such an object is read as long as it is stored, and no new one is made."""
+    body = example("job.yaml")
+
+    def with_warm_up(steps: int) -> dict[str, Any]:
+        training = {"maxSteps": 10, "warmupSteps": steps}
+        return {**body, "spec": {**body["spec"], "training": training}}
+
+    assert FinetuneJob.from_dict(with_warm_up(9)) == FinetuneJob.model_validate(with_warm_up(9))
+    assert FinetuneJob.from_dict(with_warm_up(10)).spec.training.warmup_steps == 10
+    for steps in (10, 11):
+        with pytest.raises(ValidationError, match="warmupSteps must be below maxSteps"):
+            JobSpec.model_validate(with_warm_up(steps)["spec"])
+    with pytest.raises(ValidationError, match="warmupSteps must be below maxSteps"):
+        FinetuneJob.from_dict(with_warm_up(11))
 
 
 def test_a_bad_value_is_answered_with_what_to_write() -> None:

@@ -8,6 +8,7 @@ from coserve_api.job import BindingStatus, CheckpointStatus, JobCondition, JobSt
 from coserve_api.messages import Completed
 from coserve_api.uris import artifact_uri
 from coserve_operator.reconcile.briefing import newer_checkpoint
+from coserve_operator.reconcile.dataset_status import dataset_of, left_out, sentence
 from coserve_operator.reconcile.job import Sight, Verdict
 from coserve_operator.reconcile.observed import Notice
 
@@ -27,6 +28,7 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
         state=verdict.state,
         reason=verdict.reason,
         progress=_progress(sight, verdict),
+        dataset=dataset_of(sight.record.feed, old.dataset),
         binding=binding,
         checkpoint=_checkpoint(sight, verdict),
         adapter=verdict.adapter,
@@ -121,8 +123,7 @@ def _data(sight: Sight, verdict: Verdict) -> tuple[bool, str, str] | None:
     if feed is not None and feed.error is not None:
         return False, feed.error.reason, verdict.message
     if feed is not None and feed.total_steps > 0:
-        skipped = f", {feed.skipped_lines} invalid lines skipped" if feed.skipped_lines else ""
-        return True, "DataRead", f"{feed.samples} samples to train on, {feed.eval_samples} held out{skipped}"
+        return True, "DataRead", sentence(feed)
     if find_condition(sight.job.status.conditions, JobCondition.DATA_READY) is None:
         return False, "NotRead", ""
     return None  # Redis lost what the feeder said; it will say it again
@@ -132,6 +133,7 @@ def notices(sight: Sight, verdict: Verdict, new: JobStatus) -> list[Notice]:
     """Return the events of the change from the job's status to `new`; none when nothing worth telling changed."""
     old, told = sight.job.status, []
     before, after = old.binding, new.binding
+    told += _data_notices(sight, new)
     if new.restarts > old.restarts:
         lost = before.agent if before else "?"
         step, limit = new.checkpoint.step if new.checkpoint else 0, sight.job.spec.backoff_limit
@@ -150,6 +152,15 @@ def notices(sight: Sight, verdict: Verdict, new: JobStatus) -> list[Notice]:
     if new.adapter is not None and verdict.published is not None and verdict.published[0]:
         told.append(Notice("Published", verdict.published[2]))
     return told
+
+
+def _data_notices(sight: Sight, new: JobStatus) -> list[Notice]:
+    """Return the event of data that has become ready; a warning where something is left out."""
+    was, is_ = (find_condition(one.conditions, JobCondition.DATA_READY) for one in (sight.job.status, new))
+    feed = sight.record.feed
+    if feed is None or is_ is None or is_.status != "True" or (was is not None and was.status == "True"):
+        return []
+    return [Notice("DataReady", is_.message, warning=bool(left_out(feed)))]
 
 
 def _change(verdict: Verdict, new: JobStatus) -> list[Notice]:

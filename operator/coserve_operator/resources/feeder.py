@@ -4,7 +4,7 @@ from typing import Any
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
-from coserve_api.uris import dataset_path, model_path
+from coserve_api.uris import dataset_path, dataset_root, model_path
 from coserve_operator.kube import BATCH_JOB, Manifest
 from coserve_operator.resources import pods
 from coserve_operator.resources.metadata import (
@@ -75,12 +75,15 @@ def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | 
         "JOB_UID": job.metadata.uid,
         "JOB_NAME": job.metadata.name,
         "DATASET_PATH": dataset_path(dataset.uri),
+        "DATASET_ROOT": dataset_root(dataset.uri),
         "MODEL_PATH": model_path(endpoint.spec.model.uri),
         "FORMAT": dataset.format.value,
+        "LEARN": dataset.learn.value,
         "EVAL_PERCENT": dataset.eval_percent,
         "MAX_SEQUENCE_LENGTH": sequence_length(job, endpoint),
         "ON_INVALID": dataset.on_invalid.value,
         "BATCH_SIZE": training.batch_size,
+        "WARMUP_STEPS": training.warmup_steps,
         "SEED": training.seed,
     }
     if training.epochs is not None:
