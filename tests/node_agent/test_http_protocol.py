@@ -226,11 +226,12 @@ def test_a_prompt_that_is_too_long_is_known_by_its_words(
 # ---- another agent: a template of many opinions, a page that may call it, a name of two parts ----
 
 TEMPLATE = (
-    "{% for m in messages %}{% for part in m.content if m.role != 'tool' %}"
+    "{% for m in messages %}{% for part in m.content if m.role not in ('tool', 'critic', 'developer') %}"
     "{% if part.text == 'zero' %}{{ 1 // 0 }}{% endif %}{% if part.text == 'type' %}{{ 1 + 'a' }}{% endif %}"
     "{% if part.text == 'raise' %}{{ raise_exception('no ' + m.role) }}{% endif %}"
     "{% if part.text == 'undefined' %}{{ messages[99].content.x }}{% endif %}"
     "<|{{ m.role }}|>{{ m.name }}{{ part.text }}{% endfor %}"
+    "{% if m.reasoning_content %}~{{ m.reasoning_content }}{% endif %}"
     "{% for call in m.tool_calls %}[{{ call.function.name }} {{ call.function.arguments.city }}]{% endfor %}"
     "{% if m.role == 'tool' %}({{ m.tool_call_id }} {{ m.content }}){% endif %}{% endfor %}<|assistant|>"
 )
@@ -297,6 +298,27 @@ def test_a_conversation_with_tools_reaches_the_template(opinionated: Any, other:
     status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": broken}))
     assert (status, answer["error"]["param"]) == (400, "messages")
     assert "no JSON" in answer["error"]["message"]
+
+
+def test_reasoning_and_a_developer_reach_the_template(opinionated: Any, other: httpx.Client) -> None:
+    messages = [
+        {"role": "developer", "content": "be"},
+        CHAT[0] | {"content": "a"},
+        {"role": "assistant", "reasoning_content": "so", "content": "b"},
+        CHAT[0] | {"content": "c"},
+    ]
+    written = "<|system|>be<|user|>a<|assistant|>b~so<|user|>c<|assistant|>"
+    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 1}))
+    assert status == 200, answer
+    expected = opinionated.agent.tokenizer.encode(written, add_special_tokens=False)
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+
+
+def test_a_role_that_a_template_would_drop_is_refused(other: httpx.Client) -> None:
+    messages = [*CHAT, {"role": "critic", "content": "x"}]
+    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": messages}))
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "message 1 has role 'critic', which this model's chat template does not write" in answer["error"]["message"]
 
 
 def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:

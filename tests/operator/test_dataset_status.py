@@ -51,10 +51,10 @@ def test_what_is_left_out_is_in_status_condition_and_a_warning(it: Situation, ma
     assert {one.name: one.count for one in data.unknown_fields} == {"source": 80, "id": 3}
     message = find_condition(status.conditions, "DataReady").message
     assert message == (
-        f"{ALL_READ}, 4000 tokens an epoch; "
+        f"{ALL_READ}, 4000 tokens an epoch; eos is appended; "
         "14 invalid lines and 2 single answers skipped (NotJson 13, TooManyTokens 3); "
-        "line 1: is not JSON (1); line 2: is not JSON (2); line 3: is not JSON (3); "
-        "fields that mean nothing here: source (80), id (3); eos is appended"
+        "x.jsonl line 1: is not JSON (1); x.jsonl line 2: is not JSON (2); x.jsonl line 3: is not JSON (3); "
+        "fields that mean nothing here: source (80), id (3)"
     )
     assert events == [("DataReady", message, True)]
     assert JobStatus.model_validate(status.to_dict()) == status

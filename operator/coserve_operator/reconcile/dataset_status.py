@@ -34,7 +34,7 @@ def sentence(feed: FeedStatus) -> str:
     if feed.sequences > feed.samples:
         said.append(f"in {feed.sequences} sequences, since one cannot serve all answers of a conversation")
     text = ", ".join(said)
-    return "; ".join([text, *left_out(feed), *feed.notes])
+    return "; ".join([text, *feed.notes, *left_out(feed)])
 
 
 def left_out(feed: FeedStatus) -> list[str]:
@@ -44,7 +44,8 @@ def left_out(feed: FeedStatus) -> list[str]:
         turns = f" and {feed.skipped_turns} single answers" if feed.skipped_turns else ""
         reasons = ", ".join(f"{name} {count}" for name, count in feed.skipped.items())
         said.append(f"{feed.skipped_lines} invalid lines{turns} skipped" + (f" ({reasons})" if reasons else ""))
-        said += [f"line {one.line}: {one.message}" for one in feed.refusals[:_LINES_SHOWN]]
+        shown = feed.refusals[:_LINES_SHOWN]
+        said += [f"{one.file.rpartition('/')[2]} line {one.line}: {one.message}".lstrip() for one in shown]
     if feed.unknown_fields:
         names = list(feed.unknown_fields.items())[:_FIELDS_SHOWN]
         said.append("fields that mean nothing here: " + ", ".join(f"{name} ({count})" for name, count in names))
