@@ -27,6 +27,7 @@ MAX_LINE_BYTES = 16 << 20
 KNOWN = (".jsonl", ".jsonl.gz", ".parquet")
 """Names that a folder's files are taken by. A file that is named itself may be called anything."""
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_CHUNK_BYTES = 1 << 16
 _PARQUET_ROWS = 256
 """Rows of a Parquet file that are in memory at once, beside the row group's pages."""
 
@@ -150,11 +151,19 @@ def _split(file: IO[bytes]) -> Iterator[Line]:
             offset += len(raw)
             continue
         offset += len(raw)
-        while more := file.readline(MAX_LINE_BYTES):
-            offset += len(more)
-            if more.endswith(b"\n"):
-                break
+        del raw  # before more of it is read
+        offset += _rest_of_line(file)
         yield Line(number, offset, None)
+
+
+def _rest_of_line(file: IO[bytes]) -> int:
+    """Read to the end of a line; returns its bytes."""
+    size = 0
+    while more := file.readline(_CHUNK_BYTES):
+        size += len(more)
+        if more.endswith(b"\n"):
+            break
+    return size
 
 
 def _line_at(file: IO[bytes], offset: int) -> bytes:
