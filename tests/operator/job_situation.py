@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coserve_api.conditions import condition
 from coserve_api.job import FinetuneJob
 from coserve_api.scripts import Fence
 from coserve_api.store import JobRecord
@@ -35,10 +36,11 @@ class Situation:
         )  # fmt: skip
 
     def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
-        """The job runs on `pod` under `epoch`, in status and in Redis."""
+        """The job, whose data are ready, runs on `pod` under `epoch`, in status and in Redis."""
+        ready = condition("DataReady", True, "DataRead", "", generation=1, now=self.now)
         self.body["status"] = {
             "state": "Running", "reason": "Training", "startTime": "2026-11-21T11:30:00Z",
-            "binding": {"agent": pod, "node": "node-1", "epoch": epoch},
+            "binding": {"agent": pod, "node": "node-1", "epoch": epoch}, "conditions": [ready.to_dict()],
         } | status  # fmt: skip
         self.record = JobRecord(fence=Fence(epoch, self.make.agent_of(pod)), feed=self.make.feed())
         self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})
