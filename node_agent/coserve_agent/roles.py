@@ -12,6 +12,8 @@ from coserve_agent.chat_format import Message, Render
 _WORD = "quokka"
 _ROLES_KEPT = 64
 """Roles whose answer is remembered: their names are the client's, so there is a bound."""
+_MOST_ROLES = 16
+"""In one conversation: to try a role costs about as much as to render a short one, some times over."""
 
 
 class Roles:
@@ -31,9 +33,12 @@ class Roles:
         the other).
 
         Raises:
-            error: a message whose role leaves no trace in what the template writes. A role that the template itself
-                refuses is left to it: its reason is the better one.
+            error: a message whose role leaves no trace in what the template writes, or very many roles. A role that
+                the template itself refuses is left to it: its reason is the better one.
         """
+        different = len({str(message["role"]) for message in messages})
+        if different > _MOST_ROLES:
+            raise self._error(f"the messages have {different} different roles; at most {_MOST_ROLES} are allowed")
         known: list[Message] = []
         for n, message in enumerate(messages):
             given = role = str(message["role"])

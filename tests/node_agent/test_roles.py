@@ -145,6 +145,9 @@ def test_each_role_is_tried_once() -> None:
     assert tried <= 3, "the first message, a later user's, an assistant's"
     roles.as_written(chat)
     assert len(calls) == tried
+    with pytest.raises(ChatTemplateError, match="17 different roles; at most 16 are allowed"):
+        roles.as_written([{"role": f"role{n}", "content": "x"} for n in range(17)])
+    assert len(calls) == tried, "not one of them is tried"
     for n in range(200):
         roles.as_written([USER, {"role": f"role{n}", "content": "x"}])
     assert roles._written.cache_info().currsize <= 64, "names are the client's: what is remembered is bounded"

@@ -119,7 +119,7 @@ def find(path: Path, root: Path) -> tuple[list[DataFile], list[str]]:
 def _matching(pattern: Path) -> Iterator[Path]:
     """The files of a pattern; a name that begins with a dot is not meant by a mark, as in a shell."""
     anchor = Path(pattern.anchor)
-    parts = [re.sub(r"\*+", "*", part) for part in pattern.parts[1:] if pattern.anchor] or list(pattern.parts)
+    parts = [re.sub(r"\*+", "*", part) for part in pattern.relative_to(anchor).parts]
     for one in anchor.glob("/".join(parts)):
         names = one.parts[-len(parts) :]
         hidden = any(name.startswith(".") and part[0] in "*?" for name, part in zip(names, parts, strict=True))

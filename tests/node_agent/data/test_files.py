@@ -83,6 +83,12 @@ def test_a_pattern_is_a_shells(folder: Path, pattern: str, names: list[str]) -> 
     assert ([file.path.name for file in files], left) == (names, [])
 
 
+def test_a_path_may_be_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for path, names in (("*.jsonl", ["b.jsonl"]), ("deeper/d.*", ["deeper/d.jsonl"]), ("b.jsonl", ["b.jsonl"])):
+        assert [str(file.path) for file in find(Path(path), Path())[0]] == names
+
+
 def test_an_error_names_the_file_and_its_own_line(folder: Path, tokenizer: Tokenizer) -> None:
     write(folder, {"text": "one"}, {"text": 5}, name="b.jsonl")
     with pytest.raises(DatasetError, match=r"b.jsonl, line 2: text is 5") as caught:
