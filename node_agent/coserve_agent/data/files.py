@@ -7,6 +7,7 @@ neither with the file nor with its longest line.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -82,8 +83,16 @@ class DataFile:
         """Make the copy, whole: what is damaged shows by its end."""
         copy = tempfile.TemporaryFile()  # noqa: SIM115 (it is there as long as this object)
         weakref.finalize(self, copy.close)
-        unpack(copy)
-        copy.seek(0)
+        try:
+            unpack(copy)
+            copy.seek(0)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DatasetError(
+                FailedReason.INVALID_DATASET,
+                f"{self.path}: takes more room unpacked than {tempfile.gettempdir()} has; write it as plain .jsonl",
+            ) from None
         self._copy = copy
 
 
@@ -196,6 +205,8 @@ def _write_rows(path: Path, file: IO[bytes], copy: IO[bytes]) -> None:
                 line = json.dumps(_plain(row), ensure_ascii=False, default=_no_json)
                 copy.write(line.encode("utf-8", "surrogatepass") + b"\n")
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; what pyarrow itself finds has no number
         raise _damaged(path, "Parquet", error) from None
 
 

@@ -148,6 +148,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert caught.value.reason is FailedReason.INVALID_DATASET
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "c.parquet"])
+def test_a_file_that_has_no_room_unpacked_says_so(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """/dev/full takes nothing, as a full disk does."""
+    words = f"{name}: takes more room unpacked than .* has; write it as plain .jsonl"
+    with Path("/dev/full").open("w+b", buffering=0) as full, pytest.raises(DatasetError, match=words):
+        monkeypatch.setattr(files_module.tempfile, "TemporaryFile", lambda: full)
+        load(folder / name, tokenizer)
+
+
 def test_pyarrow_is_imported_where_a_parquet_file_is_read(folder: Path, model_folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from coserve_agent.data.dataset import Dataset;"
