@@ -300,33 +300,19 @@ def test_a_conversation_with_tools_reaches_the_template(opinionated: Any, other:
     assert "no JSON" in answer["error"]["message"]
 
 
-def test_reasoning_and_a_developer_reach_the_template(opinionated: Any, other: httpx.Client) -> None:
-    messages = [
-        {"role": "developer", "content": "be"},
-        CHAT[0] | {"content": "a"},
-        {"role": "assistant", "reasoning_content": "so", "content": "b"},
-        CHAT[0] | {"content": "c"},
-    ]
-    written = "<|system|>be<|user|>a<|assistant|>b~so<|user|>c<|assistant|>"
+def test_reasoning_and_roles_reach_the_template_or_are_refused(opinionated: Any, other: httpx.Client) -> None:
+    roles = ("developer", "user", "assistant", "user")
+    messages = [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]
+    messages[2]["reasoning_content"] = "so"
+    written = "<|system|>a<|user|>b<|assistant|>c~so<|user|>d<|assistant|>"
     status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 1}))
     assert status == 200, answer
     expected = opinionated.agent.tokenizer.encode(written, add_special_tokens=False)
     assert answer["usage"]["prompt_tokens"] == len(expected)
-
-
-def test_a_role_that_a_template_would_drop_is_refused(other: httpx.Client) -> None:
-    messages = [*CHAT, {"role": "critic", "content": "x"}]
-    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": messages}))
+    lost = [*CHAT, {"role": "critic", "content": "x"}]
+    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": lost}))
     assert (status, answer["error"]["param"]) == (400, "messages")
     assert "message 1 has role 'critic', which this model's chat template does not write" in answer["error"]["message"]
-
-
-def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": "{}"}}
-    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, *CHAT]
-    status, answer = post(http, "/v1/chat/completions", json.dumps({"messages": messages}))
-    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
-    assert "tool_calls" in answer["error"]["message"]
 
 
 # ---- browsers ----

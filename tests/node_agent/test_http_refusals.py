@@ -102,6 +102,15 @@ def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], 
     assert param in error["message"]
 
 
+def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": "{}"}}
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, *CHAT]
+    answer = http.post("/v1/chat/completions", json=GOOD | {"messages": messages})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert "tool_calls" in error["message"]
+
+
 def test_content_parts_of_text_are_joined(http: httpx.Client) -> None:
     """By line ends, as in vLLM, where the template takes a string."""
     parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": "brown fox"}]
