@@ -215,11 +215,11 @@ Memory = Annotated[
 
 # ---- names ----
 
-_LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+LABEL_PATTERN = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 Label = Annotated[
     str,
     Text(
-        _LABEL,
+        LABEL_PATTERN,
         63,
         "must be a DNS-1123 label: at most 63 of a-z, 0-9 and -, beginning and ending with a letter or digit",
     ),

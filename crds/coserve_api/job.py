@@ -32,7 +32,11 @@ from coserve_api.common import (
 )
 from coserve_api.conditions import Condition
 from coserve_api.errors import InvalidValueError
-from coserve_api.uris import DatasetUri
+from coserve_api.uris import AdapterSource, DatasetUri
+
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 16
+MAX_EVALUATIONS = 10
+"""That a status tells of; the others are in evaluations.jsonl of the adapter's folder."""
 
 
 class JobState(StrEnum):
@@ -60,6 +64,7 @@ class FailedReason(StrEnum):
 
     DATASET_NOT_FOUND = "DatasetNotFound"
     INVALID_DATASET = "InvalidDataset"
+    INVALID_ADAPTER = "InvalidAdapter"
     ENDPOINT_REJECTED = "EndpointRejected"
     RANK_TOO_LARGE = "RankTooLarge"
     NAME_TAKEN = "NameTaken"
@@ -73,6 +78,7 @@ class PendingReason(StrEnum):
     """What a job waits for."""
 
     ENDPOINT_NOT_FOUND = "EndpointNotFound"
+    ADAPTER_NOT_FOUND = "AdapterNotFound"
     NO_CAPACITY = "NoCapacity"
     WAITING_FOR_DATA = "WaitingForData"
     FINETUNING_DISABLED = "FinetuningDisabled"
@@ -99,6 +105,7 @@ class Schedule(StrEnum):
 class PublishPolicy(StrEnum):
     ALWAYS = "Always"
     IF_EVAL_IMPROVES = "IfEvalImproves"
+    BEST = "Best"
     NEVER = "Never"
 
 
@@ -133,8 +140,8 @@ class Dataset(SpecModel):
     """pvc://CLAIM/PATH, or file:///data/PATH in the pod."""
     format: DatasetFormat = DatasetFormat.AUTO
     """Kind of line: messages, prompt-completion or text; auto looks at the first."""
-    eval_percent: EvalPercent = 5
-    """Share of the samples that is held out for the evaluation loss."""
+    eval_percent: EvalPercent | None = None
+    """Share of the samples that is held out for the evaluation loss. Default: 5, and 0 with an evaluation.uri."""
     max_sequence_length: SequenceLength | None = None
     """A line with more tokens cannot be used. Default: the endpoint's maxModelLength."""
     on_invalid: OnInvalid = OnInvalid.FAIL
@@ -146,17 +153,26 @@ class Adapter(SpecModel):
 
     name: Label
     """What clients give as `model` once it is published."""
-    rank: Rank = 8
-    """Rows of A; at most the endpoint's finetuning.maxRank."""
-    alpha: Annotated[int, Field(ge=1, le=4096)] = 16
-    """The adapter's output is scaled by alpha / rank."""
+    source: AdapterSource | None = Field(None, alias="from")
+    """The adapter whose weights training begins with, instead of random ones: a name that the endpoint has published,
+    or the URI of a PEFT folder in the model's or the artifact store's volume. Rank, alpha, useRslora and targetModules
+    are taken over from it; where they are set they must be the same.
+    """
+    rank: Rank | None = None
+    """Rows of A; at most the endpoint's finetuning.maxRank. Default: 8."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """The adapter's output is scaled by alpha / rank. Default: 16."""
     dropout: DropoutDecimal = "0"
     """Share of the adapter's inputs that is dropped in training, a decimal string."""
-    use_rslora: RsloraPolicy = RsloraPolicy.DISABLED
-    """Enabled scales by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
-    target_modules: Annotated[
-        tuple[TargetModule, ...], Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"})
-    ] = tuple(TargetModule)
+    use_rslora: RsloraPolicy | None = None
+    """Enabled scales by alpha / sqrt(rank) instead (rank-stabilised LoRA). Default: Disabled."""
+    target_modules: (
+        Annotated[
+            tuple[TargetModule, ...],
+            Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        ]
+        | None
+    ) = None
     """The linears that carry it. Default: all seven."""
 
 
@@ -222,8 +238,32 @@ class CheckpointPolicy(SpecModel):
 class Evaluation(SpecModel):
     """When the loss over the held-out samples is measured, besides before the first and after the last step."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {
+                    "rule": "!has(self.patience) || self.everySteps > 0",
+                    "message": "patience counts evaluations: set everySteps to 1 or more",
+                    "fieldPath": ".patience",
+                },
+            ]
+        }
+    )
+
     every_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Optimizer steps between evaluations; 0 for none in between."""
+    max_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """The most held-out samples that are evaluated, chosen by the seed. Default: all."""
+    uri: DatasetUri | None = None
+    """A file of held-out samples of its own, read as the data set is; nothing is held out of the data set then."""
+    patience: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Training ends, complete, after so many evaluations in a row without a lower loss. Default: never early."""
+
+    @model_validator(mode="after")
+    def _evaluated_while_it_waits(self) -> Evaluation:
+        if self.patience is not None and self.every_steps == 0:
+            raise InvalidValueError("patience counts evaluations: set everySteps to 1 or more")
+        return self
 
 
 class Publish(SpecModel):
@@ -231,8 +271,17 @@ class Publish(SpecModel):
 
     policy: PublishPolicy = PublishPolicy.ALWAYS
     """Always: every agent of the endpoint serves it under adapter.name. IfEvalImproves: only if the evaluation loss at
-    the end is below the initial one. Never: it stays a checkpoint.
+    the end is below the initial one. Best: the weights of the evaluation with the lowest loss (the earliest of equals),
+    only if it is below the initial one. Never: it stays a checkpoint.
     """
+
+
+_NEEDS_SAMPLES = (
+    "publish.policy IfEvalImproves or Best and evaluation.patience need held-out samples: leave dataset.evalPercent "
+    "out, set it above 0, or set evaluation.uri"
+)
+_HELD_OUT_TWICE = "evaluation.uri has the held-out samples: leave dataset.evalPercent out, or set it to 0"
+_BEST_OF_SOME = "publish.policy Best chooses among evaluations: set evaluation.everySteps to 1 or more"
 
 
 class JobSpec(SpecModel):
@@ -242,8 +291,20 @@ class JobSpec(SpecModel):
         json_schema_extra={
             "x-kubernetes-validations": [
                 {
-                    "rule": "self.publish.policy != 'IfEvalImproves' || self.dataset.evalPercent > 0",
-                    "message": "publish.policy IfEvalImproves needs dataset.evalPercent above 0",
+                    "rule": "has(self.evaluation.uri) || !has(self.dataset.evalPercent) || self.dataset.evalPercent > 0"
+                    " || (!(self.publish.policy in ['IfEvalImproves', 'Best']) && !has(self.evaluation.patience))",
+                    "message": _NEEDS_SAMPLES,
+                    "fieldPath": ".dataset.evalPercent",
+                },
+                {
+                    "rule": "!has(self.evaluation.uri) || !has(self.dataset.evalPercent)"
+                    " || self.dataset.evalPercent == 0",
+                    "message": _HELD_OUT_TWICE,
+                    "fieldPath": ".dataset.evalPercent",
+                },
+                {
+                    "rule": "self.publish.policy != 'Best' || self.evaluation.everySteps > 0",
+                    "message": _BEST_OF_SOME,
                     "fieldPath": ".publish.policy",
                 },
             ]
@@ -271,11 +332,33 @@ class JobSpec(SpecModel):
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 6
     """Rebindings after a lost agent before the job fails."""
 
+    @property
+    def eval_percent(self) -> int:
+        """Share of the data set that is held out."""
+        if self.dataset.eval_percent is not None:
+            return self.dataset.eval_percent
+        return 0 if self.evaluation.uri is not None else 5
+
     @model_validator(mode="after")
     def _evaluated_if_it_decides(self) -> JobSpec:
-        if self.publish.policy is PublishPolicy.IF_EVAL_IMPROVES and self.dataset.eval_percent == 0:
-            raise InvalidValueError("publish.policy IfEvalImproves needs dataset.evalPercent above 0")
+        policy, evaluation = self.publish.policy, self.evaluation
+        decides = policy in (PublishPolicy.IF_EVAL_IMPROVES, PublishPolicy.BEST) or evaluation.patience is not None
+        if decides and evaluation.uri is None and self.eval_percent == 0:
+            raise InvalidValueError(_NEEDS_SAMPLES)
+        if evaluation.uri is not None and self.eval_percent > 0:
+            raise InvalidValueError(_HELD_OUT_TWICE)
+        if policy is PublishPolicy.BEST and evaluation.every_steps == 0:
+            raise InvalidValueError(_BEST_OF_SOME)
         return self
+
+
+class EvaluationStatus(StatusModel):
+    """One evaluation."""
+
+    step: Annotated[int, Field(ge=0)]
+    """After how many optimizer steps."""
+    loss: Measured | None = None
+    """Mean loss over the held-out samples; absent where it was not finite."""
 
 
 class Progress(StatusModel):
@@ -295,6 +378,18 @@ class Progress(StatusModel):
     """Evaluation loss before the first step."""
     eval_loss: Measured | None = None
     """Evaluation loss, last measured."""
+    best_step: Annotated[int, Field(ge=0)] | None = None
+    """After how many optimizer steps the evaluation loss was lowest; what publish.policy Best publishes."""
+    best_eval_loss: Measured | None = None
+    """The lowest evaluation loss."""
+    evaluations: (
+        Annotated[
+            tuple[EvaluationStatus, ...],
+            Field(max_length=MAX_EVALUATIONS, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
+        ]
+        | None
+    ) = None
+    """The last evaluations, oldest first."""
     tokens_per_second: Annotated[int, Field(ge=0)] | None = None
     """Training speed."""
     eta: Elapsed | None = None
@@ -338,6 +433,19 @@ class PublishedAdapter(StatusModel):
     """Its PEFT folder."""
     sha256: Annotated[str, Field(max_length=64)]
     """Checksum of its manifest.json."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Rows of A."""
+
+
+class ContinuedFrom(StatusModel):
+    """The adapter whose weights the job began with, as it was chosen at the first binding."""
+
+    uri: Annotated[str, Field(max_length=1600)]
+    """Its PEFT folder."""
+    version: Annotated[int, Field(ge=1)] | None = None
+    """Its number, where it was published here."""
+    sha256: Annotated[str, Field(max_length=64)] | None = None
+    """Checksum of its manifest.json, where it was published here."""
 
 
 class JobStatus(StatusModel):
@@ -355,6 +463,8 @@ class JobStatus(StatusModel):
     """The last accepted checkpoint."""
     adapter: PublishedAdapter | None = None
     """The published version."""
+    continued_from: ContinuedFrom | None = None
+    """The adapter whose weights the job began with, where adapter.from names one."""
     restarts: Annotated[int, Field(ge=0)] = 0
     """Rebindings after a lost agent."""
     observed_generation: Annotated[int, Field(ge=0)] = 0

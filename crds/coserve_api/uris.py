@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from coserve_api.common import Text
+from coserve_api.common import LABEL_PATTERN, Text
 from coserve_api.errors import InvalidValueError
 
 MODELS_ROOT, DATA_ROOT, ARTIFACTS_ROOT = "/models", "/data", "/artifacts"
@@ -35,8 +35,20 @@ def _text(root: str) -> Text:
 ModelUri = Annotated[str, _text(MODELS_ROOT)]
 DatasetUri = Annotated[str, _text(DATA_ROOT)]
 ArtifactsUri = Annotated[str, _text(ARTIFACTS_ROOT)]
+AdapterSource = Annotated[
+    str,
+    Text(
+        f"{LABEL_PATTERN}|pvc://{_CLAIM}(/{_PATH})?/?|file://(/artifacts|/models)(/{_SEGMENT})*/?",
+        1024,
+        "must be the name of an adapter that the endpoint has published, or the URI of a PEFT folder that its agents "
+        "read: pvc://CLAIM/PATH in the model's or the artifact store's claim, file:///models/PATH or "
+        "file:///artifacts/PATH",
+    ),
+]
 RelativePath = Annotated[str, Field(max_length=512, pattern=f"^{_PATH}$")]
 """A path below the artifact store's root, as messages carry it."""
+FolderPath = Annotated[str, Field(max_length=1200, pattern=f"^/?{_PATH}$")]
+"""A folder that agents can read: below the artifact store's root, or absolute."""
 
 
 @dataclass(frozen=True, slots=True)

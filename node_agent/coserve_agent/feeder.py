@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ from redis.exceptions import RedisError
 from coserve_agent.dataset import Dataset
 from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.main import give_up, log_to_stderr
-from coserve_agent.order import StepOrder, split
+from coserve_agent.order import StepOrder, capped, split
 from coserve_agent.settings import FeederSettings, read
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.connect import connect
@@ -43,19 +44,25 @@ LOOK_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Material:
-    """A data set cut into shards: training shard n is optimizer step n, whatever was made before it."""
+    """A data set cut into shards: training shard n is optimizer step n, whatever was made before it. `held_out` has the
+    samples that are evaluated, `eval_ids` are their ids: it is the same data set, or a file of its own.
+    """
 
     dataset: Dataset
     train: StepOrder
+    held_out: Dataset
     eval_ids: tuple[int, ...]
     digest: str
 
     @classmethod
     def prepare(cls, settings: FeederSettings, tokenizer: Tokenizer) -> Material:
-        """Read and check the file. Raises DatasetError."""
-        dataset = Dataset(
-            settings.dataset_path, tokenizer, settings.format, settings.max_sequence_length, settings.on_invalid
-        )
+        """Read and check the files. Raises DatasetError."""
+
+        def read_file(path: Path) -> Dataset:
+            return Dataset(path, tokenizer, settings.format, settings.max_sequence_length, settings.on_invalid)
+
+        dataset = read_file(settings.dataset_path)
+        held_out = dataset if settings.eval_path is None else read_file(settings.eval_path)
         parts = split(dataset.ids, settings.eval_percent, settings.seed)
         if settings.eval_percent and not parts.eval:
             raise DatasetError(
@@ -64,7 +71,9 @@ class Material:
                 f"dataset.evalPercent is {settings.eval_percent}; add lines, or set dataset.evalPercent to 0",
             )
         order = StepOrder(parts.train, settings.batch_size, settings.seed, settings.epochs, settings.max_steps)
-        return cls(dataset, order, parts.eval, tokenizer.digest)
+        eval_ids = parts.eval if held_out is dataset else held_out.ids
+        eval_ids = capped(eval_ids, settings.eval_max_samples, settings.seed)
+        return cls(dataset, order, held_out, eval_ids, tokenizer.digest)
 
     @property
     def eval_shards(self) -> int:
@@ -76,7 +85,7 @@ class Material:
             samples=len(self.train.ids),
             eval_samples=len(self.eval_ids),
             eval_shards=self.eval_shards,
-            skipped_lines=self.dataset.skipped,
+            skipped_lines=sum(one.skipped for one in {self.dataset, self.held_out}),
             digest=self.digest,
         )
 
@@ -89,7 +98,7 @@ class Material:
         """Held-out shard `number`, from 1."""
         size = self.train.batch_size
         ids = self.eval_ids[(number - 1) * size : number * size]
-        return Shard(number, 0, self.digest, tuple(self.dataset.samples(ids)))
+        return Shard(number, 0, self.digest, tuple(self.held_out.samples(ids)))
 
 
 class JobDeletedError(Exception):

@@ -36,6 +36,7 @@ from coserve_api.common import (
 )
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_api.job import DatasetFormat, OnInvalid
+from coserve_api.uris import ModelUri
 
 PREFIX = "COSERVE_"
 
@@ -90,6 +91,7 @@ class AgentSettings(RedisSettings):
     endpoint_name: Label = "local"
     namespace: Label = "default"
     model_path: Path
+    model_uri: Annotated[ModelUri | None, OrBlank] = None
     model_name: ModelName = "model"
     max_model_length: ModelLength = 1024
     ttft_ms: Millis = 1000
@@ -128,7 +130,9 @@ class AgentSettings(RedisSettings):
 
 
 class FeederSettings(RedisSettings):
-    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set."""
+    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set. With EVAL_PATH, a file of held-out samples,
+    EVAL_PERCENT is 0.
+    """
 
     redis_url: str
     endpoint_uid: Uid
@@ -138,6 +142,8 @@ class FeederSettings(RedisSettings):
     model_path: Path
     format: DatasetFormat = DatasetFormat.AUTO
     eval_percent: EvalPercent = 5
+    eval_path: Annotated[Path | None, OrBlank] = None
+    eval_max_samples: Annotated[int | None, Field(ge=1), OrBlank] = None
     max_sequence_length: SequenceLength = 1024
     on_invalid: OnInvalid = OnInvalid.FAIL
     batch_size: BatchSize = 8
@@ -149,6 +155,8 @@ class FeederSettings(RedisSettings):
     def _one_length(self) -> FeederSettings:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(f"set exactly one of {PREFIX}EPOCHS and {PREFIX}MAX_STEPS")
+        if self.eval_path is not None and self.eval_percent:
+            raise ValueError(f"{PREFIX}EVAL_PATH has the held-out samples: set {PREFIX}EVAL_PERCENT to 0")
         return self
 
 

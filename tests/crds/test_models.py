@@ -156,8 +156,43 @@ def test_a_policy_that_asks_for_an_evaluation_needs_samples_for_it() -> None:
     spec = example("job.yaml")["spec"]
     wanted = {**spec, "publish": {"policy": "IfEvalImproves"}}
     assert JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 5}})
-    with pytest.raises(ValidationError, match=r"needs dataset.evalPercent above 0"):
+    with pytest.raises(ValidationError, match=r"need held-out samples: leave dataset.evalPercent out"):
         JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 0}})
+
+
+SOMETIMES = {"everySteps": 5}
+FILE = {"uri": "pvc://d/e.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluation", "policy", "words"),
+    [
+        ({}, SOMETIMES, "Best", ""),
+        ({}, SOMETIMES | {"patience": 2}, "Always", ""),
+        ({}, FILE | SOMETIMES | {"patience": 2}, "Best", ""),
+        ({"evalPercent": 0}, FILE | SOMETIMES, "Best", ""),
+        ({"evalPercent": 0}, FILE, "IfEvalImproves", ""),
+        ({"evalPercent": 0}, SOMETIMES, "Always", ""),
+        ({"evalPercent": 0}, SOMETIMES, "Best", "need held-out samples"),
+        ({"evalPercent": 0}, SOMETIMES | {"patience": 2}, "Always", "need held-out samples"),
+        ({"evalPercent": 5}, FILE, "Always", "evaluation.uri has the held-out samples"),
+        ({}, {}, "Best", "set evaluation.everySteps to 1 or more"),
+        ({}, {"patience": 1}, "Always", "set everySteps to 1 or more"),
+    ],
+)
+def test_what_is_decided_by_evaluations_needs_them(
+    dataset: dict[str, Any], evaluation: dict[str, Any], policy: str, words: str
+) -> None:
+    spec = example("job.yaml")["spec"]
+    held_out = {name: value for name, value in spec["dataset"].items() if name != "evalPercent"} | dataset
+    wanted = {**spec, "dataset": held_out, "evaluation": evaluation, "publish": {"policy": policy}}
+    if not words:
+        assert JobSpec.model_validate(wanted).eval_percent == (
+            dataset.get("evalPercent", 0 if "uri" in evaluation else 5)
+        )
+        return
+    with pytest.raises(ValidationError, match=words):
+        JobSpec.model_validate(wanted)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +205,12 @@ def test_a_policy_that_asks_for_an_evaluation_needs_samples_for_it() -> None:
         ("training", "adamBeta2", "1.5"),
         ("training", "adamEpsilon", "0"),
         ("evaluation", "everySteps", -1),
+        ("evaluation", "maxSamples", 0),
+        ("evaluation", "patience", 0),
+        ("evaluation", "uri", "pvc://claim/../x"),
+        ("adapter", "from", "pvc://claim/../x"),
+        ("adapter", "from", "file:///data/adapter"),
+        ("adapter", "from", "Not A Name"),
     ],
 )
 def test_values_outside_their_bounds_are_refused(part: str, field: str, value: object) -> None:

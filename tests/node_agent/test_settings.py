@@ -110,6 +110,15 @@ def test_a_feeder_has_one_length(monkeypatch: pytest.MonkeyPatch, change: dict[s
         read(FeederSettings)
 
 
+def test_a_feeder_has_held_out_samples_from_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, FEEDER | {"EVAL_PATH": "/data/e.jsonl"})
+    with pytest.raises(StartError, match="set COSERVE_EVAL_PERCENT to 0"):
+        read(FeederSettings)
+    environment(monkeypatch, {"EVAL_PERCENT": "0", "EVAL_MAX_SAMPLES": ""})
+    settings = read(FeederSettings)
+    assert (settings.eval_path, settings.eval_max_samples) == (Path("/data/e.jsonl"), None)
+
+
 def test_an_agent_ends_within_the_grace_period_of_its_pod() -> None:
     """Everything at its longest: the drain, the last answers, the farewell to Redis, the reader, the engine."""
     settings = AgentSettings(model_path=Path("/models/m"))

@@ -145,6 +145,29 @@ def test_the_feeder_is_told_the_whole_data_set_and_nothing_of_the_adapter(make) 
     assert feeder.inputs_digest(make.job(), make.endpoint()) != feeder.inputs_digest(job, make.endpoint())
 
 
+def test_the_feeder_gets_a_file_of_held_out_samples(make) -> None:
+    job = make.job(evaluation={"uri": "pvc://more/held-out.jsonl", "maxSamples": 9})
+    made = feeder.feeder(job, make.endpoint(), "agent:1", REDIS)
+    env = env_of(made)
+    assert env["COSERVE_EVAL_PATH"] == "/data/more/held-out.jsonl"
+    assert (env["COSERVE_EVAL_PERCENT"], env["COSERVE_EVAL_MAX_SAMPLES"]) == ("0", "9")
+    mounts = [each["mountPath"] for each in pod_of(made)["containers"][0]["volumeMounts"]]
+    assert mounts == ["/tmp", "/models/models", "/data/data", "/data/more"]
+    assert feeder.inputs_digest(job, make.endpoint()) != feeder.inputs_digest(make.job(), make.endpoint())
+
+
+def test_two_files_of_one_claim_are_one_mount(make) -> None:
+    made = feeder.feeder(make.job(evaluation={"uri": "pvc://data/e.jsonl"}), make.endpoint(), "agent:1", REDIS)
+    mounts = [each["mountPath"] for each in pod_of(made)["containers"][0]["volumeMounts"]]
+    assert mounts == ["/tmp", "/models/models", "/data/data"]
+
+
+def test_a_feeder_that_an_older_operator_made_is_not_made_anew(make) -> None:
+    """Its inputs are those of a job without the fields that came later."""
+    names = {name for name in env_of(feeder.feeder(make.job(), make.endpoint(), "agent:1", REDIS)) if "EVAL" in name}
+    assert names == {"COSERVE_EVAL_PERCENT"}
+
+
 def test_the_autoscaler_aims_at_saturation_through_the_endpoints_own_scale(make) -> None:
     assert owned.autoscaler(make.endpoint()) is None
     scaling = {

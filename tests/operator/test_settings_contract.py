@@ -23,6 +23,7 @@ from coserve_api.job import FinetuneJob
 from coserve_api.messages import Binding, Desired
 from coserve_api.store import JobRecord
 from coserve_operator.reconcile.briefing import binding_of
+from coserve_operator.reconcile.sources import continued_from, is_uri
 from coserve_operator.resources import agents, feeder
 from coserve_operator.resources.feeder import sequence_length
 
@@ -90,8 +91,10 @@ def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job
     assert (got.epochs, got.max_steps) == (training.epochs, training.max_steps)
     assert (got.batch_size, got.seed) == (training.batch_size, training.seed)
     assert got.max_sequence_length == sequence_length(job, endpoint)
-    binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord())
+    binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord(), continued_from(job, endpoint, {}))
     assert Binding.loads("key", binding.dumps()) == binding
+    named = job.spec.adapter.source is not None and is_uri(job.spec.adapter.source)
+    assert (binding.spec.start is not None) == (binding.spec.rank is None) == named
 
 
 def test_a_narrower_setting_would_be_found() -> None:

@@ -1,11 +1,21 @@
 """A FinetuneJob's status from the verdict on it, and the events that tell of its changes."""
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from coserve_api.common import format_decimal, format_duration, timestamp
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
-from coserve_api.job import BindingStatus, CheckpointStatus, JobCondition, JobState, JobStatus, Progress
-from coserve_api.messages import Completed
+from coserve_api.job import (
+    BindingStatus,
+    CheckpointStatus,
+    EvaluationStatus,
+    JobCondition,
+    JobState,
+    JobStatus,
+    Progress,
+)
+from coserve_api.messages import Completed, Evaluated
 from coserve_api.uris import artifact_uri
 from coserve_operator.reconcile.briefing import newer_checkpoint
 from coserve_operator.reconcile.job import Sight, Verdict
@@ -30,6 +40,7 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
         binding=binding,
         checkpoint=_checkpoint(sight, verdict),
         adapter=verdict.adapter,
+        continued_from=old.continued_from or (sight.source if verdict.agent else None),
         restarts=verdict.restarts,
         observed_generation=sight.job.metadata.generation,
         start_time=old.start_time or (timestamp(now) if verdict.agent else None),
@@ -55,15 +66,15 @@ def _progress(sight: Sight, verdict: Verdict) -> Progress | None:
     total = record.feed.total_steps if record.feed else old.total_steps if old else 0
     result = record.result
     if isinstance(result, Completed):
-        total = max(total, result.step)
         return Progress(
             step=result.step,
-            total_steps=total,
+            total_steps=result.step,  # patience may have ended it before the last of the data
             percent=100,
             tokens=result.tokens,
             loss=_decimal(result.loss) or (old.loss if old else None),
             eval_loss_initial=_decimal(result.eval_loss_initial) or (old.eval_loss_initial if old else None),
             eval_loss=_decimal(result.eval_loss) or (old.eval_loss if old else None),
+            **_evaluations(result.best, result.evaluations),
         )
     report = record.progress
     if report is None:
@@ -78,9 +89,19 @@ def _progress(sight: Sight, verdict: Verdict) -> Progress | None:
         loss=_decimal(report.loss),
         eval_loss_initial=_decimal(report.eval_loss_initial),
         eval_loss=_decimal(report.eval_loss),
+        **_evaluations(report.best, report.evaluations),
         tokens_per_second=round(report.tokens_per_second) if runs and report.tokens_per_second is not None else None,
         eta=_eta(report.eta_seconds) if runs else None,
     )
+
+
+def _evaluations(best: Evaluated | None, last: Sequence[Evaluated]) -> dict[str, Any]:
+    """Return the fields of a Progress that tell of the evaluations."""
+    return {
+        "best_step": None if best is None else best.step,
+        "best_eval_loss": None if best is None else _decimal(best.loss),
+        "evaluations": tuple(EvaluationStatus(step=one.step, loss=_decimal(one.loss)) for one in last) or None,
+    }
 
 
 def _decimal(value: float | None) -> str | None:

@@ -52,7 +52,8 @@ def feeder(job: FinetuneJob, endpoint: InferenceEndpoint, default_image: str, re
             *pods.redis_environment(endpoint.metadata.name, redis_url),
         ],
     }
-    mounts = (pods.model_mount(endpoint.spec.model.uri), pods.dataset_mount(job.spec.dataset.uri))
+    files = filter(None, (job.spec.dataset.uri, job.spec.evaluation.uri))
+    mounts = (pods.model_mount(endpoint.spec.model.uri), *(pods.dataset_mount(uri) for uri in files))
     pod = pods.pod_spec(endpoint, container, mounts, RESOURCES) | {"restartPolicy": "Never"}
     return manifest(
         BATCH_JOB,
@@ -77,7 +78,7 @@ def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | 
         "DATASET_PATH": dataset_path(dataset.uri),
         "MODEL_PATH": model_path(endpoint.spec.model.uri),
         "FORMAT": dataset.format.value,
-        "EVAL_PERCENT": dataset.eval_percent,
+        "EVAL_PERCENT": job.spec.eval_percent,
         "MAX_SEQUENCE_LENGTH": sequence_length(job, endpoint),
         "ON_INVALID": dataset.on_invalid.value,
         "BATCH_SIZE": training.batch_size,
@@ -87,4 +88,9 @@ def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | 
         settings["EPOCHS"] = training.epochs
     elif training.max_steps is not None:
         settings["MAX_STEPS"] = training.max_steps
+    # Only where they are set: what an older operator did not know must not make its feeders anew.
+    if job.spec.evaluation.uri is not None:
+        settings["EVAL_PATH"] = dataset_path(job.spec.evaluation.uri)
+    if job.spec.evaluation.max_samples is not None:
+        settings["EVAL_MAX_SAMPLES"] = job.spec.evaluation.max_samples
     return settings

@@ -81,7 +81,7 @@ def pod_spec(
 ) -> dict[str, Any]:
     """Return a restricted pod with `container` merged with the endpoint's template."""
     template = endpoint.spec.template
-    claims = [mount for mount in mounts if mount is not None]
+    claims = list(dict.fromkeys(mount for mount in mounts if mount is not None))
     # Server-side apply takes no variable twice: the template's HOME is the one.
     home = [] if any(one.name == "HOME" for one in template.env) else [{"name": "HOME", "value": "/tmp"}]
     merged = container | {
