@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from coserve_api.common import GROUP, VERSION
 from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint
-from coserve_api.job import FinetuneJob, JobSpec, JobStatus
+from coserve_api.job import FinetuneJob, JobSpec
+from coserve_api.job_status import JobStatus
 
 Schema = dict[str, Any]
 Column = tuple[str, str, str]  # name, type, path

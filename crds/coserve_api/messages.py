@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from coserve_api.common import BatchSize, Rank, Seed, Sha256, Uid
 from coserve_api.errors import MessageError
-from coserve_api.job import MAX_EVALUATIONS, FailedReason, PublishPolicy, Schedule, TargetModule
+from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
+from coserve_api.job_status import MAX_EVALUATIONS
 from coserve_api.uris import FolderPath, RelativePath
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]

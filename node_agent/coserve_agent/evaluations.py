@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from coserve_api.job import MAX_EVALUATIONS
+from coserve_api.job_status import MAX_EVALUATIONS
 from coserve_api.messages import Evaluated
 
 EVALUATIONS_FILE = "evaluations.jsonl"

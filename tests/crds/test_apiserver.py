@@ -14,12 +14,12 @@ import yaml
 from coserve_api.common import timestamp
 from coserve_api.conditions import condition
 from coserve_api.endpoint import EndpointSpec, EndpointStatus, SloStatus
-from coserve_api.job import (
+from coserve_api.job import JobSpec
+from coserve_api.job_status import (
     BindingStatus,
     CheckpointStatus,
     ContinuedFrom,
     EvaluationStatus,
-    JobSpec,
     JobState,
     JobStatus,
     Progress,

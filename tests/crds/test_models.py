@@ -17,7 +17,8 @@ from coserve_api.common import duration_ms, format_decimal, format_duration, qua
 from coserve_api.conditions import Condition, ConditionStatus, condition, find_condition, merge_conditions
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FinetuneJob, JobSpec, JobStatus, Progress
+from coserve_api.job import FinetuneJob, JobSpec
+from coserve_api.job_status import JobStatus, Progress
 from coserve_api.uris import (
     Location,
     artifact_uri,

@@ -1,7 +1,8 @@
 """What an agent is told of a job, and from where it goes on."""
 
 from coserve_api.endpoint import InferenceEndpoint
-from coserve_api.job import DEFAULT_ALPHA, DEFAULT_RANK, ContinuedFrom, FinetuneJob, RsloraPolicy, TargetModule
+from coserve_api.job import DEFAULT_ALPHA, DEFAULT_RANK, FinetuneJob, RsloraPolicy, TargetModule
+from coserve_api.job_status import ContinuedFrom
 from coserve_api.messages import Binding, BindingSpec, Checkpoint, Desired
 from coserve_api.store import JobRecord
 from coserve_api.uris import relative_path

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import ContinuedFrom, FailedReason, FinetuneJob, PublishPolicy
+from coserve_api.job import FailedReason, FinetuneJob, PublishPolicy
+from coserve_api.job_status import ContinuedFrom
 from coserve_api.messages import FeedStatus
 from coserve_api.uris import relative_path
 from coserve_operator.reconcile.observed import FeederView

@@ -11,16 +11,8 @@ from enum import StrEnum
 
 from coserve_api.conditions import find_condition
 from coserve_api.endpoint import FinetuningPolicy, InferenceEndpoint
-from coserve_api.job import (
-    ContinuedFrom,
-    FailedReason,
-    FinetuneJob,
-    JobCondition,
-    JobState,
-    PendingReason,
-    PublishedAdapter,
-    PublishPolicy,
-)
+from coserve_api.job import FailedReason, FinetuneJob, PendingReason, PublishPolicy
+from coserve_api.job_status import ContinuedFrom, JobCondition, JobState, PublishedAdapter
 from coserve_api.messages import Binding, Completed, Desired, Failed, Heartbeat, Released
 from coserve_api.store import JobRecord
 from coserve_api.uris import artifact_uri

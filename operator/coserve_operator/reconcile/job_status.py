@@ -6,7 +6,7 @@ from typing import Any
 
 from coserve_api.common import format_decimal, format_duration, timestamp
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
-from coserve_api.job import (
+from coserve_api.job_status import (
     BindingStatus,
     CheckpointStatus,
     EvaluationStatus,

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import DEFAULT_RANK, FinetuneJob, PublishedAdapter
+from coserve_api.job import DEFAULT_RANK, FinetuneJob
+from coserve_api.job_status import PublishedAdapter
 from coserve_api.messages import AdapterRecord
 from coserve_api.uris import relative_path
 

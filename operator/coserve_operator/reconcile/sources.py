@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import ContinuedFrom, FinetuneJob, RsloraPolicy
+from coserve_api.job import FinetuneJob, RsloraPolicy
+from coserve_api.job_status import ContinuedFrom
 from coserve_api.messages import AdapterRecord, Start
 from coserve_api.uris import ARTIFACTS_ROOT, artifact_uri, model_path, parse_uri, relative_path
 
