@@ -41,12 +41,10 @@ def test_a_job_that_ends_early_is_complete_at_its_step(it, make) -> None:
     status = it.write(it.judge()).to_dict()
     assert status["state"] == "Complete"
     assert status["progress"]["evaluations"] == IN_STATUS
-    assert (status["progress"]["step"], status["progress"]["totalSteps"], status["progress"]["percent"]) == (
-        15,
-        15,
-        100,
-    )
-    assert status["progress"]["bestStep"] == 5
+    told = [status["progress"][name] for name in ("step", "totalSteps", "percent", "bestStep")]
+    assert told == [15, 15, 100, 5]
+    complete = next(one for one in status["conditions"] if one["type"] == "Complete")
+    assert complete["message"] == "spec.evaluation.patience ended it after step 15 of 40"
 
 
 @pytest.mark.parametrize(
@@ -54,11 +52,12 @@ def test_a_job_that_ends_early_is_complete_at_its_step(it, make) -> None:
 )
 def test_a_job_that_did_not_improve_is_complete_without_an_adapter(it, make, policy, words) -> None:
     it.body["spec"] |= {"publish": {"policy": policy}, "evaluation": {"everySteps": 5}}
-    bound(it, make, result=Completed(epoch=1, step=10, evaluations=EVALUATIONS[:1], best=EVALUATIONS[0]))
+    bound(it, make, result=Completed(epoch=1, step=40, evaluations=EVALUATIONS[:1], best=EVALUATIONS[0]))
     status = it.write(it.judge())
     found = find_condition(status.conditions, "Published")
     assert (status.state, found.status, found.reason) == ("Complete", "False", "NotImproved")
     assert words in found.message
+    assert find_condition(status.conditions, "Complete").message == ""
 
 
 def test_an_agent_is_told_of_patience_and_policy(it, make) -> None:

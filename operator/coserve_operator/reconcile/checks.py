@@ -6,7 +6,7 @@ from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
 from coserve_api.job import FailedReason, FinetuneJob, PublishPolicy
 from coserve_api.job_status import ContinuedFrom
-from coserve_api.messages import FeedStatus
+from coserve_api.messages import Completed, FeedStatus
 from coserve_api.uris import relative_path
 from coserve_operator.reconcile.observed import FeederView
 from coserve_operator.reconcile.sources import unreadable
@@ -73,6 +73,13 @@ def checkpoint_astray(job: FinetuneJob, endpoint: InferenceEndpoint) -> Failure 
         message = f"the last checkpoint cannot be resumed: {error}; create the job anew"
         return FailedReason.ARTIFACT_STORE_ERROR, message
     return None
+
+
+def ended_early(result: Completed, feed: FeedStatus | None) -> str:
+    """Return why a complete job did not do all the steps that its data has; nothing where it did."""
+    if feed is None or result.step >= feed.total_steps:
+        return ""
+    return f"spec.evaluation.patience ended it after step {result.step} of {feed.total_steps}"
 
 
 def data_failure(feed: FeedStatus | None, feeder: FeederView | None) -> Failure | None:

@@ -301,6 +301,8 @@ def _completed(sight: Sight, base: Verdict, endpoint: InferenceEndpoint, redis: 
     done = replace(
         base, state=JobState.COMPLETE, reason="Completed", actions=_dismissal(sight), feeder=FeederWish.SUSPEND
     )
+    if isinstance(result, Completed):
+        done = replace(done, message=checks.ended_early(result, sight.record.feed))
     if adapter is None and isinstance(result, Completed) and result.adapter is not None:
         files = result.adapter
         uri = artifact_uri(endpoint.spec.artifact_store.uri, files.path)
