@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, core_schema
 
@@ -215,11 +215,11 @@ Memory = Annotated[
 
 # ---- names ----
 
-_LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+LABEL_PATTERN = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 Label = Annotated[
     str,
     Text(
-        _LABEL,
+        LABEL_PATTERN,
         63,
         "must be a DNS-1123 label: at most 63 of a-z, 0-9 and -, beginning and ending with a letter or digit",
     ),
@@ -238,6 +238,33 @@ ModelName = Annotated[
         "[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?",
         128,
         "must be a model name such as tiny or org/model-8b: at most 128 of letters, digits, ., _, / and -",
+    ),
+]
+
+
+def _is_day(value: str) -> bool:
+    try:
+        return date.fromisoformat(value).year > _FIRST_YEAR
+    except ValueError:
+        return False
+
+
+_FIRST_YEAR = 1900
+Day = Annotated[
+    str,
+    Text(
+        "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
+        10,
+        "must be a day of the calendar such as 2026-07-26",
+        range_rule=f"timestamp(self + 'T00:00:00Z').getFullYear() > {_FIRST_YEAR}",
+        in_range=_is_day,
+    ),
+]
+TemplateVariables = Annotated[
+    dict[str, JsonValue],
+    Field(
+        max_length=32,
+        json_schema_extra={"type": "object", "maxProperties": 32, "x-kubernetes-preserve-unknown-fields": True},
     ),
 ]
 Origin = Annotated[

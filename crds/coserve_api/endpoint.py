@@ -22,6 +22,7 @@ from coserve_api.common import (
     SlowdownPercent,
     SpecModel,
     StatusModel,
+    TemplateVariables,
     Threads,
     Window,
 )
@@ -153,6 +154,9 @@ class Engine(SpecModel):
     """How to sample where a request does not say: Model takes temperature, top_p, top_k, min_p, repetition_penalty and
     max_new_tokens of the model's generation_config.json, as far as they stand there; Neutral takes none of them
     (temperature 1, nothing cut off). A value in a request always wins."""
+    template_variables: TemplateVariables = Field(default_factory=dict)
+    """Variables of the chat template by name, such as enable_thinking, where neither the request
+    (chat_template_kwargs) nor the adapter has a value."""
 
 
 class Cors(SpecModel):

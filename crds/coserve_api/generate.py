@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from coserve_api.common import GROUP, VERSION
 from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint
-from coserve_api.job import FinetuneJob, JobSpec, JobStatus
+from coserve_api.job import FinetuneJob, JobSpec
+from coserve_api.job_status import JobStatus
 
 Schema = dict[str, Any]
 Column = tuple[str, str, str]  # name, type, path
@@ -62,7 +63,7 @@ def _convert(node: Schema, definitions: dict[str, Schema], defaults: bool) -> Sc
     out |= {name: value for name, value in node.items() if name.startswith("x-kubernetes-")}
     if "items" in node:
         out["items"] = _convert(node["items"], definitions, defaults)
-    if isinstance(node.get("additionalProperties"), dict):
+    if isinstance(node.get("additionalProperties"), dict) and "x-kubernetes-preserve-unknown-fields" not in node:
         out["additionalProperties"] = _convert(node["additionalProperties"], definitions, defaults)
     if "properties" in node:
         out["properties"] = {

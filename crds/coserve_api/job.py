@@ -5,19 +5,18 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
 
 from coserve_api.common import (
     BatchSize,
     BetaDecimal,
+    Day,
     DropoutDecimal,
-    Elapsed,
     Epochs,
     EpsilonDecimal,
     EvalPercent,
     Label,
-    Measured,
     NonNegativeDecimal,
     ObjectMeta,
     PositiveDecimal,
@@ -25,34 +24,17 @@ from coserve_api.common import (
     Seed,
     SequenceLength,
     SpecModel,
-    StatusModel,
     Steps,
-    Timestamp,
+    TemplateVariables,
     UnitDecimal,
 )
-from coserve_api.conditions import Condition
 from coserve_api.errors import InvalidValueError
-from coserve_api.uris import DatasetUri
+from coserve_api.job_status import JobStatus
+from coserve_api.uris import AdapterSource, DatasetUri
 
-
-class JobState(StrEnum):
-    """For display; the conditions are what to build on."""
-
-    PENDING = "Pending"
-    RUNNING = "Running"
-    SUSPENDED = "Suspended"
-    COMPLETE = "Complete"
-    FAILED = "Failed"
-
-
-class JobCondition(StrEnum):
-    DATA_READY = "DataReady"
-    BOUND = "Bound"
-    RUNNING = "Running"
-    SUSPENDED = "Suspended"
-    PUBLISHED = "Published"
-    COMPLETE = "Complete"
-    FAILED = "Failed"
+_STORED = "stored"
+"""In the context of a validation: the API server took the object, maybe by older rules."""
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 16
 
 
 class FailedReason(StrEnum):
@@ -60,6 +42,7 @@ class FailedReason(StrEnum):
 
     DATASET_NOT_FOUND = "DatasetNotFound"
     INVALID_DATASET = "InvalidDataset"
+    INVALID_ADAPTER = "InvalidAdapter"
     ENDPOINT_REJECTED = "EndpointRejected"
     RANK_TOO_LARGE = "RankTooLarge"
     NAME_TAKEN = "NameTaken"
@@ -73,6 +56,7 @@ class PendingReason(StrEnum):
     """What a job waits for."""
 
     ENDPOINT_NOT_FOUND = "EndpointNotFound"
+    ADAPTER_NOT_FOUND = "AdapterNotFound"
     NO_CAPACITY = "NoCapacity"
     WAITING_FOR_DATA = "WaitingForData"
     FINETUNING_DISABLED = "FinetuningDisabled"
@@ -83,6 +67,15 @@ class DatasetFormat(StrEnum):
     MESSAGES = "messages"
     PROMPT_COMPLETION = "prompt-completion"
     TEXT = "text"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
+
+
+class Learn(StrEnum):
+    """Which of a conversation's answers are learned."""
+
+    ALL = "All"
+    LAST = "Last"
 
 
 class OnInvalid(StrEnum):
@@ -99,6 +92,7 @@ class Schedule(StrEnum):
 class PublishPolicy(StrEnum):
     ALWAYS = "Always"
     IF_EVAL_IMPROVES = "IfEvalImproves"
+    BEST = "Best"
     NEVER = "Never"
 
 
@@ -127,18 +121,26 @@ class EndpointRef(SpecModel):
 
 
 class Dataset(SpecModel):
-    """What to learn from: a JSON Lines file."""
+    """What to learn from: files of JSON Lines (plain or gzip) or Parquet."""
 
     uri: DatasetUri
-    """pvc://CLAIM/PATH, or file:///data/PATH in the pod."""
+    """pvc://CLAIM/PATH, or file:///data/PATH in the pod: a file, a folder, or a pattern with * and ?."""
     format: DatasetFormat = DatasetFormat.AUTO
-    """Kind of line: messages, prompt-completion or text; auto looks at the first."""
-    eval_percent: EvalPercent = 5
-    """Share of the samples that is held out for the evaluation loss."""
+    """Kind of row: messages, sharegpt, prompt-completion, alpaca or text; auto looks at the first."""
+    learn: Learn = Learn.ALL
+    """Whether All answers of a conversation are learned or only the Last."""
+    eval_percent: EvalPercent | None = None
+    """Share of the samples that is held out for the evaluation loss. Default: 5, and 0 with an evaluation.uri."""
     max_sequence_length: SequenceLength | None = None
-    """A line with more tokens cannot be used. Default: the endpoint's maxModelLength."""
+    """A sample with more tokens cannot be used. Default: the endpoint's maxModelLength."""
     on_invalid: OnInvalid = OnInvalid.FAIL
-    """Whether a line that cannot be used fails the job or is skipped and counted."""
+    """Whether a line, or an answer of it, that cannot be used fails the job or is skipped and counted."""
+    template_variables: TemplateVariables = Field(default_factory=dict)
+    """Variables of the chat template by name, such as enable_thinking. They go with the adapter: it is served with
+    them, where a request does not say otherwise."""
+    date: Day | None = None
+    """What a chat template that asks for the date is told, such as 2026-07-26. Default: the day on which the job was
+    made (UTC)."""
 
 
 class Adapter(SpecModel):
@@ -146,17 +148,26 @@ class Adapter(SpecModel):
 
     name: Label
     """What clients give as `model` once it is published."""
-    rank: Rank = 8
-    """Rows of A; at most the endpoint's finetuning.maxRank."""
-    alpha: Annotated[int, Field(ge=1, le=4096)] = 16
-    """The adapter's output is scaled by alpha / rank."""
+    source: AdapterSource | None = Field(None, alias="from")
+    """The adapter whose weights training begins with, instead of random ones: a name that the endpoint has published,
+    or the URI of a PEFT folder in the model's or the artifact store's volume. Rank, alpha, useRslora and targetModules
+    are taken over from it; where they are set they must be the same.
+    """
+    rank: Rank | None = None
+    """Rows of A; at most the endpoint's finetuning.maxRank. Default: 8."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """The adapter's output is scaled by alpha / rank. Default: 16."""
     dropout: DropoutDecimal = "0"
     """Share of the adapter's inputs that is dropped in training, a decimal string."""
-    use_rslora: RsloraPolicy = RsloraPolicy.DISABLED
-    """Enabled scales by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
-    target_modules: Annotated[
-        tuple[TargetModule, ...], Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"})
-    ] = tuple(TargetModule)
+    use_rslora: RsloraPolicy | None = None
+    """Enabled scales by alpha / sqrt(rank) instead (rank-stabilised LoRA). Default: Disabled."""
+    target_modules: (
+        Annotated[
+            tuple[TargetModule, ...],
+            Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        ]
+        | None
+    ) = None
     """The linears that carry it. Default: all seven."""
 
 
@@ -168,8 +179,8 @@ class Training(SpecModel):
             "x-kubernetes-validations": [
                 {"rule": "has(self.epochs) != has(self.maxSteps)", "message": "set exactly one of epochs and maxSteps"},
                 {
-                    "rule": "!has(self.maxSteps) || self.warmupSteps <= self.maxSteps",
-                    "message": "warmupSteps must be at most maxSteps",
+                    "rule": "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
+                    "message": "warmupSteps must be below maxSteps",
                     "fieldPath": ".warmupSteps",
                 },
             ]
@@ -202,11 +213,14 @@ class Training(SpecModel):
     """Of the initial weights, the order of the samples and the dropout."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Training:
+    def _one_length(self, info: ValidationInfo) -> Training:
         if (self.epochs is None) == (self.max_steps is None):
             raise InvalidValueError("set exactly one of epochs and maxSteps")
-        if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise InvalidValueError("warmupSteps must be at most maxSteps")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            # Stored objects are older than the rule that forbids equality; the feeder tells whoever made one.
+            stored = info.context is not None and info.context.get(_STORED)
+            if not stored or self.warmup_steps > self.max_steps:
+                raise InvalidValueError("warmupSteps must be below maxSteps")
         return self
 
 
@@ -222,8 +236,32 @@ class CheckpointPolicy(SpecModel):
 class Evaluation(SpecModel):
     """When the loss over the held-out samples is measured, besides before the first and after the last step."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                {
+                    "rule": "!has(self.patience) || self.everySteps > 0",
+                    "message": "patience counts evaluations: set everySteps to 1 or more",
+                    "fieldPath": ".patience",
+                },
+            ]
+        }
+    )
+
     every_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     """Optimizer steps between evaluations; 0 for none in between."""
+    max_samples: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """The most held-out samples that are evaluated, chosen by the seed. Default: all."""
+    uri: DatasetUri | None = None
+    """A file of held-out samples of its own, read as the data set is; nothing is held out of the data set then."""
+    patience: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Training ends, complete, after so many evaluations in a row without a lower loss. Default: never early."""
+
+    @model_validator(mode="after")
+    def _evaluated_while_it_waits(self) -> Evaluation:
+        if self.patience is not None and self.every_steps == 0:
+            raise InvalidValueError("patience counts evaluations: set everySteps to 1 or more")
+        return self
 
 
 class Publish(SpecModel):
@@ -231,8 +269,17 @@ class Publish(SpecModel):
 
     policy: PublishPolicy = PublishPolicy.ALWAYS
     """Always: every agent of the endpoint serves it under adapter.name. IfEvalImproves: only if the evaluation loss at
-    the end is below the initial one. Never: it stays a checkpoint.
+    the end is below the initial one. Best: the weights of the evaluation with the lowest loss (the earliest of equals),
+    only if it is below the initial one. Never: it stays a checkpoint.
     """
+
+
+_NEEDS_SAMPLES = (
+    "publish.policy IfEvalImproves or Best and evaluation.patience need held-out samples: leave dataset.evalPercent "
+    "out, set it above 0, or set evaluation.uri"
+)
+_HELD_OUT_TWICE = "evaluation.uri has the held-out samples: leave dataset.evalPercent out, or set it to 0"
+_BEST_OF_SOME = "publish.policy Best chooses among evaluations: set evaluation.everySteps to 1 or more"
 
 
 class JobSpec(SpecModel):
@@ -242,8 +289,20 @@ class JobSpec(SpecModel):
         json_schema_extra={
             "x-kubernetes-validations": [
                 {
-                    "rule": "self.publish.policy != 'IfEvalImproves' || self.dataset.evalPercent > 0",
-                    "message": "publish.policy IfEvalImproves needs dataset.evalPercent above 0",
+                    "rule": "has(self.evaluation.uri) || !has(self.dataset.evalPercent) || self.dataset.evalPercent > 0"
+                    " || (!(self.publish.policy in ['IfEvalImproves', 'Best']) && !has(self.evaluation.patience))",
+                    "message": _NEEDS_SAMPLES,
+                    "fieldPath": ".dataset.evalPercent",
+                },
+                {
+                    "rule": "!has(self.evaluation.uri) || !has(self.dataset.evalPercent)"
+                    " || self.dataset.evalPercent == 0",
+                    "message": _HELD_OUT_TWICE,
+                    "fieldPath": ".dataset.evalPercent",
+                },
+                {
+                    "rule": "self.publish.policy != 'Best' || self.evaluation.everySteps > 0",
+                    "message": _BEST_OF_SOME,
                     "fieldPath": ".publish.policy",
                 },
             ]
@@ -271,105 +330,24 @@ class JobSpec(SpecModel):
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 6
     """Rebindings after a lost agent before the job fails."""
 
+    @property
+    def eval_percent(self) -> int:
+        """Share of the data set that is held out."""
+        if self.dataset.eval_percent is not None:
+            return self.dataset.eval_percent
+        return 0 if self.evaluation.uri is not None else 5
+
     @model_validator(mode="after")
     def _evaluated_if_it_decides(self) -> JobSpec:
-        if self.publish.policy is PublishPolicy.IF_EVAL_IMPROVES and self.dataset.eval_percent == 0:
-            raise InvalidValueError("publish.policy IfEvalImproves needs dataset.evalPercent above 0")
+        policy, evaluation = self.publish.policy, self.evaluation
+        decides = policy in (PublishPolicy.IF_EVAL_IMPROVES, PublishPolicy.BEST) or evaluation.patience is not None
+        if decides and evaluation.uri is None and self.eval_percent == 0:
+            raise InvalidValueError(_NEEDS_SAMPLES)
+        if evaluation.uri is not None and self.eval_percent > 0:
+            raise InvalidValueError(_HELD_OUT_TWICE)
+        if policy is PublishPolicy.BEST and evaluation.every_steps == 0:
+            raise InvalidValueError(_BEST_OF_SOME)
         return self
-
-
-class Progress(StatusModel):
-    """How far the training is."""
-
-    step: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps done."""
-    total_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps in all."""
-    percent: Annotated[int, Field(ge=0, le=100)] = 0
-    """Steps done, in percent."""
-    tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens trained on."""
-    loss: Measured | None = None
-    """Training loss of the last step."""
-    eval_loss_initial: Measured | None = None
-    """Evaluation loss before the first step."""
-    eval_loss: Measured | None = None
-    """Evaluation loss, last measured."""
-    tokens_per_second: Annotated[int, Field(ge=0)] | None = None
-    """Training speed."""
-    eta: Elapsed | None = None
-    """Time left, estimated from the training speed, such as 2m12s."""
-
-
-class BindingStatus(StatusModel):
-    """The agent that has the right to run the job."""
-
-    agent: Annotated[str, Field(max_length=253)]
-    """Its pod; empty while the job is bound to none."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Its node."""
-    epoch: Annotated[int, Field(ge=0)]
-    """Grows with each binding; writes of an older epoch are refused."""
-
-
-class CheckpointStatus(StatusModel):
-    """The last accepted checkpoint: enough, without Redis, to go on."""
-
-    step: Annotated[int, Field(ge=0)]
-    """Optimizer steps it covers."""
-    cursor: Annotated[int, Field(ge=0)]
-    """The last shard of the data that it covers."""
-    epoch: Annotated[int, Field(ge=0)]
-    """The binding under which it was written."""
-    uri: Annotated[str, Field(max_length=1600)]
-    """Its folder."""
-    sha256: Annotated[str, Field(max_length=64)]
-    """Checksum of its manifest.json."""
-
-
-class PublishedAdapter(StatusModel):
-    """The published version."""
-
-    name: Annotated[str, Field(max_length=63)]
-    """What clients give as `model`."""
-    version: Annotated[int, Field(ge=1)]
-    """Its number."""
-    uri: Annotated[str, Field(max_length=1600)]
-    """Its PEFT folder."""
-    sha256: Annotated[str, Field(max_length=64)]
-    """Checksum of its manifest.json."""
-
-
-class JobStatus(StatusModel):
-    """How the job is."""
-
-    state: JobState | None = None
-    """For display; the conditions are what to build on."""
-    reason: Annotated[str, Field(max_length=64)] | None = None
-    """Why it is in this state."""
-    progress: Progress | None = None
-    """How far the training is."""
-    binding: BindingStatus | None = None
-    """The agent that runs it."""
-    checkpoint: CheckpointStatus | None = None
-    """The last accepted checkpoint."""
-    adapter: PublishedAdapter | None = None
-    """The published version."""
-    restarts: Annotated[int, Field(ge=0)] = 0
-    """Rebindings after a lost agent."""
-    observed_generation: Annotated[int, Field(ge=0)] = 0
-    """The metadata.generation this status is based on."""
-    start_time: Timestamp | None = None
-    """When the job was first bound; the spec is immutable from then on."""
-    completion_time: Timestamp | None = None
-    """When it was complete or failed."""
-    conditions: Annotated[
-        tuple[Condition, ...],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-        ),
-    ] = ()
-    """DataReady, Bound, Running, Suspended, Published, Complete, Failed."""
 
 
 class FinetuneJob(BaseModel):
@@ -386,4 +364,4 @@ class FinetuneJob(BaseModel):
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> FinetuneJob:
         """The object as the API server sent it; pydantic.ValidationError names each bad field."""
-        return cls.model_validate(body)
+        return cls.model_validate(body, context={_STORED: True})

@@ -9,12 +9,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from coserve_api.common import BatchSize, Rank, Seed, Sha256, Uid
+from coserve_api.common import BatchSize, Rank, Seed, Sha256, TemplateVariables, Uid
 from coserve_api.errors import MessageError
 from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
-from coserve_api.uris import RelativePath
+from coserve_api.job_status import MAX_EVALUATIONS
+from coserve_api.uris import FolderPath, RelativePath
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 AgentId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
@@ -131,10 +132,25 @@ class Desired(StrEnum):
     STOP = "Stop"
 
 
+class Start(Part):
+    """The adapter that a job goes on from: its folder, below the artifact store or absolute, and what the job says of
+    its shape; None is taken over. `sha256`: of the manifest, where it was published here.
+    """
+
+    path: FolderPath
+    sha256: Sha256 | None = None
+    rank: Rank | None = None
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
+    target_modules: Annotated[tuple[TargetModule, ...], Field(min_length=1, max_length=7)] | None = None
+    use_rslora: bool | None = None
+
+
 class BindingSpec(Part):
     """All that an agent needs of a FinetuneJob's spec. `adapter_number` is N of the version vN it will publish.
 
-    Fields with defaults are younger than version 1: an operator that does not know them leaves them out.
+    Fields with defaults are younger than version 1: an operator that does not know them leaves them out. But rank,
+    alpha and target_modules are left out exactly where `start` is set, so that an agent that knows no `start` refuses
+    the binding instead of beginning with random weights.
     """
 
     job_uid: Uid
@@ -142,9 +158,9 @@ class BindingSpec(Part):
     namespace: Name
     adapter_name: Annotated[str, Field(min_length=1, max_length=63)]
     adapter_number: Number
-    rank: Rank
-    alpha: Annotated[int, Field(ge=1, le=4096)]
-    target_modules: Annotated[tuple[TargetModule, ...], Field(min_length=1, max_length=7)]
+    rank: Rank | None = None
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = None
+    target_modules: Annotated[tuple[TargetModule, ...], Field(min_length=1, max_length=7)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     schedule: Schedule
     warmup_steps: Count
@@ -161,12 +177,21 @@ class BindingSpec(Part):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(ge=1e-12, le=1)] = 1e-8
     eval_every_steps: Count = 0
+    patience: Annotated[int, Field(ge=1)] | None = None
+    start: Start | None = None
     priority: Annotated[int, Field(ge=-4, le=4)] = 0
+    template_variables: TemplateVariables = Field(default_factory=dict)
 
     @property
     def weight(self) -> float:
         """The job's share of the finetuning time is in proportion to this."""
         return float(2.0**self.priority)
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> BindingSpec:
+        if any((one is None) != (self.start is not None) for one in (self.rank, self.alpha, self.target_modules)):
+            raise ValueError("rank, alpha and target_modules are set exactly where start is not")
+        return self
 
 
 class Binding(Message):
@@ -195,9 +220,20 @@ class AdapterRecord(Message):
 # ---- progress and end of a job ----
 
 
+class Evaluated(Part):
+    """The loss over the held-out samples after `step` optimizer steps; None where it was not finite."""
+
+    step: Count
+    loss: Loss | None = None
+
+
+Evaluations = Annotated[tuple[Evaluated, ...], Field(max_length=MAX_EVALUATIONS)]
+
+
 class Progress(Message):
     """How far a job is: `step` optimizer steps done, `cursor` the last shard read (what the feeder's bound counts
-    from). `rewound`: why this binding went on from an older checkpoint than the accepted one.
+    from). `evaluations` are the last ones, `best` is the one of the lowest loss. `rewound`: why this binding went on
+    from an older checkpoint than the accepted one.
     """
 
     epoch: Epoch
@@ -209,6 +245,8 @@ class Progress(Message):
     learning_rate: Ratio | None = None
     eval_loss_initial: Loss | None = None
     eval_loss: Loss | None = None
+    evaluations: Evaluations = ()
+    best: Evaluated | None = None
     tokens_per_second: Ratio | None = None
     eta_seconds: Ratio | None = None
     rewound: Prose = ""
@@ -226,7 +264,9 @@ class AdapterFiles(Part):
 
 
 class Completed(Message):
-    """All steps are done; `adapter` is None when the job's publish policy is Never."""
+    """All steps are done, or patience ended the job after `step` of them. `adapter` is None where the publish policy
+    asks for none; `rank` is its rank.
+    """
 
     outcome: Literal["Completed"] = "Completed"
     epoch: Epoch
@@ -236,6 +276,9 @@ class Completed(Message):
     loss: Loss | None = None
     eval_loss_initial: Loss | None = None
     eval_loss: Loss | None = None
+    evaluations: Evaluations = ()
+    best: Evaluated | None = None
+    rank: Rank | None = None
 
 
 class Failed(Message):
@@ -280,16 +323,39 @@ class FeedError(Part):
     line: Annotated[int, Field(ge=1)] | None = None
 
 
+class FeedRefusal(Part):
+    """A line (or an answer of one) that is left out; `line` counts from 1 in `file`."""
+
+    file: Annotated[str, Field(max_length=1024)] = ""
+    line: Annotated[int, Field(ge=1)]
+    reason: Annotated[str, Field(max_length=64)]
+    message: Annotated[str, Field(max_length=512)] = ""
+
+
 class FeedStatus(Message):
-    """What the feeder knows of the data. `digest` is that of tokenizer and chat template; `finished`: the last shard is
-    in the stream.
+    """What the feeder knows of the data. `finished`: the last shard is in the stream.
+
+    `digest` is that of tokenizer and chat template, which the agent compares with its own; `rendering` that of what
+    else decides how a row becomes tokens, and `content` that of the lines, which a feeder that comes back compares.
+    `sequences` and `tokens` are of one time through the samples to train on. `skipped_lines` cannot be used,
+    `skipped_turns` are answers of lines that otherwise can; `skipped` counts both by reason, `refusals` are the first.
+    `unknown_fields`: rows that have a field which means nothing here. `notes` are sentences for the user.
     """
 
     total_steps: Count = 0
     samples: Count = 0
     eval_samples: Count = 0
     eval_shards: Count = 0
+    sequences: Count = 0
+    tokens: Count = 0
     skipped_lines: Count = 0
+    skipped_turns: Count = 0
+    skipped: Annotated[dict[str, Count], Field(max_length=32)] = Field(default_factory=dict)
+    refusals: Annotated[tuple[FeedRefusal, ...], Field(max_length=10)] = ()
+    unknown_fields: Annotated[dict[str, Count], Field(max_length=64)] = Field(default_factory=dict)
+    notes: Annotated[tuple[Prose, ...], Field(max_length=16)] = ()
     digest: Sha256 | None = None
+    rendering: Sha256 | None = None
+    content: Sha256 | None = None
     finished: bool = False
     error: FeedError | None = None

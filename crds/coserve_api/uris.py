@@ -2,7 +2,7 @@
 theirs.
 
 A path's segments begin with a letter, digit or underscore, so that `..`, hidden files and option-like names cannot be
-written.
+written. Those of a data set may hold * and ?, as in a shell, and begin with one; they never stand for a hidden file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from coserve_api.common import Text
+from coserve_api.common import LABEL_PATTERN, Text
 from coserve_api.errors import InvalidValueError
 
 MODELS_ROOT, DATA_ROOT, ARTIFACTS_ROOT = "/models", "/data", "/artifacts"
@@ -21,22 +21,37 @@ MODELS_ROOT, DATA_ROOT, ARTIFACTS_ROOT = "/models", "/data", "/artifacts"
 _CLAIM = "[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9._=+@-]*"
 _PATH = f"{_SEGMENT}(/{_SEGMENT})*"
-_URI = re.compile(rf"pvc://(?P<claim>{_CLAIM})(?:/(?P<path>{_PATH}))?/?|file://(?P<file>(?:/{_SEGMENT})+)/?")
+_MARKED = _SEGMENT.replace("[A-Za", "[*?A-Za")
+_URI = re.compile(
+    rf"pvc://(?P<claim>{_CLAIM})(?:/(?P<path>{_MARKED}(?:/{_MARKED})*))?/?|file://(?P<file>(?:/{_MARKED})+)/?"
+)
 
 
-def _text(root: str) -> Text:
+def _text(root: str, segment: str = _SEGMENT, more: str = "") -> Text:
     remedy = (
         f"must be pvc://CLAIM/PATH or file://{root}/PATH, at most 1024 characters; each segment of PATH begins with "
-        "a letter, digit or _ and goes on with those or any of . = + @ - (so no '..')"
+        f"a letter, digit or _{more} and goes on with those or any of . = + @ - (so no '..')"
     )
-    return Text(f"pvc://{_CLAIM}(/{_PATH})?/?|file://{root}(/{_SEGMENT})*/?", 1024, remedy)
+    return Text(f"pvc://{_CLAIM}(/{segment}(/{segment})*)?/?|file://{root}(/{segment})*/?", 1024, remedy)
 
 
 ModelUri = Annotated[str, _text(MODELS_ROOT)]
-DatasetUri = Annotated[str, _text(DATA_ROOT)]
+DatasetUri = Annotated[str, _text(DATA_ROOT, _MARKED, ", or the marks * and ?,")]
 ArtifactsUri = Annotated[str, _text(ARTIFACTS_ROOT)]
+AdapterSource = Annotated[
+    str,
+    Text(
+        f"{LABEL_PATTERN}|pvc://{_CLAIM}(/{_PATH})?/?|file://(/artifacts|/models)(/{_SEGMENT})*/?",
+        1024,
+        "must be the name of an adapter that the endpoint has published, or the URI of a PEFT folder that its agents "
+        "read: pvc://CLAIM/PATH in the model's or the artifact store's claim, file:///models/PATH or "
+        "file:///artifacts/PATH",
+    ),
+]
 RelativePath = Annotated[str, Field(max_length=512, pattern=f"^{_PATH}$")]
 """A path below the artifact store's root, as messages carry it."""
+FolderPath = Annotated[str, Field(max_length=1200, pattern=f"^/?{_PATH}$")]
+"""A folder that agents can read: below the artifact store's root, or absolute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +85,15 @@ def model_path(uri: str) -> str:
 
 
 def dataset_path(uri: str) -> str:
-    """The data set's file in the pod: /data/CLAIM/PATH, or the path of a file URI."""
+    """The data set's file, folder or pattern in the pod: /data/CLAIM/PATH, or the path of a file URI."""
     place = parse_uri(uri)
     return place.path if place.claim is None else _below(DATA_ROOT, place.claim, place.path)
+
+
+def dataset_root(uri: str) -> str:
+    """The folder in the pod that no link in the data set may lead out of: the claim's, or /data for a file URI."""
+    place = parse_uri(uri)
+    return DATA_ROOT if place.claim is None else _below(DATA_ROOT, place.claim)
 
 
 def artifacts_path(uri: str) -> str:

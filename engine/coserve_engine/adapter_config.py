@@ -84,10 +84,14 @@ class AdapterConfig:
         """Rows of A."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
+    def alpha_of(self, module: str) -> float:
+        """What its scale is made of, by the rank or its root."""
+        return _by_pattern(self.alpha_pattern, module, self.alpha)
+
     def scale_of(self, module: str) -> float:
         """What (x A^T) B^T is multiplied by."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Number], module: str, default: Number) -> Number:

@@ -17,6 +17,7 @@ from coserve_engine.adapter_config import ADAPTER_CONFIG
 from coserve_engine.adapter_folder import ADAPTER_WEIGHTS, module_name, tensor_name
 from coserve_engine.folders import MANIFEST, digest, replace_folder
 from coserve_engine.lora import LoraLayout
+from coserve_engine.peft_config import config_text
 
 
 def _sync(path: Path) -> None:
@@ -58,25 +59,10 @@ def peft_files(
 ) -> tuple[dict[str, str], dict[str, dict[str, torch.Tensor]]]:
     """An adapter in PEFT's format, for `write_folder`: A and B unscaled, without the padding of the rank."""
     spec = layout.spec
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.dropout,
-        "target_modules": list(layout.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "use_rslora": spec.use_rslora,
-        "use_dora": False,
-        "modules_to_save": None,
-    }
     tensors = {}
     for index, layer in enumerate(layout.views(flat)):
         for name, (a, b) in layer.items():
             module = module_name(index, name)
             tensors[tensor_name(module, "A")] = a[: spec.rank].float().cpu().contiguous()
             tensors[tensor_name(module, "B")] = b[:, : spec.rank].float().cpu().contiguous()
-    return {ADAPTER_CONFIG: json.dumps(config, indent=1)}, {ADAPTER_WEIGHTS: tensors}
+    return {ADAPTER_CONFIG: config_text(spec, layout.targets, base_model_name)}, {ADAPTER_WEIGHTS: tensors}

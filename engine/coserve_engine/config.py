@@ -110,6 +110,7 @@ class EngineConfig:
         pass_bytes: what one pass may keep for its backward; the rest is computed again. None: everything is kept.
         max_slowdown_percent: with finetuning an iteration may take so much longer than it is predicted to take
             without; None: only the promise limits it.
+        end_tokens: what ends an answer; None: config.json's eos_token_id.
         dtype: "float32" or "float64" (tests).
     """
 
@@ -126,6 +127,7 @@ class EngineConfig:
     max_slowdown_percent: float | None = None
     max_rank: int = 64
     pass_bytes: int | None = None
+    end_tokens: tuple[int, ...] | None = None
     dtype: str = "float32"
     device: str = "cpu"
     numerics: Numerics = field(default_factory=Numerics)

@@ -1,9 +1,9 @@
 """LoRA dropout without a generator: every bit of a mask has an address, so that preemption, replay and windows of any
 size draw the same mask.
 
-Address: (job seed, sequence uid, epoch, position, layer, linear, channel). The first four are hashed once per row,
-layer, linear and channel once per column; an element mixes the two. All is arithmetic modulo 2^32 (Wellons' lowbias32
-as the mixer), which int32 tensors and a Triton kernel compute alike.
+Address: (job seed, sequence uid and turn, epoch, position, layer, linear, channel). Those up to the position are hashed
+once per row, layer, linear and channel once per column; an element mixes the two. All is arithmetic modulo 2^32
+(Wellons' lowbias32 as the mixer), which int32 tensors and a Triton kernel compute alike.
 """
 
 from __future__ import annotations
@@ -50,17 +50,19 @@ def _mix_(x: torch.Tensor) -> torch.Tensor:
     return _shift_xor_(x, 15).mul_(_signed(_M2))
 
 
-def row_keys(seed: int, uid: int, epoch: int, positions: torch.Tensor) -> torch.Tensor:
+def row_keys(seed: int, uid: int, epoch: int, positions: torch.Tensor, turn: int = 0) -> torch.Tensor:
     """Keys of a sequence's rows.
 
     Args:
-        seed: the job's; uid: the sequence's; epoch: the time through the data. Integers of at most 64 bits.
+        seed: the job's; uid: the sequence's; epoch: the time through the data; turn: of several sequences with one uid,
+            from 0, which is hashed as if there were no turns. Integers of at most 64 bits.
         positions: [R] integers, positions in the sequence.
 
     Returns:
         int32 [R], on the device of `positions`.
     """
-    return _shift_xor_(_mix_(positions.to(torch.int32) ^ _signed(_fold(seed, uid, epoch))), 16)
+    address = (seed, uid, epoch, turn) if turn else (seed, uid, epoch)
+    return _shift_xor_(_mix_(positions.to(torch.int32) ^ _signed(_fold(*address))), 16)
 
 
 def dropout_mask(rows: torch.Tensor, layer: int, linear: str, channels: int, p: float) -> torch.Tensor:

@@ -32,6 +32,7 @@ from coserve_engine.messages import (
     Event,
     ExportAdapter,
     ForwardBackward,
+    KeepBest,
     LoadAdapter,
     LoadReport,
     OptimStep,
@@ -164,6 +165,7 @@ class Engine:
     @_accept.register(StartJob)
     @_accept.register(ForwardBackward)
     @_accept.register(OptimStep)
+    @_accept.register(KeepBest)
     @_accept.register(SaveCheckpoint)
     @_accept.register(ExportAdapter)
     @_accept.register(StopJob)

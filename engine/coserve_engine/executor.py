@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,8 @@ class Executor:
         folder = Path(config.model_path)
         self.config, self.numerics = config, config.numerics
         self.model: ModelConfig = read_model_config(folder)
+        if config.end_tokens is not None:
+            self.model = replace(self.model, eos_token_ids=config.end_tokens)
         if config.max_model_length > self.model.max_positions:
             raise ModelFolderError(
                 f"maxModelLength is {config.max_model_length}, but {folder / 'config.json'} allows "

@@ -6,7 +6,7 @@ import math
 
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import JobError
-from coserve_engine.job_messages import ForwardBackward, LoraSpec, OptimStep, StartJob
+from coserve_engine.job_messages import Continued, ForwardBackward, LoraSpec, OptimStep, StartJob
 from coserve_engine.limits import LARGEST, outside, shown
 from coserve_engine.losses import LOSSES
 
@@ -24,7 +24,10 @@ def refused(what: str) -> JobError:
 
 def check_start(command: StartJob, max_rank: int) -> None:
     """Raises JobError for a job that cannot be trained here."""
-    _check_lora(command.lora, max_rank)
+    if isinstance(command.lora, Continued):  # the folder's own numbers are checked as it is read
+        _check_range("dropout", command.lora.dropout, 0.0, MAX_DROPOUT)
+    else:
+        _check_lora(command.lora, max_rank)
     _check_range("seed", command.seed, 0, MAX_SEED)
     if not 0.0 < command.priority <= LARGEST:
         raise refused(f"priority is {shown(command.priority)}; it must be a positive, finite weight")

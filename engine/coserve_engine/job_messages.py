@@ -34,6 +34,21 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """Go on from the adapter in folder `path` (PEFT's): weights and shape are taken over.
+
+    Rank, alpha, targets and use_rslora may be set; the folder's must then be the same. Dropout is the job's own.
+    """
+
+    path: str
+    dropout: float = 0.0
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+    use_rslora: bool | None = None
+
+
 class LossName(StrEnum):
     """The losses of `losses`."""
 
@@ -50,9 +65,9 @@ class PassMode(StrEnum):
 class TrainSeq:
     """One tokenised sample. `weights[i]` multiplies the loss of predicting `tokens[i]` (index 0 is never predicted).
 
-    For training the driver has divided the weights by the step's supervised tokens: the engine only sums. `uid` and
-    `epoch` (the time through the data, from 0) address the dropout of its rows. `old_logprobs` and `advantages` are per
-    token like the weights, for the losses that name them.
+    For training the driver has divided the weights by the step's supervised tokens: the engine only sums. `uid`, `turn`
+    (of several samples with one uid) and `epoch` (the time through the data), both from 0, address the dropout of its
+    rows. `old_logprobs` and `advantages` are per token like the weights, for the losses that name them.
     """
 
     uid: int
@@ -61,6 +76,7 @@ class TrainSeq:
     epoch: int = 0
     old_logprobs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +96,15 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class StartJob:
-    """Create the training state of `job`, fresh from `seed` or from the checkpoint folder `resume`.
+    """Create the training state of `job`: fresh from `seed`, with the weights of another adapter, or from the
+    checkpoint folder `resume`.
 
     Answered by JobStarted or JobFailed; commands that come before the answer wait for it. Jobs that compute at the same
     time share the finetuning time in proportion to `priority`, a positive weight.
     """
 
     job: str
-    lora: LoraSpec
+    lora: LoraSpec | Continued
     seed: int
     resume: str | None = None
     priority: float = 1.0
@@ -121,6 +138,16 @@ class OptimStep:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepBest:
+    """Keep a copy of the adapter as it is once all earlier commands are done, in place of the one kept before. It is
+    part of every later checkpoint. Answered by BestKept.
+    """
+
+    job: str
+    seq_no: int
+
+
+@dataclass(frozen=True, slots=True)
 class SaveCheckpoint:
     """Write a checkpoint folder at `path` once all earlier commands of the job are done. Answered by CheckpointDone.
 
@@ -135,13 +162,16 @@ class SaveCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class ExportAdapter:
-    """Write a PEFT folder with manifest at `path` once all earlier commands are done. Answered by AdapterExported."""
+    """Write a PEFT folder with manifest at `path` once all earlier commands are done: the adapter as it is then, or
+    with `best` as KeepBest kept it. Answered by AdapterExported.
+    """
 
     job: str
     seq_no: int
     path: str
     base_model_name: str
     files: dict[str, str] = field(default_factory=dict)
+    best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +188,7 @@ class StopJob:
     files: dict[str, str] = field(default_factory=dict)
 
 
-StreamCommand = ForwardBackward | OptimStep | SaveCheckpoint | ExportAdapter
+StreamCommand = ForwardBackward | OptimStep | KeepBest | SaveCheckpoint | ExportAdapter
 """What a job does in order."""
 JobCommand = StartJob | StreamCommand | StopJob
 
@@ -167,12 +197,18 @@ JobCommand = StartJob | StreamCommand | StopJob
 
 @dataclass(frozen=True, slots=True)
 class JobStarted:
-    """`step` optimizer steps are done; `seq_no` is the last command covered; `files` came back from the checkpoint."""
+    """`step` optimizer steps are done; `seq_no` is the last command covered; `files` came back from the checkpoint.
+
+    `lora` is the adapter's shape, also where it was taken over; `best_step` is after which step KeepBest kept what the
+    checkpoint brought back.
+    """
 
     job: str
     step: int
     seq_no: int
     files: dict[str, str]
+    lora: LoraSpec
+    best_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +236,15 @@ class StepDone:
     step: int
     grad_norm: float
     skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BestKept:
+    """The adapter as it is after `step` optimizer steps is kept."""
+
+    job: str
+    seq_no: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +276,7 @@ class JobStopped:
 @dataclass(frozen=True, slots=True)
 class JobFailed:
     """A command could not be obeyed. `code`: job_running, the job runs already and goes on; with invalid_checkpoint,
-    invalid_command, artifact_store and internal_error its state is gone.
+    invalid_adapter (the one to go on from), invalid_command, artifact_store and internal_error its state is gone.
     """
 
     job: str
@@ -239,4 +284,4 @@ class JobFailed:
     message: str
 
 
-JobEvent = JobStarted | PassDone | StepDone | CheckpointDone | AdapterExported | JobStopped | JobFailed
+JobEvent = JobStarted | PassDone | StepDone | BestKept | CheckpointDone | AdapterExported | JobStopped | JobFailed

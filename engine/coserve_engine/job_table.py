@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coserve_engine.checkpoint import TrainingState
+from coserve_engine.beginning import Beginning, begin
 from coserve_engine.config import EngineConfig
 from coserve_engine.deferred import FileError, FileWork
-from coserve_engine.errors import JobError
+from coserve_engine.errors import AdapterFolderError, JobError
 from coserve_engine.executor import Executor
 from coserve_engine.fair import FairShare
 from coserve_engine.job_limits import check_start
@@ -23,7 +23,7 @@ from coserve_engine.job_messages import (
     StartJob,
     StopJob,
 )
-from coserve_engine.jobs import Job, training_state
+from coserve_engine.jobs import Job
 from coserve_engine.passes import PassState
 
 
@@ -80,18 +80,20 @@ class JobTable:
         check_start(command, self._config.max_rank)
         self._starting[command.job] = []
 
-        def started(loaded: tuple[TrainingState, dict[str, str]]) -> None:
-            state, files = loaded
-            self.running[command.job] = Job(command, self._executor, state)
+        def started(beginning: Beginning) -> None:
+            layout, state, files = beginning
+            self.running[command.job] = Job(command, self._executor, beginning)
             self._fair.join(command.job, command.priority)
-            self._say(JobStarted(command.job, state.step, state.seq_no, files))
+            best_step = None if state.best is None else state.best.step
+            self._say(JobStarted(command.job, state.step, state.seq_no, files, layout.spec, best_step))
             self._resubmit(command.job)
 
         def failed(error: FileError) -> None:
-            self._say(JobFailed(command.job, "invalid_checkpoint", str(error)))
+            code = "invalid_adapter" if isinstance(error, AdapterFolderError) else "invalid_checkpoint"
+            self._say(JobFailed(command.job, code, str(error)))
             self._resubmit(command.job)
 
-        self._files.defer(lambda: training_state(command, self._executor), started, failed)
+        self._files.defer(lambda: begin(command, self._executor), started, failed)
 
     def _resubmit(self, job: str) -> None:
         for command in self._starting.pop(job):

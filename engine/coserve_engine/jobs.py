@@ -15,17 +15,20 @@ from pathlib import Path
 import torch
 
 from coserve_engine.artifacts import peft_files, write_folder
-from coserve_engine.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from coserve_engine.beginning import Beginning
+from coserve_engine.checkpoint import Best, TrainingState, save_checkpoint
 from coserve_engine.errors import OutOfPagesError
 from coserve_engine.executor import Executor
 from coserve_engine.job_limits import check_pass, check_step, refused
 from coserve_engine.job_messages import (
     AdapterExported,
+    BestKept,
     CheckpointDone,
     ExportAdapter,
     ForwardBackward,
     JobEvent,
     JobStopped,
+    KeepBest,
     OptimStep,
     PassDone,
     PassMode,
@@ -36,7 +39,7 @@ from coserve_engine.job_messages import (
     StreamCommand,
 )
 from coserve_engine.lora import LoraWeights
-from coserve_engine.optim import AdamState, adamw
+from coserve_engine.optim import adamw
 from coserve_engine.passes import PassState, pages_of_pass
 
 Defer = Callable[[str, Callable[[], JobEvent]], None]
@@ -48,25 +51,12 @@ MAX_LIVE = 2
 """Live passes of a job: one in backward, one in forward."""
 
 
-def training_state(command: StartJob, executor: Executor) -> tuple[TrainingState, dict[str, str]]:
-    """The state that `command` asks for, and the driver's files from its checkpoint. Reads files; any thread.
-
-    Raises:
-        CheckpointError: the checkpoint is corrupt or of another run.
-    """
-    layout = executor.layout(command.lora)
-    if command.resume is not None:
-        return load_checkpoint(Path(command.resume), layout, executor.numerics, executor.dtype, executor.device)
-    param = layout.fresh(command.seed, executor.dtype, executor.device)
-    return TrainingState(param, AdamState(torch.zeros_like(param), torch.zeros_like(param)), 0, 0), {}
-
-
 class Job:
     """One finetuning job. `live` passes are in command order; only the first may be committed."""
 
-    def __init__(self, command: StartJob, executor: Executor, state: TrainingState) -> None:
-        self.id, self._seed, self._executor, self._state = command.job, command.seed, executor, state
-        self.layout = executor.layout(command.lora)
+    def __init__(self, command: StartJob, executor: Executor, beginning: Beginning) -> None:
+        self.id, self._seed, self._executor = command.job, command.seed, executor
+        self.layout, self._state = beginning.layout, beginning.state
         self.weights = LoraWeights.trained(self.layout, self._state.param)
         self._grad = torch.zeros_like(self._state.param)
         self._summed = False
@@ -75,6 +65,8 @@ class Job:
         """Whether every loss of the running step is; a gradient may be finite where its loss is not."""
         self._queue: deque[StreamCommand] = deque()
         self._seen = self._state.seq_no
+        self._keeps_best = self._state.best is not None
+        """Whether weights are kept once all that is queued is done."""
         self.live: dict[int, tuple[ForwardBackward, PassState]] = {}
 
     @property
@@ -107,6 +99,9 @@ class Job:
             return
         if isinstance(command, OptimStep):
             check_step(command)
+        if isinstance(command, ExportAdapter) and command.best and not self._keeps_best:
+            raise refused("ExportAdapter asks for the best weights, and none were kept; send KeepBest before it")
+        self._keeps_best |= isinstance(command, KeepBest)
         if isinstance(command, ForwardBackward):
             e = self._executor
             check_pass(command, e.config.max_model_length, e.model.vocab_size)
@@ -137,6 +132,8 @@ class Job:
                 break
             elif isinstance(command, OptimStep):
                 events.append(self._optimize(command))
+            elif isinstance(command, KeepBest):
+                events.append(self._keep(command))
             else:
                 self._done(command)
                 defer(self.id, self._write(command))
@@ -204,10 +201,15 @@ class Job:
         self._done(c, steps=1)
         return StepDone(self.id, c.seq_no, self.step, norm, not changed)
 
+    def _keep(self, command: KeepBest) -> JobEvent:
+        self._state = replace(self._state, best=Best(self.step, self._state.param.clone()))
+        self._done(command)
+        return BestKept(self.id, command.seq_no, self.step)
+
     def _done(self, command: StreamCommand, steps: int = 0) -> None:
         state = self._state
         seq_no = state.seq_no if self._summed else command.seq_no
-        self._state = TrainingState(state.param, state.adam, state.step + steps, seq_no)
+        self._state = replace(state, step=state.step + steps, seq_no=seq_no)
 
     def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], JobEvent]:
         state, path, layout = self._state.copy(), Path(command.path), self.layout
@@ -215,7 +217,8 @@ class Job:
             return self._saver(command.path, state, command.files, command.seq_no)
 
         def export() -> JobEvent:
-            texts, tensors = peft_files(layout, state.param, command.base_model_name)
+            param = state.best.param if command.best and state.best is not None else state.param
+            texts, tensors = peft_files(layout, param, command.base_model_name)
             sha256 = write_folder(path, {**texts, **command.files}, tensors)
             return AdapterExported(command.job, command.seq_no, command.path, sha256)
 

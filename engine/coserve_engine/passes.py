@@ -137,7 +137,8 @@ class PassState:
         """Dropout's address of each row: int32 [rows]."""
         keys, start = [], 0
         for seq, length in zip(self.work.seqs, self.lengths, strict=True):
-            keys.append(row_keys(seed, seq.uid, seq.epoch, self.positions[start : start + length]))
+            positions = self.positions[start : start + length]
+            keys.append(row_keys(seed, seq.uid, seq.epoch, positions, seq.turn))
             start += length
         return torch.cat(keys)
 

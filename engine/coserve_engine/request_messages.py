@@ -28,7 +28,7 @@ class SamplingParams:
         top_p, min_p, top_k: what is left to draw from: the smallest set of the likeliest with this mass; those with
         at least this share of the likeliest one's probability; so many of the likeliest (0: all).
         seed: addresses the randomness, together with the token's position.
-        ignore_eos: the model's end-of-text ends nothing.
+        ignore_eos: the model's end tokens end nothing.
         repetition_penalty: of tokens in prompt or output, as in transformers (1: none).
         presence_penalty, frequency_penalty: subtracted for tokens of the output, once and for each time, as in
         OpenAI's API.

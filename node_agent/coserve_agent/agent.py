@@ -9,6 +9,7 @@ import uuid
 from importlib.metadata import version
 
 from coserve_agent.concurrency import alongside, end
+from coserve_agent.end_tokens import end_tokens
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
 from coserve_agent.finetuning import Finetuning
@@ -23,6 +24,7 @@ from coserve_agent.registry import AdapterRegistry
 from coserve_agent.servers import Server, listen
 from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.slo import Slo, SloMeter
+from coserve_agent.template_variables import ANY_CHAT, TemplateVariableError, check_variables, try_variables
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_engine.config import EngineConfig
@@ -50,18 +52,30 @@ class Agent:
         self.settings = settings
         self.boot_id = uuid.uuid4().hex
         self.lifecycle = Lifecycle()
+        self.tokenizer = Tokenizer(settings.model_path)
+        ends = end_tokens(settings.model_path, self.tokenizer)
+        try:
+            check_variables(self.tokenizer, settings.template_variables, "engine.templateVariables")
+            try_variables(self.tokenizer, settings.template_variables, "engine.templateVariables", ANY_CHAT)
+        except TemplateVariableError as error:
+            raise StartError(str(error)) from None
+        defaults = request_defaults(settings)
         http_socket = listen(settings.host, settings.http_port, PREFIX + "HTTP_PORT")
         admin_socket = listen(settings.host, settings.admin_port, PREFIX + "ADMIN_PORT")
-        self.tokenizer = Tokenizer(settings.model_path)
-        defaults = request_defaults(settings)
         self.metrics = Metrics(settings.model_name, time.monotonic)
         slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
-        self.engine_host = EngineHost.start(engine_config(settings))
+        self.engine_host = EngineHost.start(engine_config(settings, ends))
         self.engine = EngineClient(self.engine_host, self._on_iteration, self.metrics.on_load)
         reserve = Reserve(slo.tpot_s, settings.slo_percentile, least_share=WAY_SHARE)
         self.pacer = Pacer(reserve, self.metrics, self.engine.submit)
         self.meter = SloMeter(slo, time.monotonic, self.pacer)
-        base = Served(settings.model_name, None, str(settings.model_path), int(time.time()))
+        base = Served(
+            settings.model_name,
+            None,
+            str(settings.model_path),
+            int(time.time()),
+            variables=settings.template_variables,
+        )
         self.registry = AdapterRegistry(self.engine, base, settings.artifacts)
         self.generator = Generator(
             self.engine,
@@ -160,7 +174,6 @@ class Agent:
             ready = await self.engine.ready()
         except EngineGoneError as error:
             raise StartError(str(error)) from None
-        self.tokenizer.check_fits(ready.vocab_size, self.settings.model_path)
         if self.tokenizer.size > ready.vocab_size:
             log.warning(
                 "agent: tokenizer.json has %d tokens and the model %d; prompts with the others are refused",
@@ -222,7 +235,7 @@ def request_defaults(settings: AgentSettings) -> SamplingDefaults:
     return defaults
 
 
-def engine_config(settings: AgentSettings) -> EngineConfig:
+def engine_config(settings: AgentSettings, end_tokens: tuple[int, ...]) -> EngineConfig:
     return EngineConfig(
         model_path=str(settings.model_path),
         max_model_length=settings.max_model_length,
@@ -236,4 +249,5 @@ def engine_config(settings: AgentSettings) -> EngineConfig:
         max_rank=settings.max_rank,
         max_slowdown_percent=settings.max_slowdown_percent,
         pass_bytes=settings.pass_bytes,
+        end_tokens=end_tokens,
     )

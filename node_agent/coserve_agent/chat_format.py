@@ -23,17 +23,19 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def shaped(message: Message, in_parts: frozenset[str]) -> dict[str, Any]:
+def shaped(message: Message, in_parts: frozenset[str], in_one_part: frozenset[str] = frozenset()) -> dict[str, Any]:
     """`message` with its content (a string or a list of text parts) as the template takes it.
 
-    `in_parts` are the roles of which it takes parts. Others get one string, parts joined by line ends as in vLLM; so
-    do results of tools always. A role of the client's own is taken as the user's.
+    `in_parts` are the roles of which it takes parts, `in_one_part` those of which it writes the first part alone.
+    Others get one string, parts joined by line ends as in vLLM; so do results of tools always. A role of the client's
+    own is taken as the user's.
     """
     role, content = message["role"], message["content"]
     known = role if role in ("system", "assistant", "tool") else "user"
     if known in in_parts:
         return {**message, "content": [text_part(content)] if isinstance(content, str) else content}
-    return {**message, "content": content if isinstance(content, str) else "\n".join(part["text"] for part in content)}
+    text = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    return {**message, "content": [text_part(text)] if known in in_one_part else text}
 
 
 def roles_in_parts(render: Render, error: type[Exception]) -> frozenset[str]:
@@ -58,4 +60,24 @@ def roles_in_parts(render: Render, error: type[Exception]) -> frozenset[str]:
         found |= {"system"}
     if loops(said("user"), said("assistant", parts), said("user")):
         found |= {"assistant"}
+    return found
+
+
+def roles_in_one_part(render: Render, error: type[Exception], in_parts: frozenset[str]) -> frozenset[str]:
+    """Of the other roles those of which the template writes the first part, and takes no string."""
+    found: frozenset[str] = frozenset()
+
+    def writes(role: str, one_part: frozenset[str]) -> bool:
+        said = {"role": role, "content": _WORDS[0]}
+        user = {"role": "user", "content": "x"}
+        conversation = {"system": [said, user], "user": [said], "assistant": [user, said, user]}[role]
+        try:
+            text = render([shaped(message, in_parts, one_part) for message in conversation]).lower()
+        except error:
+            return False
+        return _WORDS[0] in text and _LEAK not in text and "{" not in text
+
+    for role in ("user", "system", "assistant"):
+        if role not in in_parts and not writes(role, found) and writes(role, found | {role}):
+            found |= {role}
     return found

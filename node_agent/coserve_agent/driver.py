@@ -17,21 +17,25 @@ from typing import Protocol
 from coserve_agent.concurrency import end
 from coserve_agent.engine_client import JobChannel
 from coserve_agent.errors import JobFailedError
+from coserve_agent.evaluations import EvalLog, EvalRecord
 from coserve_agent.inflight import Evaluation, OpenSteps
+from coserve_agent.lora import lora_of
 from coserve_agent.passes import split_passes, to_seqs
+from coserve_agent.template_variables import FILE as RENDERING_FILE
 from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog
-from coserve_api.job import FailedReason
+from coserve_api.job import FailedReason, PublishPolicy
 from coserve_api.messages import BindingSpec
 from coserve_api.shards import Sample, Shard
 from coserve_engine.messages import (
     AdapterExported,
+    BestKept,
     CheckpointDone,
     ExportAdapter,
     JobEvent,
     JobFailed,
     JobStarted,
     JobStopped,
-    LoraSpec,
+    KeepBest,
     Pass,
     PassDone,
     PassMode,
@@ -62,14 +66,24 @@ class ShardSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the driver must know of a job. `engine_job` names it in the engine; paths are absolute."""
+    """What the driver must know of a job. `engine_job` names it in the engine; paths are absolute; `rendering` is the
+    file that says how prompts of the adapter are written; `start` is the folder of the adapter that it goes on from,
+    where its spec says so.
+    """
 
     engine_job: str
     spec: BindingSpec
     total_steps: int
     max_length: int
     base_model_name: str
+    rendering: str
     checkpoint_path: Callable[[int], Path]
+    start: Path | None = None
+
+    @property
+    def publishes_best(self) -> bool:
+        """Whether the best weights have to be kept."""
+        return self.spec.publish is PublishPolicy.BEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,7 @@ class Driver:
     Args:
         accept: called with each durable checkpoint; returns once it is accepted. Never called twice at once.
         on_step: hears every finished step and the totals after it.
+        on_eval: hears every evaluation.
         pass_ids: numbers that are unique over the engine's life.
     """
 
@@ -102,12 +117,14 @@ class Driver:
         accept: Callable[[Saved], Awaitable[None]],
         on_step: Callable[[StepRecord, DriverState], None],
         pass_ids: Iterator[int],
+        on_eval: Callable[[EvalRecord], None] = lambda record: None,
     ) -> None:
         self._plan = plan
         self._channel = channel
         self._shards = shards
         self._accept = accept
         self._on_step = on_step
+        self._on_eval = on_eval
         self._pass_ids = pass_ids
         self._seq = itertools.count(1)
         self._log = TrainingLog()
@@ -119,6 +136,7 @@ class Driver:
         self._started: JobStarted | None = None
         self._stopped: JobStopped | None = None
         self._exported: AdapterExported | None = None
+        self._best_kept: BestKept | None = None
         self._saving: int | None = None
         self._acceptance: asyncio.Task[None] | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -127,6 +145,15 @@ class Driver:
     @property
     def state(self) -> DriverState:
         return self._log.state
+
+    @property
+    def evals(self) -> EvalLog:
+        return self._log.evals
+
+    @property
+    def rank(self) -> int | None:
+        """The adapter's, once the engine has begun."""
+        return None if self._started is None else self._started.lora.rank
 
     def wake(self) -> None:
         """Something the driver may wait for has changed."""
@@ -142,22 +169,22 @@ class Driver:
         Raises:
             JobFailedError: the engine refuses it.
         """
-        spec = self._plan.spec
-        targets = tuple(str(target) for target in spec.target_modules)
-        lora = LoraSpec(spec.rank, float(spec.alpha), targets, spec.dropout, spec.use_rslora)
+        plan, spec = self._plan, self._plan.spec
         folder = None if resume is None else str(resume)
         self._pump = asyncio.create_task(self._read_events())
-        self._channel.submit(StartJob(self._plan.engine_job, lora, spec.seed, folder, spec.weight))
+        self._channel.submit(StartJob(plan.engine_job, lora_of(spec, plan.start), spec.seed, folder, spec.weight))
         await self._until(lambda: self._started is not None, stoppable=False)
         assert self._started is not None
         if resume is not None:
             self._log = TrainingLog.from_files(self._started.files, self._started.step)
+            if plan.publishes_best:
+                self._log.check_best(self._started.best_step)
             self.accepted_step = self._started.step
         self._seq = itertools.count(self._started.seq_no + 1)
 
     async def train(self) -> None:
-        """Run all steps that are left, evaluate before the first, after the last and as often between as the job asks;
-        the last checkpoint is accepted at the end.
+        """Run all steps that are left, evaluate before the first, after the last and as often between as the job asks,
+        and end early where it has no more patience; the last checkpoint is accepted at the end.
 
         Raises:
             StopRequested, JobFailedError, EngineGoneError.
@@ -166,6 +193,9 @@ class Driver:
         for step in range(self.state.step + 1, total + 1):
             if self._evaluates_after(step - 1):
                 await self._evaluate(step - 1)
+                if self._patience_is_over():
+                    total = step - 1
+                    break
             shard = await self._next_shard(step)
             await self._until(lambda: len(self._open) < STEPS_IN_FLIGHT)
             for command in self._open.begin(step, shard, self._seq):
@@ -174,15 +204,18 @@ class Driver:
                 await self._until(lambda: not self._open)
                 await self._save()
         await self._evaluate(total)
+        await self._settle_acceptance(stoppable=True)  # where patience ended it, one of this step may be on its way
         if self.accepted_step < self.state.step:
             await self._save()
         await self._settle_acceptance(stoppable=True)
 
     async def export(self, path: Path) -> str:
-        """Write the adapter as PEFT folder `path`; returns the sha256 of its manifest."""
-        files = {"training_log.jsonl": self._log.text()}
+        """Write the adapter, or the best one where the job publishes that, as PEFT folder `path`; returns the sha256 of
+        its manifest.
+        """
+        plan, files = self._plan, {**self._log.logs(), RENDERING_FILE: self._plan.rendering}
         self._channel.submit(
-            ExportAdapter(self._plan.engine_job, next(self._seq), str(path), self._plan.base_model_name, files)
+            ExportAdapter(plan.engine_job, next(self._seq), str(path), plan.base_model_name, files, plan.publishes_best)
         )
         await self._until(lambda: self._exported is not None)
         assert self._exported is not None
@@ -265,9 +298,22 @@ class Driver:
             work = Pass(next(self._pass_ids), self._plan.engine_job, step, micro, seqs, PassMode.EVAL)
             self._channel.submit(self._eval.begin(work, next(self._seq)))
         await self._until(lambda: not self._eval.pending)
-        loss = self._eval.mean_loss
-        self._log.note_eval(loss)
-        log.info("job %s: eval loss %.4f at step %d", self._plan.spec.job_name, loss, step)
+        record = self._eval.record(step)
+        if self._plan.publishes_best and step > 0 and self.evals.is_best(record.loss):
+            await self._keep_best()
+        self._log.note_eval(record)
+        self._on_eval(record)
+        log.info("job %s: eval loss %s at step %d", self._plan.spec.job_name, record.loss, step)
+
+    async def _keep_best(self) -> None:
+        """Not to be stopped in between: a checkpoint would have best weights that its log knows nothing of."""
+        number = next(self._seq)
+        self._channel.submit(KeepBest(self._plan.engine_job, number))
+        await self._until(lambda: self._best_kept is not None and self._best_kept.seq_no == number, stoppable=False)
+
+    def _patience_is_over(self) -> bool:
+        patience = self._plan.spec.patience
+        return patience is not None and self.evals.since_best >= patience
 
     # ---- checkpoints ----
 
@@ -322,6 +368,8 @@ class Driver:
                 self._open.on_pass(event)
             case StepDone():
                 self._on_step_done(event)
+            case BestKept():
+                self._best_kept = event
             case CheckpointDone():
                 self._acceptance = asyncio.create_task(self._accept_saved(event))
             case AdapterExported():
@@ -329,10 +377,7 @@ class Driver:
             case JobStopped():
                 self._stopped = event
             case JobFailed():
-                reason = (
-                    FailedReason.ARTIFACT_STORE_ERROR if event.code in _STORE_CODES else FailedReason.INTERNAL_ERROR
-                )
-                raise JobFailedError(reason, event.message)
+                raise JobFailedError(_REASONS.get(event.code, FailedReason.INTERNAL_ERROR), event.message)
 
     def _on_step_done(self, event: StepDone) -> None:
         record = self._open.on_optim(event)
@@ -346,4 +391,8 @@ class Driver:
             )
 
 
-_STORE_CODES = ("artifact_store", "invalid_checkpoint")
+_REASONS = {
+    "artifact_store": FailedReason.ARTIFACT_STORE_ERROR,
+    "invalid_checkpoint": FailedReason.ARTIFACT_STORE_ERROR,
+    "invalid_adapter": FailedReason.INVALID_ADAPTER,
+}

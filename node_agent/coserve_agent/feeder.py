@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 from redis.exceptions import RedisError
 
-from coserve_agent.dataset import Dataset
+from coserve_agent.data.material import Material
+from coserve_agent.data.vocabulary import vocab_size
+from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.main import give_up, log_to_stderr
-from coserve_agent.order import StepOrder, split
+from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings, read
+from coserve_agent.template_variables import TemplateVariableError
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.connect import connect
 from coserve_api.job import FailedReason
 from coserve_api.keys import Keys
 from coserve_api.messages import Completed, Failed, FeedError, FeedStatus
-from coserve_api.shards import Shard
 from coserve_api.store import JobRecord, Push, Store
 
 log = logging.getLogger(__name__)
@@ -39,57 +39,6 @@ FULL_WAIT_S = 0.2
 IDLE_WAIT_S = 2.0
 RETRY_S = 2.0
 LOOK_EVERY_S = 2.0
-
-
-@dataclass(frozen=True)
-class Material:
-    """A data set cut into shards: training shard n is optimizer step n, whatever was made before it."""
-
-    dataset: Dataset
-    train: StepOrder
-    eval_ids: tuple[int, ...]
-    digest: str
-
-    @classmethod
-    def prepare(cls, settings: FeederSettings, tokenizer: Tokenizer) -> Material:
-        """Read and check the file. Raises DatasetError."""
-        dataset = Dataset(
-            settings.dataset_path, tokenizer, settings.format, settings.max_sequence_length, settings.on_invalid
-        )
-        parts = split(dataset.ids, settings.eval_percent, settings.seed)
-        if settings.eval_percent and not parts.eval:
-            raise DatasetError(
-                FailedReason.INVALID_DATASET,
-                f"{settings.dataset_path}: of {len(dataset.ids)} usable lines none is left to hold out, and "
-                f"dataset.evalPercent is {settings.eval_percent}; add lines, or set dataset.evalPercent to 0",
-            )
-        order = StepOrder(parts.train, settings.batch_size, settings.seed, settings.epochs, settings.max_steps)
-        return cls(dataset, order, parts.eval, tokenizer.digest)
-
-    @property
-    def eval_shards(self) -> int:
-        return math.ceil(len(self.eval_ids) / self.train.batch_size)
-
-    def status(self) -> FeedStatus:
-        return FeedStatus(
-            total_steps=self.train.total_steps,
-            samples=len(self.train.ids),
-            eval_samples=len(self.eval_ids),
-            eval_shards=self.eval_shards,
-            skipped_lines=self.dataset.skipped,
-            digest=self.digest,
-        )
-
-    def shard(self, number: int) -> Shard:
-        """Training shard `number`, from 1."""
-        samples = self.dataset.samples(self.train.batch(number))
-        return Shard(number, self.train.epoch_of(number), self.digest, tuple(samples))
-
-    def eval_shard(self, number: int) -> Shard:
-        """Held-out shard `number`, from 1."""
-        size = self.train.batch_size
-        ids = self.eval_ids[(number - 1) * size : number * size]
-        return Shard(number, 0, self.digest, tuple(self.dataset.samples(ids)))
 
 
 class JobDeletedError(Exception):
@@ -149,21 +98,28 @@ class Feeder:
             raise JobDeletedError
         if record.feed is not None and record.feed.error is None:
             self._check_same(record.feed)
+        elif record.checkpoint is None:
+            self._material.check_schedule()
         await self._store.set_feed(self._job, wanted)
         self._said_under = incarnation
 
     def _check_same(self, before: FeedStatus) -> None:
+        """That this is the data of which `before` was said; a feeder that is older said less."""
         ours = self._status
-        if (before.total_steps, before.samples, before.eval_samples, before.digest) != (
-            ours.total_steps,
-            ours.samples,
-            ours.eval_samples,
-            ours.digest,
+        counts = (before.total_steps, before.samples, before.eval_samples, before.digest)
+        if counts != (ours.total_steps, ours.samples, ours.eval_samples, ours.digest) or _differ(
+            before.content, ours.content
         ):
             raise DatasetError(
                 FailedReason.INVALID_DATASET,
                 f"the data set or the tokenizer changed since the job began ({before.samples} + {before.eval_samples} "
                 f"samples then, {ours.samples} + {ours.eval_samples} now); restore them, or create a new job",
+            )
+        if _differ(before.rendering, ours.rendering):
+            raise DatasetError(
+                FailedReason.INVALID_DATASET,
+                "what decides how rows become tokens (date, template variables, dataset.format, dataset.learn) changed "
+                "since the job began; create a new job",
             )
 
     async def _push_eval(self) -> None:
@@ -186,9 +142,15 @@ class Feeder:
         return IDLE_WAIT_S
 
 
+def _differ(before: str | None, now: str | None) -> bool:
+    return before is not None and now is not None and before != now
+
+
 async def say_error(store: Store, job: str, error: DatasetError) -> None:
     """Leave the reason for the operator, however long Redis takes."""
-    status = FeedStatus(error=FeedError(reason=error.reason, message=str(error)[:2048], line=error.line))
+    # Whatever a message quotes, it can be sent.
+    message = str(error).encode("utf-8", "backslashreplace").decode()[:2048]
+    status = FeedStatus(error=FeedError(reason=error.reason, message=message, line=error.line))
     while True:
         try:
             await store.set_feed(job, status)
@@ -229,16 +191,18 @@ def main() -> None:
     try:
         settings = read(FeederSettings)
         tokenizer = Tokenizer(settings.model_path)
+        size = vocab_size(settings.model_path)
+        ends = end_tokens(settings.model_path, tokenizer)
     except StartError as error:
         sys.exit(give_up(str(error)))
     material: Material | DatasetError
     try:
-        material = Material.prepare(settings, tokenizer)
-        status = material.status()
-        log.info(
-            "feeder: %s: %d samples to train on, %d held out, %d lines skipped, %d steps",
-            settings.dataset_path, status.samples, status.eval_samples, status.skipped_lines, status.total_steps,
-        )  # fmt: skip
+        renderer = Renderer(tokenizer, ends, settings.template_variables, settings.date)
+        material = Material.prepare(settings, renderer, size)
+        for line in material.report():
+            log.info("feeder: %s", line)
+    except TemplateVariableError as error:
+        material = DatasetError(FailedReason.INVALID_DATASET, f"dataset.{error}")
     except DatasetError as error:
         material = error
     asyncio.run(feed(settings, material))

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from coserve_agent.base_model import base_model
 from coserve_agent.concurrency import alongside
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.follower import AdapterFollower
@@ -69,7 +70,7 @@ class Finetuning:
             metrics=metrics,
             artifacts=settings.artifacts,
             endpoint_uid=settings.endpoint_uid,
-            model_name=settings.model_name,
+            base_model=base_model(settings.model_path, settings.model_uri),
             digest=tokenizer.digest,
             max_model_length=settings.max_model_length,
             max_rank=settings.max_rank,

@@ -78,10 +78,18 @@ def sampling_defaults(folder: Path) -> SamplingDefaults:
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """End tokens that the file names; chat models often have more than config.json says."""
-    eos = _read(folder).get("eos_token_id")
+    return token_ids(folder / FILE, _read(folder).get("eos_token_id"))
+
+
+def token_ids(path: Path, eos: object) -> tuple[int, ...]:
+    """The `eos_token_id` of the file `path`: one id, a list of them, or null.
+
+    Raises:
+        StartError: it is something else.
+    """
     values = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in values):
-        raise StartError(f"{folder / FILE}: eos_token_id is {eos!r}; it must be a token id, a list of them, or null")
+        raise StartError(f"{path}: eos_token_id is {eos!r}; it must be a token id, a list of them, or null")
     return tuple(values)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from coserve_agent.errors import JobFailedError
+from coserve_agent.evaluations import EvalRecord
 from coserve_agent.passes import split_passes, to_seqs, weight_sum
 from coserve_agent.schedule import learning_rate
 from coserve_agent.trainlog import StepRecord, finite
@@ -18,7 +19,7 @@ from coserve_engine.messages import Command, ForwardBackward, OptimStep, Pass, P
 
 @dataclass(slots=True)
 class _OpenStep:
-    """A step whose commands are submitted; `optim_seq` is that of its OptimStep."""
+    """A step whose commands are submitted; `samples` are its lines, `optim_seq` is that of its OptimStep."""
 
     step: int
     lr: float
@@ -47,7 +48,8 @@ class OpenSteps:
         spec = self._spec
         lr = learning_rate(spec.schedule, step - 1, spec.learning_rate, spec.warmup_steps, self._total_steps)
         divisor = weight_sum(shard.samples)
-        current = _OpenStep(step, lr, tuple(sample.id for sample in shard.samples), set())
+        lines = tuple(dict.fromkeys(sample.id for sample in shard.samples))
+        current = _OpenStep(step, lr, lines, set())
         commands: list[Command] = []
         for micro, part in enumerate(split_passes(shard.samples)):
             seq_no = next(seq)
@@ -103,19 +105,22 @@ class Evaluation:
     """A running evaluation; `pending` are the passes that are not done."""
 
     pending: set[int] = field(default_factory=set)
+    _samples: int = 0
+    _tokens: int = 0
     _loss_sum: float = 0.0
     _weight_sum: float = 0.0
 
     def begin(self, work: Pass, seq_no: int) -> ForwardBackward:
         self.pending.add(seq_no)
+        self._samples += len(work.seqs)
         return ForwardBackward(work.job, seq_no, work)
 
     def on_pass(self, event: PassDone) -> None:
         self.pending.discard(event.seq_no)
         self._loss_sum += event.loss_sum
         self._weight_sum += event.weight_sum
+        self._tokens += event.tokens
 
-    @property
-    def mean_loss(self) -> float:
-        """Over all supervised tokens."""
-        return self._loss_sum / self._weight_sum
+    def record(self, step: int) -> EvalRecord:
+        """What came of it: the mean over all supervised tokens."""
+        return EvalRecord(step, finite(self._loss_sum / self._weight_sum), self._samples, self._tokens)

@@ -16,16 +16,20 @@ from coserve_agent.concurrency import alongside
 from coserve_agent.driver import Driver, Plan, Saved, StopRequested
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import AgentError, EngineGoneError, FencedError, JobFailedError
+from coserve_agent.evaluations import EvalRecord
 from coserve_agent.lease import LeaseKeeper
 from coserve_agent.metrics import Metrics
 from coserve_agent.progress import ProgressMeter
 from coserve_agent.shard_reader import ShardReader
+from coserve_agent.template_variables import rendering_file
 from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.errors import MessageError
 from coserve_api.job import FailedReason, PublishPolicy
 from coserve_api.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
 from coserve_api.scripts import Fencing
 from coserve_api.store import Store
+from coserve_engine.errors import CheckpointError
+from coserve_engine.folders import verify_folder
 from coserve_engine.messages import StopJob
 
 log = logging.getLogger(__name__)
@@ -39,7 +43,9 @@ RETRY_WAITS_S = (2.0, 10.0)
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What every job of this agent uses. `pass_ids` are unique over the engine's life, `digest` is the tokenizer's."""
+    """What every job of this agent uses. `pass_ids` are unique over the engine's life, `digest` is the tokenizer's,
+    `base_model` is what an adapter's folder names as its base.
+    """
 
     engine: EngineClient
     fencing: Fencing
@@ -47,7 +53,7 @@ class Surroundings:
     metrics: Metrics
     artifacts: Path
     endpoint_uid: str
-    model_name: str
+    base_model: str
     digest: str
     max_model_length: int
     max_rank: int
@@ -122,20 +128,25 @@ class JobRun:
 
     async def _attempt(self, engine_job: str) -> None:
         around, spec = self._around, self._spec
-        if spec.rank > around.max_rank:
+        if spec.rank is not None and spec.rank > around.max_rank:
             raise JobFailedError(
                 FailedReason.RANK_TOO_LARGE,
                 f"adapter.rank is {spec.rank}; the endpoint allows up to {around.max_rank} (finetuning.maxRank)",
             )
         feed = await self._feed()
         checkpoint = await self._resume_from()
+        start = None if spec.start is None else around.artifacts / spec.start.path
+        if start is not None and checkpoint is None:
+            await self._verify_start(start)
         plan = Plan(
             engine_job=engine_job,
             spec=spec,
             total_steps=feed.total_steps,
             max_length=around.max_model_length,
-            base_model_name=around.model_name,
+            base_model_name=around.base_model,
+            rendering=rendering_file(spec.template_variables, around.digest),
             checkpoint_path=lambda step: around.artifacts / self._checkpoints.relative(step),
+            start=start,
         )
         meter = ProgressMeter(self.epoch, feed.total_steps, around.now_s)
 
@@ -143,6 +154,9 @@ class JobRun:
             self.step = state.step
             meter.add(state, record.lr)
             around.metrics.on_step(self.name, state.step, record.loss, record.tokens)
+
+        def on_eval(record: EvalRecord) -> None:
+            around.metrics.on_evaluation(self.name, record.loss)
 
         channel = around.engine.open_job(engine_job)
         reader = ShardReader(
@@ -153,13 +167,17 @@ class JobRun:
             eval_shards=feed.eval_shards,
             digest=around.digest,
         )
-        driver = Driver(plan, channel, reader, accept=self._accept, on_step=on_step, pass_ids=around.pass_ids)
+        driver = Driver(
+            plan, channel, reader, accept=self._accept, on_step=on_step, pass_ids=around.pass_ids, on_eval=on_eval
+        )
         reader.on_arrival = driver.wake
         self._driver = driver
         try:
             await driver.start(None if checkpoint is None else around.artifacts / checkpoint.path)
             self.step = driver.state.step
             meter.begin(driver.state)
+            for record in driver.evals.records[-1:]:
+                on_eval(record)
             log.info("job %s: epoch %d, from step %d of %d", self.name, self.epoch, self.step, feed.total_steps)
             if self._stop_message is not None:
                 driver.request_stop()
@@ -187,6 +205,9 @@ class JobRun:
             loss=state.loss,
             eval_loss_initial=state.eval_loss_initial,
             eval_loss=state.eval_loss,
+            evaluations=driver.evals.last(),
+            best=driver.evals.best_message(),
+            rank=driver.rank,
         )
         await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
         log.info("job %s: completed after %d steps and %d tokens", self.name, state.step, state.tokens)
@@ -198,11 +219,27 @@ class JobRun:
         if spec.publish is PublishPolicy.IF_EVAL_IMPROVES and not driver.state.improved:
             log.info("job %s: not published: the evaluation loss did not fall", self.name)
             return None
+        if spec.publish is PublishPolicy.BEST and not driver.evals.improved:
+            log.info("job %s: not published: no evaluation loss was below the initial one", self.name)
+            return None
         path = f"adapters/{self._around.endpoint_uid}/{spec.adapter_name}/v{spec.adapter_number}"
         sha256 = await driver.export(self._around.artifacts / path)
         return AdapterFiles(name=spec.adapter_name, number=spec.adapter_number, path=path, sha256=sha256)
 
     # ---- checkpoints ----
+
+    async def _verify_start(self, folder: Path) -> None:
+        """The adapter to go on from is the version that the operator chose."""
+        assert self._spec.start is not None
+        if self._spec.start.sha256 is None:
+            return
+        try:
+            await asyncio.to_thread(verify_folder, folder, self._spec.start.sha256)
+        except (CheckpointError, OSError) as error:
+            raise JobFailedError(
+                FailedReason.ARTIFACT_STORE_ERROR,
+                f"adapter.from: the published version cannot be used: {error}; restore the folder, or name another",
+            ) from None
 
     async def _resume_from(self) -> Checkpoint | None:
         """The accepted checkpoint, or an older one if that is corrupt, in which case Redis is told."""
@@ -248,7 +285,7 @@ class JobRun:
 
     async def _report(self, driver: Driver, reader: ShardReader, meter: ProgressMeter) -> None:
         while True:
-            progress = meter.report(driver.state, reader.last_read, self._checkpoints.rewound[:2048])
+            progress = meter.report(driver.state, driver.evals, reader.last_read, self._checkpoints.rewound[:2048])
             await self._lease.write_now(partial(self._around.fencing.report_progress, self.job, progress))
             await asyncio.sleep(PROGRESS_S)
 

@@ -88,6 +88,9 @@ class Metrics:
         )
         self._job_step = Gauge("coserve_job_step", "Finished optimizer steps", ["job"], registry=self.registry)
         self._job_loss = Gauge("coserve_job_loss", "Loss of the last finished step", ["job"], registry=self.registry)
+        self._job_eval_loss = Gauge(
+            "coserve_job_eval_loss", "Loss of the last evaluation", ["job"], registry=self.registry
+        )
         self.ttft = self._histogram("coserve_time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS_S)
         self.gap = self._histogram("coserve_inter_token_seconds", "Between tokens of a request", GAP_BUCKETS_S)
         self.late = Histogram(
@@ -151,11 +154,15 @@ class Metrics:
         self._job_loss.labels(job).set(_or_nan(loss))
         self._finetune_tokens.labels(job).inc(tokens)
 
+    def on_evaluation(self, job: str, loss: float | None) -> None:
+        self._jobs.add(job)
+        self._job_eval_loss.labels(job).set(_or_nan(loss))
+
     def forget_job(self, job: str) -> None:
         if job not in self._jobs:
             return
         self._jobs.remove(job)
-        for series in (self._job_step, self._job_loss, self._finetune_tokens):
+        for series in (self._job_step, self._job_loss, self._job_eval_loss, self._finetune_tokens):
             series.remove(job)
 
     def render(self, meter: SloMeter) -> bytes:

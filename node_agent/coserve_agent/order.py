@@ -31,6 +31,13 @@ def split(ids: Sequence[int], eval_percent: int, seed: int) -> Split:
     )
 
 
+def capped(ids: Sequence[int], most: int | None, seed: int) -> tuple[int, ...]:
+    """At most `most` of the samples, ascending; fewer of them are a part of more."""
+    if most is None or len(ids) <= most:
+        return tuple(ids)
+    return tuple(sorted(sorted(ids, key=lambda one: _key(seed, "cap", one))[:most]))
+
+
 @dataclass(frozen=True)
 class StepOrder:
     """The samples of each optimizer step; the last step of an epoch has what is left, as in the Trainer.

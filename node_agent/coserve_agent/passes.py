@@ -34,6 +34,8 @@ def weight_sum(samples: Sequence[Sample]) -> float:
 def to_seqs(samples: Sequence[Sample], divisor: float, epoch: int = 0) -> tuple[TrainSeq, ...]:
     """Samples for the engine, which only sums: the weights are divided by `divisor` here."""
     return tuple(
-        TrainSeq(sample.id, sample.tokens, tuple(weight / divisor for weight in sample.weights), epoch)
+        TrainSeq(
+            sample.id, sample.tokens, tuple(weight / divisor for weight in sample.weights), epoch, turn=sample.turn
+        )
         for sample in samples
     )

@@ -32,9 +32,10 @@ class Pieces:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.special: Mapping[int, str] = {
-            token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special
-        }
+        added = backend.get_added_tokens_decoder()
+        self.added: Mapping[int, str] = {token: one.content for token, one in added.items()}
+        """Tokens that are looked for in a text before all others."""
+        self.special: Mapping[int, str] = {token: one.content for token, one in added.items() if one.special}
         """Tokens that texts leave out, and how they are written where they are shown all the same."""
         self._anchor = self._find_anchor(backend.get_vocab(with_added_tokens=False).values())
         self._behind: dict[int, bytes] = {}

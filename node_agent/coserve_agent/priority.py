@@ -24,7 +24,7 @@ def take_short_turns() -> None:
     are.
     """
     number = _SCHED_SETATTR.get(platform.machine())
-    if number is None:
+    if number is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return
     # struct sched_attr (sched_setattr(2)): size, policy, flags, nice, priority, runtime, deadline, period
     nice = os.getpriority(os.PRIO_PROCESS, 0)

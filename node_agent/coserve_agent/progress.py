@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from coserve_agent.evaluations import EvalLog
 from coserve_agent.trainlog import DriverState
 from coserve_api.messages import Progress
 
@@ -33,7 +34,7 @@ class ProgressMeter:
         while len(self._steps) > 2 and self._steps[0][0] < now_s - WINDOW_S:
             self._steps.popleft()
 
-    def report(self, state: DriverState, cursor: int, rewound: str = "") -> Progress:
+    def report(self, state: DriverState, evals: EvalLog, cursor: int, rewound: str = "") -> Progress:
         """What is said of the job; `rewound` says why it went on from an older checkpoint, if it did."""
         tokens_per_second = eta_s = None
         if len(self._steps) > 1:
@@ -51,6 +52,8 @@ class ProgressMeter:
             learning_rate=self._learning_rate,
             eval_loss_initial=state.eval_loss_initial,
             eval_loss=state.eval_loss,
+            evaluations=evals.last(),
+            best=evals.best_message(),
             tokens_per_second=tokens_per_second,
             eta_seconds=eta_s,
             rewound=rewound,

@@ -16,6 +16,7 @@ from pathlib import Path
 from coserve_agent.engine_client import AdapterLoadError, EngineClient
 from coserve_agent.errors import EngineGoneError
 from coserve_agent.http.generate import Served
+from coserve_agent.template_variables import variables_of
 from coserve_api.messages import AdapterRecord
 from coserve_engine.errors import CheckpointError
 from coserve_engine.folders import verify_folder
@@ -93,13 +94,16 @@ class AdapterRegistry:
             return
         try:
             await asyncio.to_thread(verify_folder, folder, record.sha256)
+            variables = await asyncio.to_thread(variables_of, folder)
             await self._engine.load_adapter(version, str(folder))
         except (CheckpointError, AdapterLoadError, EngineGoneError) as error:
             self._retry_at_s[name] = self._now_s() + RETRY_S
             log.error("adapter %s v%d: not loaded, tried again in %g s: %s", name, record.number, RETRY_S, error)
             return
         old = self._loaded.get(name)
-        served = Served(name, version, str(folder), int(time.time()), parent=self._base.name)
+        served = Served(
+            name, version, str(folder), int(time.time()), self._base.name, {**self._base.variables, **variables}
+        )
         self._loaded[name] = Loaded(record, version, served)
         self._retry_at_s.pop(name, None)
         log.info("adapter %s v%d: loaded from %s", name, record.number, folder)

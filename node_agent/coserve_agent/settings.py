@@ -1,4 +1,5 @@
-"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start.
+"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start, and what
+terminals say of themselves.
 
 A value that an endpoint's or a job's author chooses has the custom resource's own type, so that nothing which the API
 server took is refused here.
@@ -6,6 +7,8 @@ server took is refused here.
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -31,11 +34,13 @@ from coserve_api.common import (
     SlowdownPercent,
     Steps,
     Subdomain,
+    TemplateVariables,
     Threads,
     Uid,
 )
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
-from coserve_api.job import DatasetFormat, OnInvalid
+from coserve_api.job import DatasetFormat, Learn, OnInvalid
+from coserve_api.uris import DATA_ROOT, ModelUri
 
 PREFIX = "COSERVE_"
 
@@ -50,6 +55,13 @@ def _blank_is_none(value: object) -> object:
 
 def _comma_separated(value: object) -> object:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+def _json(value: object) -> object:
+    try:
+        return json.loads(value or "{}") if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it must be a JSON object ({error})") from None
 
 
 OrBlank = BeforeValidator(_blank_is_none)
@@ -90,6 +102,7 @@ class AgentSettings(RedisSettings):
     endpoint_name: Label = "local"
     namespace: Label = "default"
     model_path: Path
+    model_uri: Annotated[ModelUri | None, OrBlank] = None
     model_name: ModelName = "model"
     max_model_length: ModelLength = 1024
     ttft_ms: Millis = 1000
@@ -104,6 +117,7 @@ class AgentSettings(RedisSettings):
     kv_cache_bytes: Bytes = 256 << 20
     threads: Threads = 1
     generation_config: GenerationConfig = GenerationConfig.MODEL
+    template_variables: Annotated[TemplateVariables, NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_comma_separated)] = ()
     artifacts: Path = Path("/artifacts")
     pod_name: Subdomain = "local"
@@ -128,28 +142,53 @@ class AgentSettings(RedisSettings):
 
 
 class FeederSettings(RedisSettings):
-    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set."""
+    """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set. DATASET_ROOT is the folder that no link in the
+    data set may lead out of, EVAL_ROOT that of EVAL_PATH, the held-out samples' own; with them EVAL_PERCENT is 0.
+    """
 
     redis_url: str
     endpoint_uid: Uid
     job_uid: Uid
     job_name: Subdomain
     dataset_path: Path
+    dataset_root: Path = Path(DATA_ROOT)
     model_path: Path
     format: DatasetFormat = DatasetFormat.AUTO
+    learn: Learn = Learn.ALL
     eval_percent: EvalPercent = 5
+    eval_path: Annotated[Path | None, OrBlank] = None
+    eval_root: Path = Path(DATA_ROOT)
+    eval_max_samples: Annotated[int | None, Field(ge=1), OrBlank] = None
     max_sequence_length: SequenceLength = 1024
     on_invalid: OnInvalid = OnInvalid.FAIL
     batch_size: BatchSize = 8
     epochs: Annotated[Epochs | None, OrBlank] = None
     max_steps: Annotated[Steps | None, OrBlank] = None
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
+    template_variables: Annotated[TemplateVariables, NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)
+    date: Annotated[datetime.date | None, OrBlank] = None
 
     @model_validator(mode="after")
     def _one_length(self) -> FeederSettings:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(f"set exactly one of {PREFIX}EPOCHS and {PREFIX}MAX_STEPS")
+        if self.eval_path is not None and self.eval_percent:
+            raise ValueError(f"{PREFIX}EVAL_PATH has the held-out samples: set {PREFIX}EVAL_PERCENT to 0")
         return self
+
+
+class TerminalSettings(BaseSettings):
+    """Of whoever looks at a tool's output: https://no-color.org, and a terminal that knows no colours."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    no_color: str = ""
+    term: str = ""
+
+    @property
+    def colours(self) -> bool:
+        return not self.no_color and self.term != "dumb"
 
 
 S = TypeVar("S", bound=_Settings)

@@ -7,33 +7,25 @@ not need.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from coserve_agent import generation_config
-from coserve_agent.chat_format import Message, roles_in_parts, shaped
-from coserve_agent.errors import AgentError, StartError
+from coserve_agent.call_format import CallFormat, call_format
+from coserve_agent.chat_format import Message, roles_in_one_part, roles_in_parts, shaped
+from coserve_agent.chat_template import REASONING_FIELDS, ChatTemplate, ChatTemplateError
+from coserve_agent.cuts import Cuts
+from coserve_agent.errors import StartError
 from coserve_agent.pieces import Pieces
+from coserve_agent.roles import Roles
+from coserve_agent.turns import opened
 from coserve_agent.unicode import lone_surrogate
-
-
-class ChatTemplateError(AgentError):
-    """The model's chat template refuses these messages; the message is the template's own."""
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as tokens; `supervised[i]` says whether the assistant wrote `tokens[i]` (its end token
-    included).
-    """
-
-    tokens: list[int]
-    supervised: list[bool]
 
 
 class Placed(NamedTuple):
@@ -41,6 +33,13 @@ class Placed(NamedTuple):
 
     tokens: list[int]
     starts: list[int]
+
+
+class Behind(NamedTuple):
+    """Tokens of a text behind others; `joint` if both together are the tokens of the whole text."""
+
+    tokens: list[int]
+    joint: bool
 
 
 class Tokenizer:
@@ -51,130 +50,193 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._inner = _load(folder)
-        self._backend = self._inner.backend_tokenizer
+        inner = _load(folder)
+        self._backend = inner.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._template = _chat_template(self._inner)
-        self._marks_generation = "endgeneration" in (self._template or "")
+        source = _chat_template(inner)
+        self.template = None if source is None else ChatTemplate(source, inner.special_tokens_map)
         self.size = max((*self._backend.get_vocab(with_added_tokens=True).values(), -1)) + 1
-        self.eos_token_id: int | None = self._inner.eos_token_id
-        self.stop_token_ids = generation_config.end_tokens(folder)
+        self.eos_token_id: int | None = inner.eos_token_id
         self.pieces = Pieces(self._backend)
-        content = f"{self._backend.to_str()}\0{self._template or ''}"
+        self._cuts = Cuts(self._backend, source or "")
+        self._begin = self._ids_around("a")
+        content = f"{self._backend.to_str()}\0{source or ''}"
         self.digest = hashlib.sha256(content.encode()).hexdigest()
         self._in_parts: frozenset[str] = frozenset()
-        if self._template:
-            self._in_parts = roles_in_parts(lambda messages: self._apply(messages, tokenize=False), ChatTemplateError)
+        self._in_one_part: frozenset[str] = frozenset()
+        self._calls: CallFormat | None = None
+        plain = partial(self._render, add_generation_prompt=False)
+        if source:
+            self._in_parts = roles_in_parts(plain, ChatTemplateError)
+            self._in_one_part = roles_in_one_part(plain, ChatTemplateError, self._in_parts)
+            self._calls = call_format(plain, ChatTemplateError, self._in_parts)
 
-    @property
-    def reads_tool_calls(self) -> bool:
-        """Whether the chat template writes what an assistant called in earlier turns."""
-        return "tool_calls" in (self._template or "")
+        self._roles = Roles(lambda messages: _whole(plain(self._shaped(messages))), ChatTemplateError)
 
-    def check_fits(self, vocab_size: int, folder: Path) -> None:
-        """Refuse end tokens with ids that the model has no row for. The vocabulary may have some: a prompt with one of
-        them is refused when it comes.
-        """
-        wrong = [token for token in self.stop_token_ids if token >= vocab_size]
-        if wrong:
-            raise StartError(
-                f"{folder / generation_config.FILE}: eos_token_id has {wrong[0]} but the model's vocab_size is "
-                f"{vocab_size}; copy the file from the same model, or take the id out"
-            )
+    @cached_property
+    def written_fields(self) -> frozenset[str]:
+        """What the chat template writes beside roles and contents, of all that we could give it."""
+        found = set[str]()
+        if self.template and self.template.reads("tools"):
+            found.add("tools")
+        if self.template and any(map(self.template.reads_field, REASONING_FIELDS)):
+            found.add("reasoning_content")
+        if self._calls is not None:
+            found.add("tool_calls")
+        if self._opens_thought():
+            found.add("reasoning_content")
+        return frozenset(found)
+
+    def _opens_thought(self) -> bool:
+        """Whether an answer begins inside a think block, as DeepSeek-R1's does: its template writes none."""
+        try:
+            return opened(self._render([{"role": "user", "content": "x"}], add_generation_prompt=True)) is not None
+        except ChatTemplateError:
+            return False
+
+    # ---- text to tokens ----
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of plain text, with what the tokenizer puts around a prompt (often a begin token)."""
+        """Tokens of plain text, behind what the tokenizer begins a text with (often one token), which stands there
+        once, whoever wrote it. What it would end a text with is left out: the text goes on.
+        """
         # A batch of one, because only encode_batch lets other threads run meanwhile.
-        return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+        ids: list[int] = self._backend.encode_batch([text], add_special_tokens=False)[0].ids
+        begin = self._begin if add_special_tokens else []
+        return list(ids) if ids[: len(begin)] == begin else begin + ids
 
     def encode_placed(self, text: str) -> Placed:
         """The same, and where in the text each token begins."""
-        encoding = self._backend.encode_batch([text])[0]
+        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
         starts, end = [], 0
-        for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+        for first, last in encoding.offsets:
             # Some tokenizers leave spaces out of what they say a token covers; the tokens of one character share it.
-            starts.append(end if added else min(first, end))
+            starts.append(min(first, end))
             end = max(end, last)
-        return Placed(list(encoding.ids), starts)
+        added = [] if encoding.ids[: len(self._begin)] == self._begin else self._begin
+        return Placed([*added, *encoding.ids], [*[0] * len(added), *starts])
+
+    def encode_behind(self, before: str, tokens: Sequence[int], text: str) -> Behind:
+        """`text` as it goes on behind `tokens`, which are those of `before`: the joint tokens where they begin with
+        `tokens`, else its own, without the space that some tokenizers put before a text.
+        """
+        joint = self.extend(before, tokens, before + text)
+        if joint[: len(tokens)] == list(tokens):
+            return Behind(joint[len(tokens) :], joint=True)
+        return Behind(list(self._inside.encode(text, add_special_tokens=False).ids), joint=False)
+
+    def extend(self, known: str, tokens: Sequence[int], text: str) -> list[int]:
+        """Tokens of `text`, which begins with `known`, whose are `tokens`. Takes as long as what is new."""
+        at = self._cuts.last(known)
+        if at is not None:
+            tail: list[int] = self._backend.encode(known[at:], add_special_tokens=False).ids
+            kept = len(tokens) - len(tail)
+            if list(tokens[kept:]) == tail:
+                return [*tokens[:kept], *self._backend.encode(text[at:], add_special_tokens=False).ids]
+        return self.encode(text, add_special_tokens=list(tokens[: len(self._begin)]) == self._begin)
+
+    @cached_property
+    def _inside(self) -> Backend:
+        """The tokenizer without the space that it puts before a text."""
+        plan = json.loads(self._backend.to_str())
+        plan["normalizer"] = _without_prefix(plan.get("normalizer"))
+        plan["pre_tokenizer"] = _without_prefix(plan.get("pre_tokenizer"))
+        return Backend.from_str(json.dumps(plan))
+
+    def _ids_around(self, text: str) -> list[int]:
+        """What the tokenizer puts before a text."""
+        plain = self._backend.encode(text, add_special_tokens=False).ids
+        whole = self._backend.encode(text).ids
+        for n in range(len(whole) - len(plain) + 1):
+            if whole[n : n + len(plain)] == plain:
+                return list(whole[:n])
+        return []
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    # ---- chats ----
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        today: date | None = None,
+    ) -> list[int]:
         """Tokens of a conversation up to where the assistant begins to answer. A message's content is a string or a
         list of text parts, whichever the template takes.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
         """
-        text = self._render(messages, add_generation_prompt=True)
+        text = self.render(messages, tools, variables, today, add_generation_prompt=True)
         return self.encode(text, add_special_tokens=False)
 
-    def render_training(self, messages: Sequence[Message]) -> Rendered:
-        """Tokens of a whole conversation and which of them are the assistant's.
-
-        A template with {% generation %} blocks says so itself; otherwise a turn's text is what the template writes
-        after the prompt for it, up to the end of the turn.
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        today: date | None = None,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The conversation as the template writes it.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages, or writes earlier turns differently
-            later.
+            ChatTemplateError: there is no template, or it refuses the messages.
         """
-        if self._marks_generation:
-            encoded = self._call_template(
-                messages,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=False,
-            )
-            return Rendered(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
-        text = self._render(messages, add_generation_prompt=False)
-        spans = [
-            self._turn_span(messages, n, text) for n, message in enumerate(messages) if message["role"] == "assistant"
-        ]
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        flags = [any(start <= first and last <= end for start, end in spans) for first, last in encoding.offsets]
-        return Rendered(list(encoding.ids), flags)
+        shown = self._shaped(self._roles.as_written(messages))
+        return _whole(self._render(shown, tools, variables, today, add_generation_prompt=add_generation_prompt))
 
-    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
-        before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-        through = self._render(messages[: index + 1], add_generation_prompt=False)
-        if not (through.startswith(before) and text.startswith(through.rstrip())):
-            raise ChatTemplateError(
-                f"the chat template writes message {index} differently inside a longer conversation, so its tokens "
-                "cannot be told apart: add {% generation %} blocks to the template, or end the conversation there"
-            )
-        return len(before), len(through)
+    def _shaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        shown = [shaped(message, self._in_parts, self._in_one_part) for message in messages]
+        return shown if self._calls is None else [self._calls.shaped(message) for message in shown]
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        text = str(self._call_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-        if lone_surrogate(text) is not None:
-            raise ChatTemplateError("the chat template writes half of a surrogate pair, which is no character")
-        return text
-
-    def _call_template(self, messages: Sequence[Message], **options: Any) -> Any:
-        if not self._template:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        today: date | None = None,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        if self.template is None:
             raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
-        return self._apply([shaped(message, self._in_parts) for message in messages], **options)
+        return self.template.render(
+            messages, tools=tools, variables=variables, today=today, add_generation_prompt=add_generation_prompt
+        )
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        try:
-            return self._inner.apply_chat_template([dict(message) for message in messages], **options)
-        except TemplateError as error:
-            raise ChatTemplateError(str(error) or type(error).__name__) from None
-        except Exception as error:
-            # A template is a program over the client's data: whatever it raises is the data's fault, not the server's.
-            raise ChatTemplateError(
-                f"the chat template does not accept these messages: {type(error).__name__}: {error}"
-            ) from None
+
+def _whole(text: str) -> str:
+    if lone_surrogate(text) is not None:
+        raise ChatTemplateError("the chat template writes half of a surrogate pair, which is no character")
+    return text
+
+
+def _without_prefix(step: Any) -> Any:
+    """A step of a tokenizer's plan without the space that it puts before a text."""
+    if isinstance(step, list):
+        return [kept for one in step if (kept := _without_prefix(one)) is not None]
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Prepend":
+        return None
+    step = {name: _without_prefix(value) for name, value in step.items()}
+    if "prepend_scheme" in step:
+        step["prepend_scheme"] = "never"
+    if "add_prefix_space" in step:
+        step["add_prefix_space"] = False
+    return step
 
 
 def _chat_template(inner: PreTrainedTokenizerFast) -> str | None:
     """The template for plain conversations; some folders have others beside it, by name."""
     template = inner.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 def _load(folder: Path) -> PreTrainedTokenizerFast:

@@ -1,4 +1,6 @@
-"""What the driver carries through checkpoints: one log line for each optimizer step, and where it stood."""
+"""What the driver carries through checkpoints: one log line for each optimizer step and each evaluation, and where it
+stood.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 
 from coserve_agent.errors import JobFailedError
+from coserve_agent.evaluations import EVALUATIONS_FILE, EvalLog, EvalRecord
 from coserve_api.job import FailedReason
 
 LOG_FILE = "training_log.jsonl"
@@ -15,7 +18,9 @@ STATE_FILE = "driver.json"
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One finished optimizer step. `loss` is the mean over its supervised tokens; None where it is not finite."""
+    """One finished optimizer step. `loss` is the mean over its supervised tokens; None where it is not finite.
+    `samples` are lines of the data set.
+    """
 
     step: int
     loss: float | None
@@ -59,6 +64,7 @@ class TrainingLog:
 
     state: DriverState = field(default_factory=DriverState)
     _lines: list[str] = field(default_factory=list)
+    evals: EvalLog = field(default_factory=EvalLog)
 
     def add(self, record: StepRecord) -> None:
         if record.step != self.state.step + 1:
@@ -72,18 +78,31 @@ class TrainingLog:
             loss=self.state.loss if record.loss is None else record.loss,
         )
 
-    def note_eval(self, loss: float) -> None:
-        """The evaluation loss after the steps so far; that after none is the initial one."""
-        state, value = replace(self.state, eval_step=self.state.step), finite(loss)
-        initial = state.step == 0
-        self.state = replace(state, eval_loss_initial=value) if initial else replace(state, eval_loss=value)
+    def note_eval(self, record: EvalRecord) -> None:
+        """An evaluation after the steps so far; that after none is the initial one."""
+        if record.step != self.state.step:
+            raise RuntimeError(f"evaluated at step {record.step}, but {self.state.step} are done")
+        state, initial = replace(self.state, eval_step=record.step), record.step == 0
+        self.state = replace(state, eval_loss_initial=record.loss) if initial else replace(state, eval_loss=record.loss)
+        self.evals = self.evals.plus(record)
 
-    def text(self) -> str:
-        return "".join(self._lines)
+    def check_best(self, kept_step: int | None) -> None:
+        """The weights that came back as the best are those of the best evaluation.
+
+        Raises:
+            JobFailedError: they are not.
+        """
+        best = self.evals.best.step if self.evals.best is not None and self.evals.improved else None
+        if kept_step != best:
+            raise _bad(f"the best evaluation of {EVALUATIONS_FILE} is of step {best}, its best weights of {kept_step}")
+
+    def logs(self) -> dict[str, str]:
+        """What goes with the adapter, too."""
+        return {LOG_FILE: "".join(self._lines), EVALUATIONS_FILE: self.evals.text()}
 
     def files(self) -> dict[str, str]:
         """For a checkpoint's extra files."""
-        return {LOG_FILE: self.text(), STATE_FILE: json.dumps(asdict(self.state), indent=1)}
+        return {**self.logs(), STATE_FILE: json.dumps(asdict(self.state), indent=1)}
 
     @classmethod
     def from_files(cls, files: dict[str, str], step: int) -> TrainingLog:
@@ -95,13 +114,25 @@ class TrainingLog:
         try:
             state = DriverState(**json.loads(files[STATE_FILE]))
             lines = files[LOG_FILE].splitlines(keepends=True)
+            evals = EvalLog.from_text(files[EVALUATIONS_FILE]) if EVALUATIONS_FILE in files else _told_by(state)
         except (KeyError, ValueError, TypeError) as error:
-            raise _bad(f"{STATE_FILE} or {LOG_FILE} does not read ({error!r})") from None
+            raise _bad(f"{STATE_FILE}, {LOG_FILE} or {EVALUATIONS_FILE} does not read ({error!r})") from None
         if state.step != step or len(lines) != step:
             raise _bad(
                 f"{STATE_FILE} says step {state.step}, {LOG_FILE} has {len(lines)} lines, the state is of {step}"
             )
-        return cls(state, lines)
+        last = evals.records[-1].step if evals.records else None
+        if last != state.eval_step:
+            raise _bad(f"{STATE_FILE} says eval_step {state.eval_step}, the last of {EVALUATIONS_FILE} is {last}")
+        return cls(state, lines, evals)
+
+
+def _told_by(state: DriverState) -> EvalLog:
+    """What is known of the evaluations where no file has them, as in checkpoints of agents that kept none."""
+    found = {0: state.eval_loss_initial} if state.eval_step is not None else {}
+    if state.eval_step:
+        found[state.eval_step] = state.eval_loss
+    return EvalLog(tuple(EvalRecord(step, loss) for step, loss in found.items()))
 
 
 def finite(value: float) -> float | None:

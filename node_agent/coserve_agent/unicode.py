@@ -20,7 +20,7 @@ class Surrogate:
     escape: str
 
     def __str__(self) -> str:
-        where = ".".join(self.path)[:200]
+        where = ".".join(self.path)[:200] or "the text"
         return f"{where} holds {self.escape}, half of a surrogate pair, which is no character; write whole characters"
 
 

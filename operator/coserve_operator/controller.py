@@ -20,6 +20,7 @@ from coserve_operator.reconcile.job import Sight, Verdict, is_final
 from coserve_operator.reconcile.observed import Notice, RedisView
 from coserve_operator.reconcile.placement import Waiting, place
 from coserve_operator.reconcile.published import next_number, published
+from coserve_operator.reconcile.sources import continued_from
 from coserve_operator.resources.feeder import inputs_digest
 from coserve_operator.settings import Settings
 from coserve_operator.status import write_status
@@ -112,6 +113,7 @@ class Controller:
                 feeder_inputs=inputs_digest(job, endpoint) if endpoint is not None else "",
                 leaving=this.leaving_agents,
                 adapter_number=next_number(job.spec.adapter.name, endpoint, known) if endpoint is not None else 1,
+                source=continued_from(job, endpoint, known) if endpoint is not None else None,
             )
         return sights
 

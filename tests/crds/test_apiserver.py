@@ -14,10 +14,12 @@ import yaml
 from coserve_api.common import timestamp
 from coserve_api.conditions import condition
 from coserve_api.endpoint import EndpointSpec, EndpointStatus, SloStatus
-from coserve_api.job import (
+from coserve_api.job import JobSpec
+from coserve_api.job_status import (
     BindingStatus,
     CheckpointStatus,
-    JobSpec,
+    ContinuedFrom,
+    EvaluationStatus,
     JobState,
     JobStatus,
     Progress,
@@ -152,8 +154,18 @@ FAULTS = [
     ("job", "spec.training.learningRate", "0", "spec.training.learningRate", "decimal string above 0 and at most 1"),
     ("job", "spec.training.learningRate", "fast", "spec.training.learningRate", 'such as "2e-4"'),
     ("job", "spec.training.learningRate", 4e-3, "spec.training.learningRate", "must be of type string"),
-    ("job", "spec.training.warmupSteps", 361, "spec.training.warmupSteps", "warmupSteps must be at most maxSteps"),
+    ("job", "spec.training.warmupSteps", 361, "spec.training.warmupSteps", "warmupSteps must be below maxSteps"),
+    ("job", "spec.training.warmupSteps", 360, "spec.training.warmupSteps", "warmupSteps must be below maxSteps"),
+    ("job", "spec.dataset.uri", "pvc://data/../x", "spec.dataset.uri", "the marks * and ?"),
+    ("job", "spec.dataset.uri", "pvc://data/[ab]", "spec.dataset.uri", "the marks * and ?"),
+    ("job", "spec.dataset.format", "sharegtp", "spec.dataset.format", '"sharegpt", "alpaca"'),
+    ("job", "spec.dataset.learn", "First", "spec.dataset.learn", '"All", "Last"'),
     ("job", "spec.checkpoint.everySteps", 0, "spec.checkpoint.everySteps", "greater than or equal to 1"),
+    ("job", "spec.publish.policy", "Best", "spec.publish.policy", "set evaluation.everySteps to 1 or more"),
+    ("job", "spec.evaluation.patience", 2, "spec.evaluation.patience", "set everySteps to 1 or more"),
+    ("job", "spec.evaluation.uri", "pvc://d/x", "spec.dataset.evalPercent", "leave dataset.evalPercent out"),
+    ("job", "spec.evaluation.maxSamples", 0, "spec.evaluation.maxSamples", "greater than or equal to 1"),
+    ("job", "spec.adapter.from", "pvc://d/../x", "spec.adapter.from", "name of an adapter that the endpoint has"),
     ("job", "spec.publsh", {"policy": "Never"}, "spec.publsh", "unknown field"),
 ]
 
@@ -164,6 +176,34 @@ def test_a_fault_is_refused_with_its_field_and_what_to_write(api, which, path, v
     done = api.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(body))
     assert done.returncode != 0, done.stdout
     assert field in done.stderr
+    assert remedy in done.stderr
+
+
+def without_held_out(**parts: Any) -> dict[str, Any]:
+    """The example without dataset.evalPercent, which has a default that depends on evaluation.uri."""
+    body = with_value(EXAMPLES["job"], "spec.dataset.evalPercent", None)
+    for name, value in parts.items():
+        body = with_value(body, f"spec.{name}", value)
+    return body
+
+
+@pytest.mark.parametrize(
+    ("parts", "remedy"),
+    [
+        ({"publish": {"policy": "Best"}, "evaluation": {"everySteps": 5, "patience": 2}}, ""),
+        ({"publish": {"policy": "Best"}, "evaluation": {"everySteps": 5, "uri": "pvc://d/x"}}, ""),
+        ({"publish": {"policy": "IfEvalImproves"}, "evaluation": {"uri": "pvc://d/x"}}, ""),
+        ({"adapter": {"name": "a", "from": "other"}}, ""),
+        ({"adapter": {"name": "a", "from": "pvc://models/x", "rank": 4}}, ""),
+        ({"publish": {"policy": "Best"}, "evaluation": {"everySteps": 5}, "dataset.evalPercent": 0}, "need held-out"),
+        ({"evaluation": {"everySteps": 5, "patience": 2}, "dataset.evalPercent": 0}, "need held-out samples"),
+        ({"publish": {"policy": "IfEvalImproves"}, "dataset.evalPercent": 0}, "need held-out samples"),
+    ],
+)
+def test_what_is_decided_by_evaluations_needs_them(api, parts, remedy) -> None:
+    body = without_held_out(**parts)
+    done = api.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(body))
+    assert (done.returncode == 0) == (remedy == ""), done.stderr
     assert remedy in done.stderr
 
 
@@ -324,11 +364,21 @@ def test_the_status_of_a_job_shows_in_its_columns(objects, now) -> None:
         state=JobState.RUNNING,
         reason="Training",
         progress=Progress(
-            step=42, total_steps=100, percent=42, tokens=9999, loss="1.25", eval_loss="2e-05", eta="2m12s"
+            step=42,
+            total_steps=100,
+            percent=42,
+            tokens=9999,
+            loss="1.25",
+            eval_loss="2e-05",
+            eta="2m12s",
+            best_step=20,
+            best_eval_loss="1e-05",
+            evaluations=(EvaluationStatus(step=20, loss="1e-05"), EvaluationStatus(step=40)),
         ),
         binding=BindingStatus(agent="tiny-0", node="dev-1", epoch=3),
         checkpoint=CheckpointStatus(step=40, cursor=40, epoch=3, uri="pvc://a/jobs/j/e3/s40", sha256="0" * 64),
-        adapter=PublishedAdapter(name="gsm8k-json", version=1, uri="pvc://a/adapters/x/v1", sha256="0" * 64),
+        adapter=PublishedAdapter(name="gsm8k-json", version=1, uri="pvc://a/adapters/x/v1", sha256="0" * 64, rank=8),
+        continued_from=ContinuedFrom(uri="pvc://a/adapters/y/v2", version=2, sha256="0" * 64),
         restarts=1,
         observed_generation=1,
         start_time=timestamp(now),

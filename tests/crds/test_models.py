@@ -17,12 +17,14 @@ from coserve_api.common import duration_ms, format_decimal, format_duration, qua
 from coserve_api.conditions import Condition, ConditionStatus, condition, find_condition, merge_conditions
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FinetuneJob, JobSpec, JobStatus, Progress
+from coserve_api.job import FinetuneJob, JobSpec
+from coserve_api.job_status import JobStatus, Progress
 from coserve_api.uris import (
     Location,
     artifact_uri,
     artifacts_path,
     dataset_path,
+    dataset_root,
     model_path,
     parse_uri,
     relative_path,
@@ -74,6 +76,10 @@ def test_uris_become_paths_in_the_pod() -> None:
     assert model_path("pvc://coserve-demo/") == "/models/coserve-demo"
     assert model_path("file:///models/tiny") == "/models/tiny"
     assert dataset_path("pvc://coserve-demo/job.jsonl") == "/data/coserve-demo/job.jsonl"
+    assert dataset_path("pvc://coserve-demo/a?/*.jsonl.gz") == "/data/coserve-demo/a?/*.jsonl.gz"
+    assert dataset_path("file:///data/team/*") == "/data/team/*"
+    assert dataset_root("pvc://coserve-demo/a/b.jsonl") == dataset_root("pvc://coserve-demo") == "/data/coserve-demo"
+    assert dataset_root("file:///data/team/x.jsonl") == "/data"
     assert artifacts_path("pvc://coserve-artifacts/") == "/artifacts"
     assert artifacts_path("pvc://coserve-artifacts/team") == "/artifacts/team"
     assert artifacts_path("file:///artifacts/team/") == "/artifacts/team"
@@ -146,6 +152,23 @@ def test_a_job_has_exactly_one_length(training: dict[str, int]) -> None:
         JobSpec.model_validate({**spec, "training": training})
 
 
+def test_a_warm_up_is_below_the_length() -> None:
+    """Equality was allowed once: such an object is read as long as it is stored, and no new one is made."""
+    body = example("job.yaml")
+
+    def with_warm_up(steps: int) -> dict[str, Any]:
+        training = {"maxSteps": 10, "warmupSteps": steps}
+        return {**body, "spec": {**body["spec"], "training": training}}
+
+    assert FinetuneJob.from_dict(with_warm_up(9)) == FinetuneJob.model_validate(with_warm_up(9))
+    assert FinetuneJob.from_dict(with_warm_up(10)).spec.training.warmup_steps == 10
+    for steps in (10, 11):
+        with pytest.raises(ValidationError, match="warmupSteps must be below maxSteps"):
+            JobSpec.model_validate(with_warm_up(steps)["spec"])
+    with pytest.raises(ValidationError, match="warmupSteps must be below maxSteps"):
+        FinetuneJob.from_dict(with_warm_up(11))
+
+
 def test_a_bad_value_is_answered_with_what_to_write() -> None:
     spec = example("job.yaml")["spec"]
     with pytest.raises(ValidationError, match=r"training\.learningRate\n.*'fast' must be a decimal string above 0"):
@@ -156,8 +179,43 @@ def test_a_policy_that_asks_for_an_evaluation_needs_samples_for_it() -> None:
     spec = example("job.yaml")["spec"]
     wanted = {**spec, "publish": {"policy": "IfEvalImproves"}}
     assert JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 5}})
-    with pytest.raises(ValidationError, match=r"needs dataset.evalPercent above 0"):
+    with pytest.raises(ValidationError, match=r"need held-out samples: leave dataset.evalPercent out"):
         JobSpec.model_validate({**wanted, "dataset": {**spec["dataset"], "evalPercent": 0}})
+
+
+SOMETIMES = {"everySteps": 5}
+FILE = {"uri": "pvc://d/e.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "evaluation", "policy", "words"),
+    [
+        ({}, SOMETIMES, "Best", ""),
+        ({}, SOMETIMES | {"patience": 2}, "Always", ""),
+        ({}, FILE | SOMETIMES | {"patience": 2}, "Best", ""),
+        ({"evalPercent": 0}, FILE | SOMETIMES, "Best", ""),
+        ({"evalPercent": 0}, FILE, "IfEvalImproves", ""),
+        ({"evalPercent": 0}, SOMETIMES, "Always", ""),
+        ({"evalPercent": 0}, SOMETIMES, "Best", "need held-out samples"),
+        ({"evalPercent": 0}, SOMETIMES | {"patience": 2}, "Always", "need held-out samples"),
+        ({"evalPercent": 5}, FILE, "Always", "evaluation.uri has the held-out samples"),
+        ({}, {}, "Best", "set evaluation.everySteps to 1 or more"),
+        ({}, {"patience": 1}, "Always", "set everySteps to 1 or more"),
+    ],
+)
+def test_what_is_decided_by_evaluations_needs_them(
+    dataset: dict[str, Any], evaluation: dict[str, Any], policy: str, words: str
+) -> None:
+    spec = example("job.yaml")["spec"]
+    held_out = {name: value for name, value in spec["dataset"].items() if name != "evalPercent"} | dataset
+    wanted = {**spec, "dataset": held_out, "evaluation": evaluation, "publish": {"policy": policy}}
+    if not words:
+        assert JobSpec.model_validate(wanted).eval_percent == (
+            dataset.get("evalPercent", 0 if "uri" in evaluation else 5)
+        )
+        return
+    with pytest.raises(ValidationError, match=words):
+        JobSpec.model_validate(wanted)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +228,12 @@ def test_a_policy_that_asks_for_an_evaluation_needs_samples_for_it() -> None:
         ("training", "adamBeta2", "1.5"),
         ("training", "adamEpsilon", "0"),
         ("evaluation", "everySteps", -1),
+        ("evaluation", "maxSamples", 0),
+        ("evaluation", "patience", 0),
+        ("evaluation", "uri", "pvc://claim/../x"),
+        ("adapter", "from", "pvc://claim/../x"),
+        ("adapter", "from", "file:///data/adapter"),
+        ("adapter", "from", "Not A Name"),
     ],
 )
 def test_values_outside_their_bounds_are_refused(part: str, field: str, value: object) -> None:

@@ -17,6 +17,7 @@ samples = st.integers(1, 12).flatmap(
         id=st.integers(0, 2**62),
         tokens=st.tuples(*[st.integers(0, 2**31 - 1)] * n),
         weights=st.tuples(*[st.floats(width=32, allow_nan=False, allow_infinity=False)] * n),
+        turn=st.just(0) | st.integers(0, 2**31 - 1),
     )
 )
 shards = st.builds(
@@ -33,6 +34,8 @@ def entry(shard: Shard) -> dict[bytes, bytes]:
 
 
 SHARD = Shard(3, 1, DIGEST, (Sample(7, (1, 2, 3), (0.0, 1.0, 0.5)), Sample(9, (4,), (1.0,))))
+OLD_CRC = b"c29d365f66df5b9f16b67c74d78fed04ce67db61feb7947adc3d0f5ec72d4552"
+TURNS = Shard(3, 1, DIGEST, (Sample(7, (1, 2, 3), (0.0, 1.0, 0.5), 2), Sample(7, (4,), (1.0,), 3)))
 
 
 @given(shards)
@@ -55,9 +58,11 @@ def test_any_wrong_byte_is_found(shard: Shard, data: st.DataObject) -> None:
         assert caught.value.field == name.decode()
 
 
-@pytest.mark.parametrize("name", sorted(encode_shard(SHARD)))
-def test_every_truncation_is_found(name: str) -> None:
-    fields = entry(SHARD)
+@pytest.mark.parametrize(
+    ("shard", "name"), [(shard, name) for shard in (SHARD, TURNS) for name in sorted(encode_shard(shard))]
+)
+def test_every_truncation_is_found(shard: Shard, name: str) -> None:
+    fields = entry(shard)
     whole = fields[name.encode()]
     for length in range(len(whole)):
         with pytest.raises(ShardError) as caught:
@@ -76,6 +81,22 @@ def test_the_bytes_are_little_endian_whatever_the_machine() -> None:
     assert fields["ids"] == b"\7\0\0\0\0\0\0\0\t\0\0\0\0\0\0\0"
 
 
+def test_a_shard_without_turns_is_what_it_was_before_there_were_any() -> None:
+    """Bytes of version 1, as they were written before version 2 was there."""
+    assert encode_shard(SHARD) == {
+        "v": b"1", "seq": b"3", "epoch": b"1", "digest": DIGEST.encode(),
+        "tokens": b"\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0", "weights": b"\0\0\0\0\0\0\x80\x3f\0\0\0\x3f\0\0\x80\x3f",
+        "bounds": b"\0\0\0\0\3\0\0\0\4\0\0\0", "ids": b"\7\0\0\0\0\0\0\0\t\0\0\0\0\0\0\0",
+        "crc": OLD_CRC,
+    }  # fmt: skip
+    assert [sample.turn for sample in decode_shard(entry(SHARD)).samples] == [0, 0]
+
+
+def test_turns_make_it_version_2() -> None:
+    fields = encode_shard(TURNS)
+    assert (fields["v"], fields["turns"]) == (b"2", b"\2\0\0\0\3\0\0\0")
+
+
 def test_fields_of_two_shards_do_not_mix() -> None:
     other = Shard(4, 1, DIGEST, SHARD.samples)
     with pytest.raises(ShardError, match="weights: does not match its checksum"):
@@ -85,8 +106,8 @@ def test_fields_of_two_shards_do_not_mix() -> None:
 
 
 def test_a_later_version_is_named_before_anything_else() -> None:
-    with pytest.raises(ShardError, match="v: is b'2', and this program reads 1: update it"):
-        decode_shard({b"v": b"2", b"other": b""})
+    with pytest.raises(ShardError, match="v: is b'3', and this program reads 1 and 2: update it"):
+        decode_shard({b"v": b"3", b"other": b""})
 
 
 def test_a_foreign_field_is_named() -> None:
@@ -106,6 +127,7 @@ def test_a_foreign_field_is_named() -> None:
         (Shard(1, 0, DIGEST, (Sample(1, (2**31,), (1.0,)),)), "tokens"),
         (Shard(1, 0, DIGEST, (Sample(1, (1,), (float("nan"),)),)), "weights"),
         (Shard(1, 0, DIGEST, (Sample(1, (1,), (1e39,)),)), "weights"),
+        (Shard(1, 0, DIGEST, (Sample(1, (1,), (1.0,), -1),)), "turns"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(shard: Shard, field: str) -> None:

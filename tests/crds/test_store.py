@@ -6,11 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from coserve_api.connect import command
 from coserve_api.errors import InvalidValueError, MessageError, ShardError
 from coserve_api.keys import Keys, agent_id
-from coserve_api.messages import AdapterRecord, Completed, FeedStatus, Heartbeat
+from coserve_api.messages import AdapterRecord, BindingSpec, Completed, FeedStatus, Heartbeat
 from coserve_api.store import SHARD_BOUND, JobRecord, Push, Store, endpoint_uids
 
 JOB = "job-1"
@@ -217,3 +218,18 @@ def test_no_key_can_be_made_to_name_another(value) -> None:
 def test_every_key_of_a_job_is_deleted_with_it() -> None:
     source = (Path(__file__).parents[2] / "crds" / "coserve_api" / "keys.py").read_text()
     assert len(Keys("e").all_of_job("j")) == source.count("return self._job(job,")
+
+
+def test_a_binding_has_a_shape_or_an_adapter_to_go_on_from(messages) -> None:
+    """Never both, never neither: an agent that knows no `start` must not read one that has it."""
+    spec = messages.binding(1).model_dump(mode="json", exclude_none=True)["spec"]
+    shape = ("rank", "alpha", "target_modules")
+    anew = {name: value for name, value in spec.items() if name not in shape}
+    for path in ("adapters/e/a/v1", "/models/claim/a"):
+        assert BindingSpec.model_validate(anew | {"start": {"path": path}}).start is not None
+    for path in ("../a", "/a/../b", "", "a//b"):
+        with pytest.raises(ValidationError, match="path"):
+            BindingSpec.model_validate(anew | {"start": {"path": path}})
+    for wrong in (anew, spec | {"start": {"path": "a"}}):
+        with pytest.raises(ValidationError, match="exactly where start is not"):
+            BindingSpec.model_validate(wrong)

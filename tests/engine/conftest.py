@@ -179,12 +179,7 @@ def reference() -> Callable[[Executor, Adapter], Reference]:
     """PEFT's model of the executor's folder with the adapter's weights."""
 
     def make(executor: Executor, adapter: Adapter) -> Reference:
-        spec = adapter.layout.spec
-        base = AutoModelForCausalLM.from_pretrained(executor.config.model_path, dtype=executor.dtype)
-        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets), lora_dropout=0.0)
-        made = Reference(wrap_in_peft(base, config), adapter)
-        made.set_weights()
-        return made
+        return Reference.of(executor.config.model_path, executor.dtype, adapter)
 
     return make
 

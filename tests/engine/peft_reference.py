@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coserve_engine.lora import LoraLayout, LoraWeights
 from coserve_engine.messages import (
@@ -45,6 +46,16 @@ class Reference:
 
     model: PeftModel
     adapter: Adapter
+
+    @classmethod
+    def of(cls, folder: Path | str, dtype: torch.dtype, adapter: Adapter) -> Reference:
+        """On the model in `folder`."""
+        spec = adapter.layout.spec
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets), lora_dropout=0.0)
+        made = cls(wrap_in_peft(base, config), adapter)
+        made.set_weights()
+        return made
 
     def set_weights(self) -> None:
         rank, parameters = self.adapter.layout.spec.rank, dict(self.model.named_parameters())

@@ -31,8 +31,10 @@ def fold(*words: int) -> int:
     return key
 
 
-def kept(seed: int, uid: int, epoch: int, position: int, layer: int, linear: str, channel: int, p: float) -> bool:
-    row = mix(position ^ fold(seed, uid, epoch))
+def kept(
+    seed: int, uid: int, turn: int, epoch: int, position: int, layer: int, linear: str, channel: int, p: float
+) -> bool:
+    row = mix(position ^ (fold(seed, uid, epoch, turn) if turn else fold(seed, uid, epoch)))
     column = mix(channel ^ fold(layer, LINEARS.index(linear)))
     drawn = mix(row ^ column, last=False)
     signed = drawn - (1 << 32) if drawn >> 31 else drawn
@@ -41,8 +43,9 @@ def kept(seed: int, uid: int, epoch: int, position: int, layer: int, linear: str
 
 def masks(p: float = 0.5, rows: int = 256, channels: int = 512, **at: int | str) -> torch.Tensor:
     """A mask as -1 and +1, float64 [rows, channels]."""
-    where = {"seed": 1, "uid": 7, "epoch": 0, "layer": 0, "linear": "q_proj"} | at
-    keys = row_keys(int(where["seed"]), int(where["uid"]), int(where["epoch"]), torch.arange(rows))
+    where = {"seed": 1, "uid": 7, "turn": 0, "epoch": 0, "layer": 0, "linear": "q_proj"} | at
+    seed, uid, epoch, turn = (int(where[name]) for name in ("seed", "uid", "epoch", "turn"))
+    keys = row_keys(seed, uid, epoch, torch.arange(rows), turn)
     return dropout_mask(keys, int(where["layer"]), str(where["linear"]), channels, p).double() * 2 - 1
 
 
@@ -50,6 +53,7 @@ def masks(p: float = 0.5, rows: int = 256, channels: int = 512, **at: int | str)
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     uid=st.integers(0, 2**63 - 1),
+    turn=st.just(0) | st.integers(0, 2**31 - 1),
     epoch=st.integers(0, 2**31),
     position=st.integers(0, 2**17),
     layer=st.integers(0, 200),
@@ -57,12 +61,12 @@ def masks(p: float = 0.5, rows: int = 256, channels: int = 512, **at: int | str)
     p=st.floats(0.0, 0.9),
 )
 def test_the_tensor_code_computes_the_definition(
-    seed: int, uid: int, epoch: int, position: int, layer: int, linear: str, p: float
+    seed: int, uid: int, turn: int, epoch: int, position: int, layer: int, linear: str, p: float
 ) -> None:
-    keys = row_keys(seed, uid, epoch, torch.tensor([position, position + 1, position]))
+    keys = row_keys(seed, uid, epoch, torch.tensor([position, position + 1, position]), turn)
     mask = dropout_mask(keys, layer, linear, 37, p)
     for row, at in enumerate((position, position + 1, position)):
-        expected = [kept(seed, uid, epoch, at, layer, linear, channel, p) for channel in range(37)]
+        expected = [kept(seed, uid, turn, epoch, at, layer, linear, channel, p) for channel in range(37)]
         assert mask[row].tolist() == expected
 
 
@@ -97,6 +101,10 @@ NEIGHBOURS = {
     "seed, upper half": ({"seed": 1}, {"seed": 1 + (1 << 32)}),
     "uid": ({"uid": 7}, {"uid": 8}),
     "epoch": ({"epoch": 0}, {"epoch": 1}),
+    "turn": ({"turn": 1}, {"turn": 2}),
+    "no turn": ({"turn": 0}, {"turn": 1}),
+    "turn and epoch": ({"turn": 1, "epoch": 2}, {"turn": 2, "epoch": 1}),
+    "turn and uid": ({"turn": 1, "uid": 8}, {"turn": 2, "uid": 7}),
     "uid and epoch": ({"uid": 7, "epoch": 1}, {"uid": 8, "epoch": 0}),
     "layer": ({"layer": 0}, {"layer": 1}),
     "linear": ({"linear": "q_proj"}, {"linear": "k_proj"}),
@@ -134,9 +142,9 @@ def test_every_row_and_channel_is_its_own() -> None:
 
 def test_one_bit_of_an_address_changes_half_of_the_mask() -> None:
     base = masks(rows=64)
-    for field, bits in (("seed", 64), ("uid", 48), ("epoch", 16), ("layer", 7)):
+    for field, bits in (("seed", 64), ("uid", 48), ("turn", 16), ("epoch", 16), ("layer", 7)):
         for bit in range(bits):
-            start = {"seed": 1, "uid": 7, "epoch": 0, "layer": 0}[field]
+            start = {"seed": 1, "uid": 7, "turn": 0, "epoch": 0, "layer": 0}[field]
             flipped = masks(rows=64, **{field: start ^ (1 << bit) if bit < 63 else start - (1 << 63)})
             changed = float((flipped != base).double().mean())
             assert abs(changed - 0.5) < Z * 0.5 / math.sqrt(base.numel()), (field, bit)

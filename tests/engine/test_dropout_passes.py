@@ -25,8 +25,11 @@ def with_dropout(executor: Any, adapter: Any) -> Any:
 
 
 def sequences(draw_tokens: Any, epoch: int = 2) -> tuple[TrainSeq, ...]:
+    """Two of one line, as its turns, and one of another."""
+    lines = ((40, 0, 83), (40, 3, 5), (41, 0, 190))
     return tuple(
-        TrainSeq(40 + n, draw_tokens(n, length), (0.02,) * length, epoch) for n, length in enumerate((83, 5, 190))
+        TrainSeq(uid, draw_tokens(n, length), (0.02,) * length, epoch, turn=turn)
+        for n, (uid, turn, length) in enumerate(lines)
     )
 
 
@@ -39,7 +42,7 @@ class Masked(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seq = self._at["seq"]
-        keys = row_keys(0, seq.uid, seq.epoch, torch.arange(x.shape[1]))
+        keys = row_keys(0, seq.uid, seq.epoch, torch.arange(x.shape[1]), seq.turn)
         return dropout(x[0], keys, self._layer, self._name, P)[None]
 
 
@@ -61,15 +64,17 @@ def expected_gradient(model: Any, seqs: tuple[TrainSeq, ...]) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("float64_norms")
-@pytest.mark.parametrize("change", ("none", "epoch"))
+@pytest.mark.parametrize("change", ("none", "epoch", "turn"))
 def test_gradients_are_pefts_under_the_same_masks(
     rig: Any, draw_tokens: Any, random_adapter: Any, reference: Any, change: str
 ) -> None:
-    """Another epoch draws other masks: then the gradient differs."""
+    """Another epoch, or turn, draws other masks: then the gradient differs."""
     r = rig(dtype="float64")
     adapter = with_dropout(r.executor, random_adapter(r.executor))
     state = r.run_pass(Pass(1, "job", 0, 0, sequences(draw_tokens)), adapter)
-    seqs = sequences(draw_tokens, epoch=2 if change == "none" else 3)
+    seqs = sequences(draw_tokens, epoch=3 if change == "epoch" else 2)
+    if change == "turn":
+        seqs = tuple(replace(seq, turn=seq.turn + 1) for seq in seqs)
     error = (state.grads - expected_gradient(reference(r.executor, adapter), seqs)).abs().max()
     assert (error < 1e-10) if change == "none" else (error > 1e-4)
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from trainer_reference import UNLEARNED, Row, relative, trained
 
 from coserve_engine.config import LINEARS
 from coserve_engine.messages import ForwardBackward, LoraSpec, OptimStep, Pass, PassDone, StartJob, StepDone, TrainSeq
@@ -20,7 +18,7 @@ SPEC = LoraSpec(6, 12.0, LINEARS)
 SEED = 11
 
 
-class Samples(Dataset[dict[str, torch.Tensor]]):
+class Samples:
     """Repetitive token sequences of unequal lengths, the prompt masked."""
 
     def __init__(self) -> None:
@@ -32,41 +30,14 @@ class Samples(Dataset[dict[str, torch.Tensor]]):
             length = source.choice((8, 20, 90))
             self.rows.append((tuple(motif[i % period] for i in range(length)), period))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens, prompt = self.rows[index]
-        return {
-            "input_ids": torch.tensor(tokens),
-            "labels": torch.tensor([-100] * prompt + list(tokens[prompt:])),
-            "attention_mask": torch.ones(len(tokens), dtype=torch.int64),
-        }
+    def batches(self) -> list[list[Row]]:
+        """Labelled, a micro-batch each."""
+        rows = [Row(tokens, (UNLEARNED,) * prompt + tokens[prompt:]) for tokens, prompt in self.rows]
+        return [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
 
     def supervised(self, index: int) -> int:
         tokens, prompt = self.rows[index]
         return len(tokens) - prompt
-
-
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    def pad(name: str, value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-
-    return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "attention_mask": pad("attention_mask", 0)}
-
-
-class Recorder(Trainer):
-    """Samples in their order; the loss of every micro-batch at full precision."""
-
-    losses: list[float]
-
-    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.losses.append(float(loss))
-        return loss
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +51,10 @@ def trainer_curve(
     adapter.flat.copy_(adapter.layout.fresh(SEED, executor.dtype, executor.device))
     model = reference(executor, adapter).model
     folder: Path = tmp_path_factory.mktemp("trainer")
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
+    trainer = trained(
+        model,
+        Samples().batches(),
+        folder,
         gradient_accumulation_steps=MICROS,
         max_steps=STEPS,
         learning_rate=RATE,
@@ -90,18 +62,7 @@ def trainer_curve(
         warmup_steps=WARM_UP,
         weight_decay=DECAY,
         max_grad_norm=CLIP,
-        optim="adamw_torch",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
     )
-    trainer = Recorder(model=model, args=arguments, train_dataset=Samples(), data_collator=collate)
-    trainer.losses = []
-    trainer.train()
     micro = trainer.losses
     norms = [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
     return [sum(micro[i : i + MICROS]) for i in range(0, len(micro), MICROS)], norms
@@ -142,10 +103,6 @@ def engine_curve(d: Any, *, mean_of_means: bool = False) -> tuple[list[float], l
     micro_losses = [p.loss_sum * factor for p, factor in zip(d.of(PassDone), factors, strict=True)]
     losses = [sum(micro_losses[i : i + MICROS]) for i in range(0, len(micro_losses), MICROS)]
     return losses, [step.grad_norm for step in d.of(StepDone)]
-
-
-def relative(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
 def test_losses_are_the_trainers(driver: Any, trainer_curve: tuple[list[float], list[float]]) -> None:

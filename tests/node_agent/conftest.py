@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 from agent_programs import START_S, AgentProcess, Programs, running_programs, when_ready
+from driver_rig import MakeRig, rigs
 from small_models import (
     CONTEXT,
     INSTRUCT_TEMPLATE,
@@ -58,6 +59,12 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("plain")
     write_tokenizer(folder, PLAIN_TEMPLATE)
     return Tokenizer(folder)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> MakeRig:
+    """Drivers on real engines, without Redis."""
+    return rigs(tmp_path)
 
 
 # ---- an agent in a thread ----

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from coserve_agent.tokenizer import ChatTemplateError, Tokenizer
+from coserve_agent.chat_template import ChatTemplateError
+from coserve_agent.rendering import Conversation, Renderer
+from coserve_agent.tokenizer import Tokenizer
 
 ROLES = frozenset(("system", "user", "assistant"))
 PART = "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}"
@@ -114,9 +116,10 @@ def test_results_of_tools_stay_strings(with_template: Make) -> None:
 def test_training_writes_what_serving_does(with_template: Make) -> None:
     tokenizer = with_template(LOOPS["loop"])
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    rendered = tokenizer.render_training(turns)
-    assert tokenizer.decode(rendered.tokens, False) == "<|user|>one<|user|>two"
-    assert rendered.tokens == tokenizer.encode_chat(turns)
+    (rendered,) = Renderer(tokenizer, (3,)).chat(Conversation(turns))
+    prompt = tokenizer.encode_chat(turns[:1])
+    assert rendered.tokens[: len(prompt)] == prompt and not any(rendered.learned[: len(prompt)])
+    assert tokenizer.decode(rendered.tokens[len(prompt) :], False) == "two<|end|>"
 
 
 def test_of_several_templates_the_default_is_taken(with_template: Make) -> None:

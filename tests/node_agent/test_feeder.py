@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_rows import renderer_of
 from redis.asyncio import Redis
 
 from coserve_agent.concurrency import end
+from coserve_agent.data.material import Material
 from coserve_agent.errors import DatasetError
-from coserve_agent.feeder import Feeder, Material, feed
+from coserve_agent.feeder import Feeder, feed
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.connect import command
 from coserve_api.keys import Keys
-from coserve_api.messages import Completed, FeedStatus
+from coserve_api.messages import Completed
 from coserve_api.shards import Shard
 from coserve_api.store import SHARD_BOUND, Store
 
@@ -51,6 +54,7 @@ def variables(redis_server: Any, data: Path, model_folder: Path) -> dict[str, ob
         "job_uid": JOB,
         "job_name": "job",
         "dataset_path": data,
+        "dataset_root": data.parent,
         "model_path": model_folder,
         "eval_percent": 10,
         "max_sequence_length": 64,
@@ -62,7 +66,12 @@ def variables(redis_server: Any, data: Path, model_folder: Path) -> dict[str, ob
 
 @pytest.fixture
 def material(variables: dict[str, object], tokenizer: Tokenizer) -> Material:
-    return Material.prepare(FeederSettings(**variables), tokenizer)  # type: ignore[arg-type]
+    return prepared(tokenizer, variables)
+
+
+def prepared(tokenizer: Tokenizer, variables: dict[str, object], **changes: object) -> Material:
+    settings = FeederSettings(**variables | changes)  # type: ignore[arg-type]
+    return Material.prepare(settings, renderer_of(tokenizer), tokenizer.size)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -> None:
@@ -72,8 +81,8 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20) -
         await asyncio.sleep(0.02)
 
 
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
+def lines(path: Path) -> str:
+    return path.read_text()
 
 
 def write(path: Path, text: str | None) -> None:
@@ -118,9 +127,9 @@ async def test_shards_are_pushed_up_to_the_bound_and_follow_the_cursor(store: St
     async with Task(store, material) as task:
         await until(lambda: has(store, SHARD_BOUND))
         status = await store.feed(JOB)
-        assert status == FeedStatus(
-            total_steps=48, samples=36, eval_samples=4, eval_shards=2, digest=material.digest, finished=False
-        )
+        assert status == material.status()
+        assert (status.total_steps, status.samples, status.eval_samples, status.eval_shards) == (48, 36, 4, 2)
+        assert (status.digest, status.finished) == (material.digest, False)
         assert len(await read(store, 0)) == SHARD_BOUND
         held_out = {sample.id for shard in await store.read_eval(JOB) for sample in shard.samples}
         assert len(held_out) == 4
@@ -191,8 +200,7 @@ async def test_a_deleted_job_is_left_alone(store: Store, material: Material) -> 
 async def test_two_machines_make_the_same_shards(
     variables: dict[str, object], model_folder: Path, material: Material
 ) -> None:
-    again = Material.prepare(FeederSettings(**variables), Tokenizer(model_folder))  # type: ignore[arg-type]
-    other = Material.prepare(FeederSettings(**variables | {"seed": 2}), Tokenizer(model_folder))  # type: ignore[arg-type]
+    again, other = (prepared(Tokenizer(model_folder), variables, seed=seed) for seed in (1, 2))
     numbers = range(1, 49)
     assert [again.shard(n) for n in numbers] == [material.shard(n) for n in numbers]
     assert [other.shard(n) for n in numbers] != [material.shard(n) for n in numbers]
@@ -204,14 +212,55 @@ async def test_a_changed_data_set_is_refused(
 ) -> None:
     async with Task(store, material):
         await until(lambda: has(store, SHARD_BOUND))
-    append(data, '{"prompt": "a", "completion": "b"}\n')
-    settings = FeederSettings(**variables)  # type: ignore[arg-type]
-    await asyncio.wait_for(feed(settings, Material.prepare(settings, tokenizer)), 20)
+    content = lines(data)
+    changes: list[tuple[str, dict[str, object], str]] = [
+        (content.replace("two 7", "two 8"), {}, "the data set or the tokenizer changed since the job began"),
+        (content, {"learn": "Last"}, "dataset.learn.* changed since the job began"),
+        (content + '{"prompt": "a", "completion": "b"}\n', {}, "changed since the job began .36 [+] 4 samples"),
+    ]
+    for text, changed, words in changes:
+        await store.set_feed(JOB, material.status())
+        write(data, text)
+        settings = FeederSettings(**variables | changed)  # type: ignore[arg-type]
+        await asyncio.wait_for(feed(settings, prepared(tokenizer, variables, **changed)), 20)
+        assert await refusal(store, words) == "InvalidDataset"
+
+
+async def refusal(store: Store, words: str) -> str:
+    """The reason of what the feeder says, in words like these."""
     status = await store.feed(JOB)
     assert status is not None
     assert status.error is not None
-    assert status.error.reason == "InvalidDataset"
-    assert "changed since the job began" in status.error.message
+    assert re.search(words, status.error.message), status.error.message
+    return status.error.reason
+
+
+async def test_a_feeder_that_knew_less_is_followed(store: Store, material: Material) -> None:
+    """Its status has neither the rendering nor the content, which are younger."""
+    old = material.status().model_copy(update={"rendering": None, "content": None, "tokens": 0, "sequences": 0})
+    await store.set_feed(JOB, old)
+    async with Task(store, material):
+        await until(lambda: has(store, SHARD_BOUND))
+        assert await store.feed(JOB) == material.status()
+
+
+async def test_a_warm_up_that_never_ends_is_refused_before_the_first_step(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer
+) -> None:
+    settings = FeederSettings(**variables, warmup_steps=48)  # type: ignore[arg-type]
+    await asyncio.wait_for(feed(settings, prepared(tokenizer, variables, warmup_steps=48)), 20)
+    words = "training.warmupSteps is 48, and the job has 48 steps .4 epochs of 36 samples.*; set warmupSteps below that"
+    assert await refusal(store, words) == "InvalidDataset"
+    assert await read(store, 0) == []
+
+
+async def test_a_job_that_began_by_older_rules_goes_on(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer
+) -> None:
+    material = prepared(tokenizer, variables, warmup_steps=48)
+    await accept(store, 3)
+    async with Task(store, material):
+        await until(lambda: has(store, 3 + SHARD_BOUND))
 
 
 # ---- the program ----
@@ -224,6 +273,9 @@ async def test_a_changed_data_set_is_refused(
         ('{"text": "one"}\n{"text": 5}\n', "InvalidDataset", 2),
         ("", "InvalidDataset", None),
         ('{"text": "one"}\n', "InvalidDataset", None),
+        ('{"text": "one"}\n"x \\ud83d"\n', "InvalidDataset", 2),
+        ('{"text": "one"}\n{"x \\ud83d": 1}\n', "InvalidDataset", 2),
+        ('{"text": "one \\ud83d"}\n', "InvalidDataset", 1),
     ],
 )
 async def test_the_program_says_what_is_wrong_with_the_data(
@@ -260,7 +312,7 @@ def test_the_feeder_needs_no_torch(model_folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import coserve_agent.feeder;"
         "from coserve_agent.tokenizer import Tokenizer;"
-        f"t = Tokenizer(Path({str(model_folder)!r})); t.render_training([{{'role': 'assistant', 'content': 'x'}}]);"
+        f"t = Tokenizer(Path({str(model_folder)!r})); t.encode_chat([{{'role': 'assistant', 'content': 'x'}}]);"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
@@ -275,6 +327,64 @@ def test_a_broken_model_folder_is_explained(programs: Any, variables: dict[str, 
 def test_one_line_cannot_be_held_out(variables: dict[str, object], tokenizer: Tokenizer, data: Path) -> None:
     write(data, '{"text": "one"}\n')
     with pytest.raises(DatasetError, match=r"of 1 usable lines none .* dataset.evalPercent is 10; add lines"):
-        Material.prepare(FeederSettings(**variables), tokenizer)  # type: ignore[arg-type]
-    alone = Material.prepare(FeederSettings(**variables | {"eval_percent": 0}), tokenizer)  # type: ignore[arg-type]
+        prepared(tokenizer, variables)
+    alone = prepared(tokenizer, variables, eval_percent=0)
     assert alone.status().samples == 1
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    path = tmp_path / "held-out.jsonl"
+    path.write_text("".join(json.dumps({"text": f"held out {n}"}) + "\n" for n in range(9)))
+    return path
+
+
+def prepare(variables: dict[str, object], tokenizer: Tokenizer, **changes: object) -> Material:
+    return prepared(tokenizer, variables, eval_root=variables["dataset_root"], **changes)
+
+
+def evaluated(material: Material) -> list[int]:
+    return [one.id for n in range(1, material.eval_shards + 1) for one in material.eval_shard(n).samples]
+
+
+def test_held_out_samples_of_a_file_of_their_own(
+    variables: dict[str, object], tokenizer: Tokenizer, held_out: Path
+) -> None:
+    """All lines of the data set are trained on, as without an evaluation, and the format of each file is its own."""
+    material = prepare(variables, tokenizer, eval_percent=0, eval_path=held_out)
+    status = material.status()
+    assert (status.samples, status.eval_samples, status.eval_shards) == (40, 9, 3)
+    assert evaluated(material) == list(range(1, 10))
+    text = tokenizer.decode(material.eval_shard(1).samples[0].tokens)
+    assert text == "held out 0"
+    alone = prepare(variables, tokenizer, eval_percent=0)
+    assert material.shard(5) == alone.shard(5)
+    assert alone.status().eval_samples == 0
+
+
+def test_a_cap_takes_the_same_samples_each_time(
+    variables: dict[str, object], tokenizer: Tokenizer, held_out: Path
+) -> None:
+    """What it leaves out stays held out: the cap changes no training shard."""
+    whole = prepare(variables, tokenizer)
+    some = prepare(variables, tokenizer, eval_max_samples=2)
+    assert set(evaluated(some)) < set(evaluated(whole))
+    assert (len(evaluated(whole)), len(evaluated(some)), some.eval_shards) == (4, 2, 1)
+    assert some.shard(1) == whole.shard(1)
+    assert evaluated(prepare(variables, tokenizer, eval_max_samples=2)) == evaluated(some)
+    assert evaluated(prepare(variables, tokenizer, eval_max_samples=99)) == evaluated(whole)
+    own = {"eval_percent": 0, "eval_path": held_out}
+    assert len(evaluated(prepare(variables, tokenizer, eval_max_samples=5, **own))) == 5
+
+
+def test_a_bad_line_of_the_held_out_file_is_named_with_it(
+    variables: dict[str, object], tokenizer: Tokenizer, held_out: Path
+) -> None:
+    held_out.write_text(held_out.read_text() + "{}\n")
+    with pytest.raises(DatasetError, match=r"held-out.jsonl, line 10: "):
+        prepare(variables, tokenizer, eval_percent=0, eval_path=held_out)
+    skipping = prepare(variables, tokenizer, eval_percent=0, eval_path=held_out, on_invalid="Skip")
+    assert (skipping.status().skipped_lines, skipping.status().eval_samples) == (1, 9)
+    held_out.unlink()
+    with pytest.raises(DatasetError, match=r"held-out.jsonl: no such file"):
+        prepare(variables, tokenizer, eval_percent=0, eval_path=held_out)

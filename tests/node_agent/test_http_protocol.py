@@ -226,11 +226,12 @@ def test_a_prompt_that_is_too_long_is_known_by_its_words(
 # ---- another agent: a template of many opinions, a page that may call it, a name of two parts ----
 
 TEMPLATE = (
-    "{% for m in messages %}{% for part in m.content if m.role != 'tool' %}"
+    "{% for m in messages %}{% for part in m.content if m.role not in ('tool', 'critic', 'developer') %}"
     "{% if part.text == 'zero' %}{{ 1 // 0 }}{% endif %}{% if part.text == 'type' %}{{ 1 + 'a' }}{% endif %}"
     "{% if part.text == 'raise' %}{{ raise_exception('no ' + m.role) }}{% endif %}"
     "{% if part.text == 'undefined' %}{{ messages[99].content.x }}{% endif %}"
     "<|{{ m.role }}|>{{ m.name }}{{ part.text }}{% endfor %}"
+    "{% if m.reasoning_content %}~{{ m.reasoning_content }}{% endif %}"
     "{% for call in m.tool_calls %}[{{ call.function.name }} {{ call.function.arguments.city }}]{% endfor %}"
     "{% if m.role == 'tool' %}({{ m.tool_call_id }} {{ m.content }}){% endif %}{% endfor %}<|assistant|>"
 )
@@ -299,12 +300,19 @@ def test_a_conversation_with_tools_reaches_the_template(opinionated: Any, other:
     assert "no JSON" in answer["error"]["message"]
 
 
-def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": "{}"}}
-    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, *CHAT]
-    status, answer = post(http, "/v1/chat/completions", json.dumps({"messages": messages}))
-    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
-    assert "tool_calls" in answer["error"]["message"]
+def test_reasoning_and_roles_reach_the_template_or_are_refused(opinionated: Any, other: httpx.Client) -> None:
+    roles = ("developer", "user", "assistant", "user")
+    messages = [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]
+    messages[2]["reasoning_content"] = "so"
+    written = "<|system|>a<|user|>b<|assistant|>c~so<|user|>d<|assistant|>"
+    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 1}))
+    assert status == 200, answer
+    expected = opinionated.agent.tokenizer.encode(written, add_special_tokens=False)
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+    lost = [*CHAT, {"role": "critic", "content": "x"}]
+    status, answer = post(other, "/v1/chat/completions", json.dumps({"messages": lost}))
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "message 1 has role 'critic', which this model's chat template does not write" in answer["error"]["message"]
 
 
 # ---- browsers ----

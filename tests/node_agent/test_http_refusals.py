@@ -80,6 +80,9 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {}}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "x", "reasoning_content": "y"}, *CHAT]}, "messages"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "x", "weight": 0}, *CHAT]}, "messages"),
+    ({"messages": [{"role": "developer", "content": "x"}, *CHAT]}, "messages"),
 ]
 
 
@@ -97,6 +100,15 @@ def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], 
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert param in error["message"]
+
+
+def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": "{}"}}
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, *CHAT]
+    answer = http.post("/v1/chat/completions", json=GOOD | {"messages": messages})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert "tool_calls" in error["message"]
 
 
 def test_content_parts_of_text_are_joined(http: httpx.Client) -> None:

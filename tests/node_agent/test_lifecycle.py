@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import StartError
 from coserve_agent.tokenizer import Tokenizer
 
@@ -95,16 +96,16 @@ def ends(value: object) -> Callable[[Path], None]:
 def test_a_broken_tokenizer_is_explained(broken: Path, damage: Callable[[Path], None], words: list[str]) -> None:
     damage(broken)
     with pytest.raises(StartError) as caught:
-        Tokenizer(broken)
+        end_tokens(broken, Tokenizer(broken))
     assert all(word in str(caught.value) for word in [str(broken), *words]), str(caught.value)
 
 
 def test_an_end_token_that_the_model_lacks(broken: Path) -> None:
     ends([3, 319])(broken)
-    Tokenizer(broken).check_fits(320, broken)
+    assert end_tokens(broken, Tokenizer(broken)) == (3, 319)
     ends([3, 320])(broken)
     with pytest.raises(StartError) as caught:
-        Tokenizer(broken).check_fits(320, broken)
+        end_tokens(broken, Tokenizer(broken))
     words = [str(broken / "generation_config.json"), "eos_token_id has 320", "vocab_size is 320", "same model"]
     assert all(word in str(caught.value) for word in words), str(caught.value)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_rows import samples_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from coserve_agent.dataset import Reader
 from coserve_agent.inflight import OpenSteps
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, PublishPolicy, Schedule, TargetModule
@@ -94,7 +94,7 @@ def transformers_gradient(model: Path, samples: tuple[Sample, ...], *, masked: b
 def test_the_gradient_is_that_of_the_masked_loss(
     model_folder: Path, tokenizer: Tokenizer, format: DatasetFormat
 ) -> None:
-    sample = Reader(tokenizer, format, 64).sample(1, json.dumps(ROWS[format]).encode())
+    (sample,) = samples_of(tokenizer, ROWS[format], format=format)
     if format in LEARNED:
         learned = [token for token, weight in zip(sample.tokens, sample.weights, strict=True) if weight]
         assert tokenizer.decode(learned, False) == LEARNED[format]
@@ -109,10 +109,8 @@ def test_a_step_is_the_mean_over_its_supervised_tokens(model_folder: Path, token
     """Not over its samples or passes: lines of unlike lengths, together and apart."""
     long = {"prompt": "one", "completion": " two three four five six seven" * 18}
     short = {"prompt": "the quick brown fox jumps" * 12, "completion": " six"}
-    reader = Reader(tokenizer, DatasetFormat.PROMPT_COMPLETION, 250)
-    samples = tuple(
-        reader.sample(n, json.dumps(row).encode()) for n, row in enumerate((long, short, long, short, long), 1)
-    )
+    rows = [samples_of(tokenizer, row, max_length=250)[0] for row in (long, short, long, short, long)]
+    samples = tuple(replace(sample, id=n) for n, sample in enumerate(rows, 1))
     assert sum(len(sample.tokens) for sample in samples) > 512, "more than one pass"
     found = engine_gradient(model_folder, samples)
     expected = transformers_gradient(model_folder, samples, masked=True)

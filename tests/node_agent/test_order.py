@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_agent.order import StepOrder, split
+from coserve_agent.order import StepOrder, capped, split
 
 IDS = st.lists(st.integers(1, 10_000), min_size=1, max_size=60, unique=True).map(sorted)
 
@@ -17,6 +17,15 @@ def test_a_split_shares_nothing_and_keeps_something_to_train_on(ids: list[int], 
     assert parts.train
     assert bool(parts.eval) == (percent > 0 and len(ids) > 1)
     assert parts == split(ids, percent, seed)
+
+
+@given(IDS, st.integers(1, 70), st.integers(0, 99))
+def test_a_cap_grows_without_a_change_of_what_it_has(ids: list[int], most: int, seed: int) -> None:
+    some, more = capped(ids, most, seed), capped(ids, most + 1, seed)
+    assert len(some) == min(most, len(ids))
+    assert list(some) == sorted(some)
+    assert set(some) <= set(more) <= set(ids)
+    assert capped(ids, None, seed) == tuple(ids)
 
 
 @given(IDS, st.integers(1, 9), st.integers(0, 99), st.integers(1, 4))

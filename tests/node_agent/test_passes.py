@@ -33,3 +33,8 @@ def test_weights_of_a_step_sum_to_one() -> None:
     seqs = [seq for part in split_passes(samples, 6) for seq in to_seqs(part, total)]
     assert sum(sum(seq.weights[1:]) for seq in seqs) == 1.0
     assert [seq.uid for seq in seqs] == [1, 2]
+
+
+def test_the_turns_of_a_line_are_told_apart() -> None:
+    seqs = to_seqs([Sample(7, (1, 2), (0.0, 1.0), turn) for turn in (0, 1, 2)], 1.0)
+    assert [(seq.uid, seq.turn) for seq in seqs] == [(7, 0), (7, 1), (7, 2)]

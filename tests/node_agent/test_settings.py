@@ -97,8 +97,9 @@ def test_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engine_gets_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"KV_CACHE_BYTES": "4194304", "PASS_BYTES": "1048576", "MAX_SLOWDOWN_PERCENT": "50"}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", **told})
-    config = engine_config(read(AgentSettings))
+    config = engine_config(read(AgentSettings), (3, 5))
     assert (config.kv_cache_bytes, config.pass_bytes, config.max_slowdown_percent) == (4 << 20, 1 << 20, 50)
+    assert config.end_tokens == (3, 5)
 
 
 @pytest.mark.parametrize("change", [{"MAX_STEPS": "5"}, {"EPOCHS": ""}])
@@ -110,8 +111,28 @@ def test_a_feeder_has_one_length(monkeypatch: pytest.MonkeyPatch, change: dict[s
         read(FeederSettings)
 
 
+def test_a_feeder_has_held_out_samples_from_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, FEEDER | {"EVAL_PATH": "/data/e.jsonl"})
+    with pytest.raises(StartError, match="set COSERVE_EVAL_PERCENT to 0"):
+        read(FeederSettings)
+    environment(monkeypatch, {"EVAL_PERCENT": "0", "EVAL_MAX_SAMPLES": ""})
+    settings = read(FeederSettings)
+    assert (settings.eval_path, settings.eval_max_samples) == (Path("/data/e.jsonl"), None)
+
+
 def test_an_agent_ends_within_the_grace_period_of_its_pod() -> None:
     """Everything at its longest: the drain, the last answers, the farewell to Redis, the reader, the engine."""
     settings = AgentSettings(model_path=Path("/models/m"))
     (close_s,) = EngineHost.close.__defaults__ or ()
     assert PRE_STOP_S + settings.shutdown_s + GRACEFUL_S + LEAVE_S + 4 * POLL_S + close_s < GRACE_S
+
+
+def test_template_variables_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(
+        monkeypatch, {"MODEL_PATH": "/models/m", "TEMPLATE_VARIABLES": '{"enable_thinking": false, "n": [1.5]}'}
+    )
+    assert read(AgentSettings).template_variables == {"enable_thinking": False, "n": [1.5]}
+    for wrong in ("[]", "3", "{", "null"):
+        environment(monkeypatch, {"TEMPLATE_VARIABLES": wrong})
+        with pytest.raises(StartError, match="COSERVE_TEMPLATE_VARIABLES"):
+            read(AgentSettings)

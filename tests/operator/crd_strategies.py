@@ -53,12 +53,22 @@ def values(schema: Schema) -> st.SearchStrategy[Any]:
             return st.booleans()
         case "array":
             return arrays(schema)
+        case "object" if "x-kubernetes-preserve-unknown-fields" in schema:
+            return st.dictionaries(st.text(TEXT, max_size=20), ANYTHING, max_size=3)
         case "object" if "properties" in schema:
             return mappings(schema)
         case "object":
             names = st.text(TEXT, min_size=1, max_size=20)
             return st.dictionaries(names, values(schema["additionalProperties"]), max_size=3)
     raise AssertionError(schema)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | st.text(TEXT, max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(TEXT, max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+"""JSON."""
 
 
 def arrays(schema: Schema) -> st.SearchStrategy[list[Any]]:

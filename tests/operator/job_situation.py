@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from coserve_api.conditions import condition
 from coserve_api.job import FinetuneJob
+from coserve_api.messages import AdapterRecord
 from coserve_api.scripts import Fence
 from coserve_api.store import JobRecord
 from coserve_operator.reconcile import job as jobs
 from coserve_operator.reconcile import job_status
 from coserve_operator.reconcile.job import Sight
 from coserve_operator.reconcile.observed import RedisView
+from coserve_operator.reconcile.sources import continued_from
 
 
 class Situation:
@@ -23,22 +26,25 @@ class Situation:
         self.agents: dict[str, Any] = {}
         self.rivals: tuple[FinetuneJob, ...] = ()
         self.bindings: dict[str, Any] = {}
+        self.published: dict[str, AdapterRecord] = {}
         self.settled, self.leaving, self.feeder, self.redis_up = True, frozenset[str](), None, True
 
     def see(self) -> Sight:
         view = RedisView(
             "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
         )
+        job, endpoint = FinetuneJob.from_dict(self.body), self.endpoint
         return Sight(
-            FinetuneJob.from_dict(self.body), self.endpoint, self.rivals, view if self.redis_up else None, self.feeder,
-            "inputs", self.leaving,
+            job, endpoint, self.rivals, view if self.redis_up else None, self.feeder, "inputs", self.leaving,
+            source=continued_from(job, endpoint, self.published) if endpoint is not None else None,
         )  # fmt: skip
 
     def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
-        """The job runs on `pod` under `epoch`, in status and in Redis."""
+        """The job, whose data are ready, runs on `pod` under `epoch`, in status and in Redis."""
+        ready = condition("DataReady", True, "DataRead", "", generation=1, now=self.now)
         self.body["status"] = {
             "state": "Running", "reason": "Training", "startTime": "2026-11-21T11:30:00Z",
-            "binding": {"agent": pod, "node": "node-1", "epoch": epoch},
+            "binding": {"agent": pod, "node": "node-1", "epoch": epoch}, "conditions": [ready.to_dict()],
         } | status  # fmt: skip
         self.record = JobRecord(fence=Fence(epoch, self.make.agent_of(pod)), feed=self.make.feed())
         self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})

@@ -123,26 +123,46 @@ def test_the_feeder_takes_the_templates_place_but_not_its_gpu(make) -> None:
 
 
 def test_the_feeder_is_told_the_whole_data_set_and_nothing_of_the_adapter(make) -> None:
-    training = {"maxSteps": 7, "batchSize": 4, "seed": 3}
-    job = make.job(
-        dataset={"uri": "file:///data/x.jsonl", "format": "text", "evalPercent": 9, "onInvalid": "Skip"},
-        training=training,
-    )
+    training = {"maxSteps": 7, "batchSize": 4, "seed": 3, "warmupSteps": 2}
+    dataset = {"uri": "file:///data/x.jsonl", "format": "text", "evalPercent": 9, "onInvalid": "Skip", "learn": "Last"}
+    job = make.job(dataset=dataset, training=training)
     env = env_of(feeder.feeder(job, make.endpoint(), "agent:1", REDIS))
     expected = {
         "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_JOB_UID": "j-1", "COSERVE_JOB_NAME": "job-1",
         "COSERVE_DATASET_PATH": "/data/x.jsonl", "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_FORMAT": "text",
         "COSERVE_EVAL_PERCENT": "9", "COSERVE_MAX_SEQUENCE_LENGTH": "1024", "COSERVE_ON_INVALID": "Skip",
-        "COSERVE_BATCH_SIZE": "4", "COSERVE_MAX_STEPS": "7", "COSERVE_SEED": "3",
+        "COSERVE_BATCH_SIZE": "4", "COSERVE_MAX_STEPS": "7", "COSERVE_SEED": "3", "COSERVE_WARMUP_STEPS": "2",
+        "COSERVE_LEARN": "Last", "COSERVE_DATASET_ROOT": "/data",
     }  # fmt: skip
     assert expected.items() <= env.items()
     assert "COSERVE_EPOCHS" not in env
-    same = make.job(
-        dataset={"uri": "file:///data/x.jsonl", "format": "text", "evalPercent": 9, "onInvalid": "Skip"},
-        training=training | {"learningRate": "1e-5"},
-    )
+    assert env_of(feeder.feeder(make.job(), make.endpoint(), "a", REDIS))["COSERVE_DATASET_ROOT"] == "/data/data"
+    same = make.job(dataset=dataset, training=training | {"learningRate": "1e-5"})
     assert feeder.inputs_digest(same, make.endpoint()) == feeder.inputs_digest(job, make.endpoint())
     assert feeder.inputs_digest(make.job(), make.endpoint()) != feeder.inputs_digest(job, make.endpoint())
+
+
+def test_the_feeder_gets_a_file_of_held_out_samples(make) -> None:
+    job = make.job(evaluation={"uri": "pvc://more/held-out.jsonl", "maxSamples": 9})
+    made = feeder.feeder(job, make.endpoint(), "agent:1", REDIS)
+    env = env_of(made)
+    assert env["COSERVE_EVAL_PATH"] == "/data/more/held-out.jsonl"
+    assert (env["COSERVE_EVAL_PERCENT"], env["COSERVE_EVAL_MAX_SAMPLES"]) == ("0", "9")
+    mounts = [each["mountPath"] for each in pod_of(made)["containers"][0]["volumeMounts"]]
+    assert mounts == ["/tmp", "/models/models", "/data/data", "/data/more"]
+    assert feeder.inputs_digest(job, make.endpoint()) != feeder.inputs_digest(make.job(), make.endpoint())
+
+
+def test_two_files_of_one_claim_are_one_mount(make) -> None:
+    made = feeder.feeder(make.job(evaluation={"uri": "pvc://data/e.jsonl"}), make.endpoint(), "agent:1", REDIS)
+    mounts = [each["mountPath"] for each in pod_of(made)["containers"][0]["volumeMounts"]]
+    assert mounts == ["/tmp", "/models/models", "/data/data"]
+
+
+def test_a_feeder_that_an_older_operator_made_is_not_made_anew(make) -> None:
+    """Its inputs are those of a job without the fields that came later."""
+    names = {name for name in env_of(feeder.feeder(make.job(), make.endpoint(), "agent:1", REDIS)) if "EVAL" in name}
+    assert names == {"COSERVE_EVAL_PERCENT"}
 
 
 def test_the_autoscaler_aims_at_saturation_through_the_endpoints_own_scale(make) -> None:

@@ -5,6 +5,7 @@ builders into the settings of agent and feeder, and the binding that an agent re
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from coserve_api.job import FinetuneJob
 from coserve_api.messages import Binding, Desired
 from coserve_api.store import JobRecord
 from coserve_operator.reconcile.briefing import binding_of
+from coserve_operator.reconcile.sources import continued_from, is_uri
 from coserve_operator.resources import agents, feeder
 from coserve_operator.resources.feeder import sequence_length
 
@@ -52,8 +54,21 @@ def environment(manifest: dict[str, Any], pod: str) -> dict[str, str]:
     for one in container["env"]:
         assert one["name"] not in values, "server-side apply takes no variable twice"
         source = one.get("valueFrom", {})
-        values[one["name"]] = downward.get(source.get("fieldRef", {}).get("fieldPath"), one.get("value", "secret"))
+        given = downward.get(source.get("fieldRef", {}).get("fieldPath"), one.get("value", "secret"))
+        values[one["name"]] = expanded(given, values) if "value" in one else given
     return values
+
+
+def expanded(text: str, values: dict[str, str]) -> str:
+    """$(NAME) is the variable NAME where it is there before, and $$ is $ (k8s.io/kubernetes/third_party/forked/golang/
+    expansion).
+    """
+    return re.sub(
+        r"\$(\$|\((.*?)\))",
+        lambda found: "$" if found[1] == "$" else values.get(found[2], found[0]),
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def settings_of(kind: Any, manifest: dict[str, Any], pod: str) -> Any:
@@ -77,7 +92,8 @@ def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
     assert got.max_slowdown_percent == spec.finetuning.max_slowdown_percent
     assert got.kv_cache_bytes == quantity_bytes(spec.engine.kv_cache_memory)
     assert (got.generation_config, got.cors_origins) == (spec.engine.generation_config, spec.cors.allow_origins)
-    assert engine_config(got).max_batch_tokens == spec.engine.max_batch_tokens
+    assert engine_config(got, ()).max_batch_tokens == spec.engine.max_batch_tokens
+    assert got.template_variables == spec.engine.template_variables
 
 
 @MANY
@@ -89,9 +105,24 @@ def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job
     assert (got.job_uid, got.job_name) == (job.metadata.uid, job.metadata.name)
     assert (got.epochs, got.max_steps) == (training.epochs, training.max_steps)
     assert (got.batch_size, got.seed) == (training.batch_size, training.seed)
+    served_with = {**endpoint.spec.engine.template_variables, **job.spec.dataset.template_variables}
+    assert got.template_variables == served_with
     assert got.max_sequence_length == sequence_length(job, endpoint)
-    binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord())
+    binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord(), continued_from(job, endpoint, {}))
     assert Binding.loads("key", binding.dumps()) == binding
+    assert binding.spec.template_variables == served_with
+    named = job.spec.adapter.source is not None and is_uri(job.spec.adapter.source)
+    assert (binding.spec.start is not None) == (binding.spec.rank is None) == named
+
+
+def test_a_template_variable_is_what_its_author_wrote(make) -> None:
+    """Kubernetes leaves it as it is, and so learned is what is served: the binding has it from the job itself."""
+    said = {"system": "costs $$5, not $(COSERVE_ENDPOINT_UID) or $(HOME), $", "$$": "$$$$(HOME)"}
+    endpoint = make.endpoint(engine={"templateVariables": said})
+    job = make.job(dataset={"uri": "pvc://data/x.jsonl", "templateVariables": said})
+    fed = settings_of(FeederSettings, feeder.feeder(job, endpoint, "agent:1", REDIS), "feeder-1")
+    agent = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"), "pod-1")
+    assert fed.template_variables == agent.template_variables == said
 
 
 def test_a_narrower_setting_would_be_found() -> None:

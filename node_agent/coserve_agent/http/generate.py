@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from coserve_agent.engine_client import EngineClient, RefusedError, TokenStream
 from coserve_agent.errors import EngineGoneError
@@ -38,7 +38,7 @@ SMALL_TEXT_CHARS = 8192
 @dataclass(frozen=True)
 class Served:
     """A name that clients may send as `model`. `root` says where the weights are from; `version` None is the base
-    model.
+    model. `variables` are the chat template's, where a request does not say.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Served:
     root: str
     created_s: int
     parent: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Models(Protocol):
@@ -265,7 +266,7 @@ class Generator:
             temperature=_said(request.temperature, defaults.temperature),
             top_p=_said(request.top_p, defaults.top_p),
             ignore_eos=bool(request.ignore_eos),
-            stop_token_ids=self._stop_token_ids(request),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
             top_k=max(0, _said(request.top_k, defaults.top_k)),
             min_p=_said(request.min_p, defaults.min_p),
             repetition_penalty=_said(request.repetition_penalty, defaults.repetition_penalty),
@@ -301,10 +302,6 @@ class Generator:
             raise context.answer_too_long(prompt_tokens, max_tokens, limit)
         room = limit - prompt_tokens
         return min(self.defaults.max_tokens or room, room) if max_tokens is None else max_tokens
-
-    def _stop_token_ids(self, request: Common) -> tuple[int, ...]:
-        own = tuple(request.stop_token_ids or ())
-        return own if request.ignore_eos else tuple(dict.fromkeys((*own, *self.tokenizer.stop_token_ids)))
 
     def _refused(self, status: int, message: str, code: str) -> ApiError:
         self._meter.refused()

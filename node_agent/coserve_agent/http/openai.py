@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,8 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from coserve_agent.chat_message import MessageError
+from coserve_agent.chat_template import ChatTemplateError, Message
 from coserve_agent.http.answer import answer
 from coserve_agent.http.body import read_json
 from coserve_agent.http.errors import (
@@ -20,12 +24,12 @@ from coserve_agent.http.errors import (
     on_wrong_method,
 )
 from coserve_agent.http.generate import Generator, Served
-from coserve_agent.http.messages import characters
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
 from coserve_agent.http.prompts import Prompt, check_ids, read_prompts
 from coserve_agent.http.stream import ClientGoneError
-from coserve_agent.tokenizer import ChatTemplateError
+from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
+from coserve_agent.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -52,12 +56,18 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     async def chat(request: Request) -> Response:
         arrival_s = generator.now_s()
         parsed = parse_chat(await body_of(request))
-        generator.served(parsed.model)
+        served = generator.served(parsed.model)
         generator.check_choices(1, parsed)
-        messages = [message.plain(tokenizer.reads_tool_calls) for message in parsed.messages]
+        variables = chat_variables(tokenizer, served, parsed.chat_template_kwargs)
         try:
-            prompt = await generator.encode(lambda: tokenizer.encode_chat(messages), characters(messages))
+            messages = [message.plain(tokenizer.written_fields) for message in parsed.messages]
+            # A template is a program of whoever made the model's folder: nobody else waits for it.
+            prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, (), variables)
+        except MessageError as error:
+            code = "unsupported_parameter" if error.unsupported else "invalid_value"
+            raise bad_request(str(error), "messages", code) from None
         except ChatTemplateError as error:
+            await asyncio.to_thread(_blame_variables, tokenizer, parsed.chat_template_kwargs or {}, messages)
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
         limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
@@ -115,6 +125,28 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         return {"version": version}
 
     return app
+
+
+def chat_variables(tokenizer: Tokenizer, served: Served, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The chat template's variables: the request's, then those of the adapter or the endpoint.
+
+    Raises:
+        ApiError: 400 naming one that the template does not read.
+    """
+    try:
+        check_variables(tokenizer, given or {}, "chat_template_kwargs")
+    except TemplateVariableError as error:
+        raise bad_request(str(error), "chat_template_kwargs", "invalid_value") from None
+    read = frozenset[str]() if tokenizer.template is None else tokenizer.template.variables
+    return {name: value for name, value in served.variables.items() if name in read} | dict(given or {})
+
+
+def _blame_variables(tokenizer: Tokenizer, given: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Raises ApiError 400 where the request's variables are why the chat template failed."""
+    try:
+        try_variables(tokenizer, given, "chat_template_kwargs", messages)
+    except TemplateVariableError as error:
+        raise bad_request(str(error), "chat_template_kwargs", "invalid_value") from None
 
 
 def _model(served: Served, max_model_length: int) -> dict[str, Any]:

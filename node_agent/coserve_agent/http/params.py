@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import Field, JsonValue, StrictBool, StrictInt, ValidationError, field_validator
 
+from coserve_agent.chat_message import ChatMessage, StrictModel, fault, without_nulls
 from coserve_agent.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from coserve_agent.http.errors import ApiError, bad_request
-from coserve_agent.http.messages import ChatMessage, RequestModel, without_nulls
 from coserve_engine.messages import MAX_LOGPROBS
 
 MAX_STOPS = 16
@@ -30,13 +30,13 @@ Count = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(StrictModel):
     include_usage: StrictBool = False
     continuous_usage_stats: Literal[False] | None = None
     include_obfuscation: StrictBool | None = None
 
 
-class Common(RequestModel):
+class Common(StrictModel):
     """What both kinds of completion share. Token counts; temperature 0 is greedy. Names beyond OpenAI's are vLLM's."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -94,6 +94,7 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=32)] | None = None
 
     @property
     def output_logprobs(self) -> int | None:
@@ -178,7 +179,6 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "add_generation_prompt": _neutral(True),
     "continue_final_message": _OFF,
     "chat_template": _EMPTY,
-    "chat_template_kwargs": _EMPTY,
     "truncate_prompt_tokens": _EMPTY,
     "guided_json": _EMPTY,
     "structured_outputs": _EMPTY,
@@ -256,17 +256,6 @@ def _check_streamable(request: Common) -> None:
 
 def explain(error: ValidationError) -> ApiError:
     """One wrong field as a 400."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or "body"
-    if first["type"] == "missing":
-        message = f"{path} is missing; it is required"
-    else:
-        shown = repr(first["input"])
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        message = f"{path} is {shown}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-    return bad_request(message, path.partition(".")[0], "invalid_value")
-
-
-def _is_branch(part: object) -> bool:
-    """pydantic puts the tried type of a union into the path."""
-    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
+    path, what = fault(error)
+    path = path or "body"
+    return bad_request(f"{path} {what}", path.partition(".")[0], "invalid_value")

@@ -1,10 +1,21 @@
 """What an agent is told of a job, and from where it goes on."""
 
+from pydantic import JsonValue
+
 from coserve_api.endpoint import InferenceEndpoint
-from coserve_api.job import FinetuneJob, RsloraPolicy
+from coserve_api.job import DEFAULT_ALPHA, DEFAULT_RANK, FinetuneJob, RsloraPolicy, TargetModule
+from coserve_api.job_status import ContinuedFrom
 from coserve_api.messages import Binding, BindingSpec, Checkpoint, Desired
 from coserve_api.store import JobRecord
 from coserve_api.uris import relative_path
+from coserve_operator.reconcile.sources import start_of
+
+
+def template_variables(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, JsonValue]:
+    """Return those of the chat template that a job's rows are rendered with: what it is served with when nobody says
+    otherwise.
+    """
+    return {**endpoint.spec.engine.template_variables, **job.spec.dataset.template_variables}
 
 
 def binding_of(
@@ -15,9 +26,13 @@ def binding_of(
     adapter_number: int,
     restarts: int,
     record: JobRecord,
+    source: ContinuedFrom | None = None,
 ) -> Binding:
-    """Return the binding of `job` under `epoch`; it resumes from the newer of status' and Redis' checkpoints."""
+    """Return the binding of `job` under `epoch`: it resumes from the newer of status' and Redis' checkpoints, else it
+    begins with the weights of `source`, or anew.
+    """
     spec = job.spec
+    new = source is None
     return Binding(
         epoch=epoch,
         desired=desired,
@@ -29,9 +44,9 @@ def binding_of(
             namespace=job.metadata.namespace,
             adapter_name=spec.adapter.name,
             adapter_number=adapter_number,
-            rank=spec.adapter.rank,
-            alpha=spec.adapter.alpha,
-            target_modules=spec.adapter.target_modules,
+            rank=(spec.adapter.rank or DEFAULT_RANK) if new else None,
+            alpha=(spec.adapter.alpha or DEFAULT_ALPHA) if new else None,
+            target_modules=(spec.adapter.target_modules or tuple(TargetModule)) if new else None,
             learning_rate=float(spec.training.learning_rate),
             schedule=spec.training.schedule,
             warmup_steps=spec.training.warmup_steps,
@@ -48,7 +63,10 @@ def binding_of(
             adam_beta2=float(spec.training.adam_beta2),
             adam_epsilon=float(spec.training.adam_epsilon),
             eval_every_steps=spec.evaluation.every_steps,
+            patience=spec.evaluation.patience,
+            start=None if source is None else start_of(job, endpoint, source),
             priority=spec.priority,
+            template_variables=template_variables(job, endpoint),
         ),
     )
 

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FailedReason, FinetuneJob
-from coserve_api.messages import FeedStatus
+from coserve_api.job import FailedReason, FinetuneJob, PublishPolicy
+from coserve_api.job_status import ContinuedFrom
+from coserve_api.messages import Completed, FeedStatus
 from coserve_api.uris import relative_path
 from coserve_operator.reconcile.observed import FeederView
+from coserve_operator.reconcile.sources import unreadable
 
 Failure = tuple[FailedReason, str]
+NOT_IMPROVED = {
+    PublishPolicy.IF_EVAL_IMPROVES: "the evaluation loss did not fall",
+    PublishPolicy.BEST: "no evaluation loss was below the initial one",
+}
+"""Why a policy kept a trained adapter from being published."""
 
 
 def refusal(job: FinetuneJob, endpoint: InferenceEndpoint, rivals: Sequence[FinetuneJob]) -> Failure | None:
     """Return why a job that has not started may not run on `endpoint`; `rivals` are its other living jobs."""
     adapter, name = job.spec.adapter, endpoint.metadata.name
     most = endpoint.spec.finetuning.max_rank
-    if adapter.rank > most:
+    if adapter.rank is not None and adapter.rank > most:
         remedy = "lower it, or raise the endpoint's spec.finetuning.maxRank"
         message = f"spec.adapter.rank is {adapter.rank}, and endpoint {name} allows {most}: {remedy}"
         return FailedReason.RANK_TOO_LARGE, message
+    astray = unreadable(adapter.source, endpoint) if adapter.source is not None else None
+    if astray is not None:
+        return FailedReason.ENDPOINT_REJECTED, astray
     longest, wanted = endpoint.spec.model.max_model_length, job.spec.dataset.max_sequence_length
     if wanted is not None and wanted > longest:
         message = (
@@ -37,6 +47,17 @@ def refusal(job: FinetuneJob, endpoint: InferenceEndpoint, rivals: Sequence[Fine
     return None
 
 
+def source_missing(job: FinetuneJob, endpoint: InferenceEndpoint, found: ContinuedFrom | None) -> str | None:
+    """Return why a job cannot begin yet: the adapter that it goes on from is not published."""
+    named = job.spec.adapter.source
+    if named is None or found is not None:
+        return None
+    return (
+        f"spec.adapter.from is {named}, and endpoint {endpoint.metadata.name} has published no adapter of that name: "
+        "training begins once it has; else create the job anew with another"
+    )
+
+
 def precedence(job: FinetuneJob) -> tuple[bool, str, str]:
     """Return who has a name: started jobs before others, then the older."""
     return job.status.start_time is None, job.metadata.creation_timestamp or "", job.metadata.uid
@@ -52,6 +73,13 @@ def checkpoint_astray(job: FinetuneJob, endpoint: InferenceEndpoint) -> Failure 
         message = f"the last checkpoint cannot be resumed: {error}; create the job anew"
         return FailedReason.ARTIFACT_STORE_ERROR, message
     return None
+
+
+def ended_early(result: Completed, feed: FeedStatus | None) -> str:
+    """Return why a complete job did not do all the steps that its data has; nothing where it did."""
+    if feed is None or result.step >= feed.total_steps:
+        return ""
+    return f"spec.evaluation.patience ended it after step {result.step} of {feed.total_steps}"
 
 
 def data_failure(feed: FeedStatus | None, feeder: FeederView | None) -> Failure | None:

@@ -11,15 +11,8 @@ from enum import StrEnum
 
 from coserve_api.conditions import find_condition
 from coserve_api.endpoint import FinetuningPolicy, InferenceEndpoint
-from coserve_api.job import (
-    FailedReason,
-    FinetuneJob,
-    JobCondition,
-    JobState,
-    PendingReason,
-    PublishedAdapter,
-    PublishPolicy,
-)
+from coserve_api.job import FailedReason, FinetuneJob, PendingReason, PublishPolicy
+from coserve_api.job_status import ContinuedFrom, JobCondition, JobState, PublishedAdapter
 from coserve_api.messages import Binding, Completed, Desired, Failed, Heartbeat, Released
 from coserve_api.store import JobRecord
 from coserve_api.uris import artifact_uri
@@ -79,7 +72,9 @@ class FeederWish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """Everything that a verdict on `job` is made from. `leaving` holds the ids of agents that are to go."""
+    """Everything that a verdict on `job` is made from. `leaving` holds the ids of agents that are to go, `source` is
+    the adapter that the job goes on from, once it is known.
+    """
 
     job: FinetuneJob
     endpoint: InferenceEndpoint | None
@@ -89,6 +84,7 @@ class Sight:
     feeder_inputs: str = ""
     leaving: frozenset[str] = frozenset()
     adapter_number: int = 1
+    source: ContinuedFrom | None = None
 
     @property
     def record(self) -> JobRecord:
@@ -204,7 +200,7 @@ def _bound(
     )
     told = redis.bindings.get(uid)
     desired = Desired.STOP if stop else Desired.RUN
-    binding = binding_of(sight.job, endpoint, base.epoch, desired, sight.adapter_number, base.restarts, sight.record)
+    binding = _binding(sight, endpoint, base.epoch, desired, base.restarts)
     if sight.record.fence is None:
         return replace(verdict, actions=(Bind(uid, agent, binding),))
     if told is None or told.desired != desired or told.epoch != base.epoch:
@@ -249,6 +245,9 @@ def _unbound(sight: Sight, base: Verdict, endpoint: InferenceEndpoint) -> Verdic
     if endpoint.spec.finetuning.policy is FinetuningPolicy.DISABLED:
         message = f"endpoint {endpoint.metadata.name} has spec.finetuning.policy Disabled; set it to Allowed"
         return replace(base, reason=PendingReason.FINETUNING_DISABLED, message=message)
+    missing = checks.source_missing(sight.job, endpoint, sight.source)
+    if missing is not None:
+        return replace(base, reason=PendingReason.ADAPTER_NOT_FOUND, message=missing)
     feed = sight.record.feed
     if feed is None or feed.total_steps == 0:
         trouble = sight.feeder.trouble if sight.feeder else None
@@ -267,7 +266,14 @@ def give(sight: Sight, verdict: Verdict, agents: Mapping[str, Heartbeat], agent:
         return replace(verdict, message=message)
     epoch, beat = verdict.epoch + 1, agents[agent]
     binding = binding_of(
-        sight.job, sight.endpoint, epoch, Desired.RUN, sight.adapter_number, verdict.restarts, sight.record
+        sight.job,
+        sight.endpoint,
+        epoch,
+        Desired.RUN,
+        sight.adapter_number,
+        verdict.restarts,
+        sight.record,
+        sight.source,
     )
     return replace(
         verdict,
@@ -283,6 +289,11 @@ def give(sight: Sight, verdict: Verdict, agents: Mapping[str, Heartbeat], agent:
     )
 
 
+def _binding(sight: Sight, endpoint: InferenceEndpoint, epoch: int, desired: Desired, restarts: int) -> Binding:
+    number, record, source = sight.adapter_number, sight.record, sight.source
+    return binding_of(sight.job, endpoint, epoch, desired, number, restarts, record, source)
+
+
 def _completed(sight: Sight, base: Verdict, endpoint: InferenceEndpoint, redis: RedisView) -> Verdict:
     """Return the verdict on a trained job: complete, once every ready agent serves the adapter."""
     result, spec = sight.record.result, sight.job.spec
@@ -290,14 +301,17 @@ def _completed(sight: Sight, base: Verdict, endpoint: InferenceEndpoint, redis: 
     done = replace(
         base, state=JobState.COMPLETE, reason="Completed", actions=_dismissal(sight), feeder=FeederWish.SUSPEND
     )
+    if isinstance(result, Completed):
+        done = replace(done, message=checks.ended_early(result, sight.record.feed))
     if adapter is None and isinstance(result, Completed) and result.adapter is not None:
         files = result.adapter
         uri = artifact_uri(endpoint.spec.artifact_store.uri, files.path)
-        adapter = PublishedAdapter(name=files.name, version=files.number, uri=uri, sha256=files.sha256)
+        sha256, rank = files.sha256, result.rank
+        adapter = PublishedAdapter(name=files.name, version=files.number, uri=uri, sha256=sha256, rank=rank)
     if spec.publish.policy is PublishPolicy.NEVER:
         return replace(done, published=(False, "NotRequested", "spec.publish.policy is Never"))
-    if adapter is None and spec.publish.policy is PublishPolicy.IF_EVAL_IMPROVES:
-        message = "spec.publish.policy is IfEvalImproves, and the evaluation loss did not fall"
+    if adapter is None and spec.publish.policy in checks.NOT_IMPROVED:
+        message = f"spec.publish.policy is {spec.publish.policy}, and {checks.NOT_IMPROVED[spec.publish.policy]}"
         return replace(done, published=(False, "NotImproved", message))
     if adapter is None:
         message = "the agent finished without an adapter; this is a fault of the agent: see its log"

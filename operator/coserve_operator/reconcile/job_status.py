@@ -1,13 +1,24 @@
 """A FinetuneJob's status from the verdict on it, and the events that tell of its changes."""
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from coserve_api.common import format_decimal, format_duration, timestamp
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
-from coserve_api.job import BindingStatus, CheckpointStatus, JobCondition, JobState, JobStatus, Progress
-from coserve_api.messages import Completed
+from coserve_api.job_status import (
+    BindingStatus,
+    CheckpointStatus,
+    EvaluationStatus,
+    JobCondition,
+    JobState,
+    JobStatus,
+    Progress,
+)
+from coserve_api.messages import Completed, Evaluated
 from coserve_api.uris import artifact_uri
 from coserve_operator.reconcile.briefing import newer_checkpoint
+from coserve_operator.reconcile.dataset_status import dataset_of, left_out, sentence
 from coserve_operator.reconcile.job import Sight, Verdict
 from coserve_operator.reconcile.observed import Notice
 
@@ -27,9 +38,11 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
         state=verdict.state,
         reason=verdict.reason,
         progress=_progress(sight, verdict),
+        dataset=dataset_of(sight.record.feed, old.dataset),
         binding=binding,
         checkpoint=_checkpoint(sight, verdict),
         adapter=verdict.adapter,
+        continued_from=old.continued_from or (sight.source if verdict.agent else None),
         restarts=verdict.restarts,
         observed_generation=sight.job.metadata.generation,
         start_time=old.start_time or (timestamp(now) if verdict.agent else None),
@@ -55,15 +68,15 @@ def _progress(sight: Sight, verdict: Verdict) -> Progress | None:
     total = record.feed.total_steps if record.feed else old.total_steps if old else 0
     result = record.result
     if isinstance(result, Completed):
-        total = max(total, result.step)
         return Progress(
             step=result.step,
-            total_steps=total,
+            total_steps=result.step,  # patience may have ended it before the last of the data
             percent=100,
             tokens=result.tokens,
             loss=_decimal(result.loss) or (old.loss if old else None),
             eval_loss_initial=_decimal(result.eval_loss_initial) or (old.eval_loss_initial if old else None),
             eval_loss=_decimal(result.eval_loss) or (old.eval_loss if old else None),
+            **_evaluations(result.best, result.evaluations),
         )
     report = record.progress
     if report is None:
@@ -78,9 +91,19 @@ def _progress(sight: Sight, verdict: Verdict) -> Progress | None:
         loss=_decimal(report.loss),
         eval_loss_initial=_decimal(report.eval_loss_initial),
         eval_loss=_decimal(report.eval_loss),
+        **_evaluations(report.best, report.evaluations),
         tokens_per_second=round(report.tokens_per_second) if runs and report.tokens_per_second is not None else None,
         eta=_eta(report.eta_seconds) if runs else None,
     )
+
+
+def _evaluations(best: Evaluated | None, last: Sequence[Evaluated]) -> dict[str, Any]:
+    """Return the fields of a Progress that tell of the evaluations."""
+    return {
+        "best_step": None if best is None else best.step,
+        "best_eval_loss": None if best is None else _decimal(best.loss),
+        "evaluations": tuple(EvaluationStatus(step=one.step, loss=_decimal(one.loss)) for one in last) or None,
+    }
 
 
 def _decimal(value: float | None) -> str | None:
@@ -121,8 +144,7 @@ def _data(sight: Sight, verdict: Verdict) -> tuple[bool, str, str] | None:
     if feed is not None and feed.error is not None:
         return False, feed.error.reason, verdict.message
     if feed is not None and feed.total_steps > 0:
-        skipped = f", {feed.skipped_lines} invalid lines skipped" if feed.skipped_lines else ""
-        return True, "DataRead", f"{feed.samples} samples to train on, {feed.eval_samples} held out{skipped}"
+        return True, "DataRead", sentence(feed)
     if find_condition(sight.job.status.conditions, JobCondition.DATA_READY) is None:
         return False, "NotRead", ""
     return None  # Redis lost what the feeder said; it will say it again
@@ -132,6 +154,7 @@ def notices(sight: Sight, verdict: Verdict, new: JobStatus) -> list[Notice]:
     """Return the events of the change from the job's status to `new`; none when nothing worth telling changed."""
     old, told = sight.job.status, []
     before, after = old.binding, new.binding
+    told += _data_notices(sight, new)
     if new.restarts > old.restarts:
         lost = before.agent if before else "?"
         step, limit = new.checkpoint.step if new.checkpoint else 0, sight.job.spec.backoff_limit
@@ -150,6 +173,15 @@ def notices(sight: Sight, verdict: Verdict, new: JobStatus) -> list[Notice]:
     if new.adapter is not None and verdict.published is not None and verdict.published[0]:
         told.append(Notice("Published", verdict.published[2]))
     return told
+
+
+def _data_notices(sight: Sight, new: JobStatus) -> list[Notice]:
+    """Return the event of data that has become ready; a warning where something is left out."""
+    was, is_ = (find_condition(one.conditions, JobCondition.DATA_READY) for one in (sight.job.status, new))
+    feed = sight.record.feed
+    if feed is None or is_ is None or is_.status != "True" or (was is not None and was.status == "True"):
+        return []
+    return [Notice("DataReady", is_.message, warning=bool(left_out(feed)))]
 
 
 def _change(verdict: Verdict, new: JobStatus) -> list[Notice]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FinetuneJob, PublishedAdapter
+from coserve_api.job import DEFAULT_RANK, FinetuneJob
+from coserve_api.job_status import PublishedAdapter
 from coserve_api.messages import AdapterRecord
 from coserve_api.uris import relative_path
 
@@ -49,7 +50,7 @@ def _of_jobs(
             path=path,
             sha256=adapter.sha256,
             job_uid=job.metadata.uid,
-            rank=job.spec.adapter.rank,
+            rank=adapter.rank or job.spec.adapter.rank or DEFAULT_RANK,
         )
 
 

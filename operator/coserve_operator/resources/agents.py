@@ -1,5 +1,6 @@
 """The Deployment of an endpoint's agents."""
 
+import json
 from typing import Any
 
 from coserve_api.common import duration_ms, quantity_bytes
@@ -69,6 +70,7 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "ENDPOINT_NAME": meta.name,
         "NAMESPACE": meta.namespace,
         "MODEL_PATH": model_path(spec.model.uri),
+        "MODEL_URI": spec.model.uri,
         "MODEL_NAME": endpoint.model_name,
         "MAX_MODEL_LENGTH": spec.model.max_model_length,
         "TTFT_MS": duration_ms(spec.slo.time_to_first_token),
@@ -83,6 +85,7 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "KV_CACHE_BYTES": quantity_bytes(spec.engine.kv_cache_memory),
         "THREADS": spec.engine.threads,
         "GENERATION_CONFIG": spec.engine.generation_config.value,
+        "TEMPLATE_VARIABLES": json.dumps(spec.engine.template_variables, sort_keys=True),
         "CORS_ORIGINS": ",".join(spec.cors.allow_origins),
         "ARTIFACTS": artifacts_path(spec.artifact_store.uri),
         "HTTP_PORT": HTTP_PORT,

@@ -1,11 +1,13 @@
 """The feeder: a Kubernetes Job that tokenises a FinetuneJob's data set into Redis."""
 
+import json
 from typing import Any
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
-from coserve_api.uris import dataset_path, model_path
+from coserve_api.uris import dataset_path, dataset_root, model_path
 from coserve_operator.kube import BATCH_JOB, Manifest
+from coserve_operator.reconcile.briefing import template_variables
 from coserve_operator.resources import pods
 from coserve_operator.resources.metadata import (
     APP,
@@ -21,6 +23,7 @@ from coserve_operator.resources.metadata import (
 INPUTS = "coserve.dev/inputs"
 """Annotation: digest of what the feeder reads. Another one needs another feeder; another image does not."""
 RETRIES = 3
+DAY_CHARS = len("2026-07-26")
 RESOURCES = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
 
 
@@ -52,7 +55,8 @@ def feeder(job: FinetuneJob, endpoint: InferenceEndpoint, default_image: str, re
             *pods.redis_environment(endpoint.metadata.name, redis_url),
         ],
     }
-    mounts = (pods.model_mount(endpoint.spec.model.uri), pods.dataset_mount(job.spec.dataset.uri))
+    files = filter(None, (job.spec.dataset.uri, job.spec.evaluation.uri))
+    mounts = (pods.model_mount(endpoint.spec.model.uri), *(pods.dataset_mount(uri) for uri in files))
     pod = pods.pod_spec(endpoint, container, mounts, RESOURCES) | {"restartPolicy": "Never"}
     return manifest(
         BATCH_JOB,
@@ -75,16 +79,27 @@ def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | 
         "JOB_UID": job.metadata.uid,
         "JOB_NAME": job.metadata.name,
         "DATASET_PATH": dataset_path(dataset.uri),
+        "DATASET_ROOT": dataset_root(dataset.uri),
         "MODEL_PATH": model_path(endpoint.spec.model.uri),
         "FORMAT": dataset.format.value,
-        "EVAL_PERCENT": dataset.eval_percent,
+        "LEARN": dataset.learn.value,
+        "EVAL_PERCENT": job.spec.eval_percent,
         "MAX_SEQUENCE_LENGTH": sequence_length(job, endpoint),
         "ON_INVALID": dataset.on_invalid.value,
+        "TEMPLATE_VARIABLES": json.dumps(template_variables(job, endpoint), sort_keys=True),
+        "DATE": dataset.date or (job.metadata.creation_timestamp or "")[:DAY_CHARS],
         "BATCH_SIZE": training.batch_size,
+        "WARMUP_STEPS": training.warmup_steps,
         "SEED": training.seed,
     }
     if training.epochs is not None:
         settings["EPOCHS"] = training.epochs
     elif training.max_steps is not None:
         settings["MAX_STEPS"] = training.max_steps
+    # Only where they are set: what an older operator did not know must not make its feeders anew.
+    if job.spec.evaluation.uri is not None:
+        settings["EVAL_PATH"] = dataset_path(job.spec.evaluation.uri)
+        settings["EVAL_ROOT"] = dataset_root(job.spec.evaluation.uri)
+    if job.spec.evaluation.max_samples is not None:
+        settings["EVAL_MAX_SAMPLES"] = job.spec.evaluation.max_samples
     return settings

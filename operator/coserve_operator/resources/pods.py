@@ -56,8 +56,10 @@ def artifacts_mount(uri: str) -> ClaimMount | None:
 
 
 def environment(values: dict[str, str | int]) -> list[dict[str, Any]]:
-    """Return the settings as the container's variables, with our prefix."""
-    return [{"name": f"COSERVE_{name}", "value": str(value)} for name, value in values.items()]
+    """Return the settings as the container's variables, with our prefix. Kubernetes would put other variables in the
+    place of $(NAME), and one $ in that of two: a $ is written twice.
+    """
+    return [{"name": f"COSERVE_{name}", "value": str(value).replace("$", "$$")} for name, value in values.items()]
 
 
 def redis_environment(endpoint: str, redis_url: str) -> list[dict[str, Any]]:
@@ -81,7 +83,7 @@ def pod_spec(
 ) -> dict[str, Any]:
     """Return a restricted pod with `container` merged with the endpoint's template."""
     template = endpoint.spec.template
-    claims = [mount for mount in mounts if mount is not None]
+    claims = list(dict.fromkeys(mount for mount in mounts if mount is not None))
     # Server-side apply takes no variable twice: the template's HOME is the one.
     home = [] if any(one.name == "HOME" for one in template.env) else [{"name": "HOME", "value": "/tmp"}]
     merged = container | {

@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+from data_rows import renderer_of
 from redis.asyncio import Redis
 
 from coserve_agent.concurrency import end
-from coserve_agent.feeder import Feeder, Material
+from coserve_agent.data.material import Material
+from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
@@ -237,6 +239,7 @@ async def cluster(
         "job_uid": "x",
         "job_name": "x",
         "dataset_path": data,
+        "dataset_root": tmp_path,
         "model_path": model_folder,
         "eval_percent": 10,
         "max_sequence_length": 128,
@@ -244,7 +247,7 @@ async def cluster(
         "max_steps": STEPS,
         "seed": 3,
     }
-    material = Material.prepare(FeederSettings(**settings), tokenizer)
+    material = Material.prepare(FeederSettings(**settings), renderer_of(tokenizer), tokenizer.size)
     variables = {
         "endpoint_uid": ENDPOINT,
         "model_path": model_folder,

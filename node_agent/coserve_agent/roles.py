@@ -1,0 +1,83 @@
+"""Which roles a chat template writes. Most templates skip a role that they do not know, and the message is gone without
+a word; so each role is tried once, with a word that is looked for in what the template writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from coserve_agent.chat_format import Message, Render
+
+_WORD = "quokka"
+_ROLES_KEPT = 64
+"""Roles whose answer is remembered: their names are the client's, so there is a bound."""
+_MOST_ROLES = 16
+"""In one conversation: to try a role costs about as much as to render a short one, some times over."""
+
+
+class Roles:
+    """The roles of one template.
+
+    Args:
+        render: a conversation as text, without what asks for an answer.
+        error: what `render` raises where the template refuses it, and what `as_written` raises.
+    """
+
+    def __init__(self, render: Render, error: type[Exception]) -> None:
+        self._render, self._error = render, error
+        self._written = lru_cache(_ROLES_KEPT)(self._try)
+
+    def as_written(self, messages: Sequence[Message]) -> list[Message]:
+        """`messages`, with developer as system where the template writes no developer (as OpenAI's models take one for
+        the other).
+
+        Raises:
+            error: a message whose role leaves no trace in what the template writes, or very many roles. A role that
+                the template itself refuses is left to it: its reason is the better one.
+        """
+        different = len({str(message["role"]) for message in messages})
+        if different > _MOST_ROLES:
+            raise self._error(f"the messages have {different} different roles; at most {_MOST_ROLES} are allowed")
+        known: list[Message] = []
+        for n, message in enumerate(messages):
+            given = role = str(message["role"])
+            if given == "developer" and not self._written(given, n == 0):
+                role = "system"
+            if self._written(role, n == 0) is False:
+                raise self._error(
+                    f"message {n} has role {given[:40]!r}, which this model's chat template does not write"
+                    f"{' there' if n else ''}: it would be lost; use another role, or put its text into another message"
+                )
+            known.append(message if role == given else {**message, "role": role})
+        return known
+
+    def _try(self, role: str, first: bool) -> bool | None:
+        """Whether the template writes a message of `role`, as the first one or a later; None where it refuses all."""
+        refused = True
+        for conversation in _places(role, first):
+            try:
+                text = self._render(conversation)
+            except self._error:
+                continue
+            if _WORD in text.lower():
+                return True
+            refused = False
+        return None if refused else False
+
+
+def _places(role: str, first: bool) -> Iterator[list[Message]]:
+    """Conversations in which a template may expect `role`, the likely ones first."""
+    said: Message = {"role": role, "content": _WORD}
+    system, user, assistant = ({"role": one, "content": "x"} for one in ("system", "user", "assistant"))
+    if first:
+        yield from ([said, user], [said], [said, assistant], [said, user, assistant])
+        return
+    yield from ([user, said], [user, assistant, said], [user, said, user], [user, said, assistant, user])
+    yield from ([system, said], [system, user, said], [system, user, said, user], [system, user, assistant, said])
+    # The result of a call, with the fields that templates ask of it; Mistral's want ids of nine characters.
+    name, id = "wombat", "abcdefghi"
+    call = {"id": id, "type": "function", "function": {"name": name, "arguments": {}}}
+    calls: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Message = {**said, "name": name, "tool_call_id": id}
+    yield from ([user, calls, result], [user, calls, result, assistant], [system, user, calls, result])

@@ -1,0 +1,433 @@
+"""`python -m coserve_agent.data` shows what the shards hold, names every line that is not in them, and says by its exit
+status whether a job would take the data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_rows import GOOD, TURNS, write
+
+from coserve_agent.data.arguments import parser
+from coserve_agent.data.formats import detect
+from coserve_agent.data.material import Material
+from coserve_agent.data.preview import preview
+from coserve_agent.data.problems import Reason
+from coserve_agent.data.vocabulary import vocab_size
+from coserve_agent.end_tokens import end_tokens
+from coserve_agent.rendering import Renderer
+from coserve_agent.settings import FeederSettings
+from coserve_agent.tokenizer import Tokenizer
+from coserve_api.job import DatasetFormat
+
+COMMAND = [sys.executable, "-m", "coserve_agent.data"]
+ROOT = Path(__file__).parents[3]
+FIT, UNFIT, WRONG = 0, 1, 2
+FORGETFUL = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'shorter' }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}{{ '' if enable_thinking is defined else '' }}"
+)
+"""Writes earlier answers differently later, so that each needs a sequence of its own."""
+
+
+def look(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Its output, which must hold no traceback."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env=_environment(environment), capture_output=True, text=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def look_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The same without a process of its own: exit status, output, errors."""
+    status = preview(parser().parse_args([*map(str, arguments)]))
+    return status, *capsys.readouterr()
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    return kept | {"TERM": "xterm"} | more
+
+
+def shards(path: Path, model: Path, **changes: Any) -> list[tuple[int, tuple[int, ...], tuple[bool, ...]]]:
+    """Of each sample that the feeder would push: its turn, its tokens, and which are learned, in the file's order."""
+    material = prepared(path, model, **changes)
+    samples = [sample for step in range(1, material.train.total_steps + 1) for sample in material.shard(step).samples]
+    samples.sort(key=lambda one: (one.id, one.turn))
+    return [(one.turn, one.tokens, tuple(map(bool, one.weights))) for one in samples]
+
+
+def prepared(path: Path, model: Path, **changes: Any) -> Material:
+    fields: dict[str, Any] = {
+        "redis_url": "redis://x", "endpoint_uid": "e", "job_uid": "j", "job_name": "j", "dataset_path": path,
+        "dataset_root": path.parent, "model_path": model, "eval_percent": 0, "epochs": 1,
+    }  # fmt: skip
+    tokenizer = Tokenizer(model)
+    settings = FeederSettings(**fields | changes)
+    renderer = Renderer(tokenizer, end_tokens(model, tokenizer), settings.template_variables)
+    return Material.prepare(settings, renderer, vocab_size(model))
+
+
+def shown(output: str) -> list[tuple[int, tuple[int, ...], tuple[bool, ...]]]:
+    """The same, as `--ids` shows it."""
+    samples = []
+    for block in re.split(r"(?m)^line ", output)[1:]:
+        found = re.findall(r"(?m)^  │ +\d+ +(\d+(?: \d+)*)  (.*)$", block)
+        if found:
+            turn = re.match(r"\d+, turn (\d+)", block)
+            tokens = [(int(one), text.startswith("«")) for ids, text in found for one in ids.split()]
+            learned = tuple(flag for _, flag in tokens)
+            samples.append((int(turn[1]) if turn else 0, tuple(token for token, _ in tokens), learned))
+    return samples
+
+
+@pytest.fixture(scope="session")
+def forgetful(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("forgetful")
+    config = json.loads((model_folder / "tokenizer_config.json").read_text()) | {"chat_template": FORGETFUL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    return folder
+
+
+# ---- what is shown is what is learned ----
+
+ROWS = [
+    GOOD,
+    {"messages": TURNS},
+    {"messages": [{"role": "user", "content": " a \n"}, {"role": "assistant", "content": "\n\tb\u200b «c» 😀\n"}]},
+]
+
+
+@pytest.mark.parametrize("model", ["model_folder", "sentencepiece", "forgetful"])
+def test_the_mask_is_the_shards(tmp_path: Path, model: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(model)
+    path = write(tmp_path, *ROWS)
+    done = look(path, "--model", folder, "--ids")
+    assert done.returncode == FIT
+    found = shown(done.stdout)
+    assert found == shards(path, folder)
+    assert len(found) == (3 if model == "model_folder" else 4)
+    assert found != shards(path, folder, learn="Last"), "negative control"
+
+
+def test_arguments_are_the_jobs(tmp_path: Path, forgetful: Path) -> None:
+    path = write(tmp_path, *ROWS)
+    done = look(
+        path, "--model", forgetful, "--ids", "--learn", "Last", "--format", "messages", "--max-length", 60,
+        "--template-variables", '{"enable_thinking": false}', "--date", "2026-07-26", "--lines", 2,
+    )  # fmt: skip
+    expected = shards(path, forgetful, learn="Last", max_sequence_length=60)
+    assert shown(done.stdout) == expected[:2]
+
+
+def test_each_character_can_be_seen(tmp_path: Path, model_folder: Path) -> None:
+    said = "it is\n4\t\u001b[31m «é😀» \\n\u202e"
+    path = write(
+        tmp_path, {"messages": [{"role": "user", "content": "one \r\n"}, {"role": "assistant", "content": said}]}
+    )
+    done = look(path, "--model", model_folder)
+    block = done.stdout.split("line 1: ")[1].split("\n\n")[0].partition("\n")[2]
+    assert block == (
+        "  │ ⟦<|user|>⟧one ⟨U+000D⟩↵\n"
+        "  │ ⟦<|end|>⟧⟦<|assistant|>⟧«it is↵\n"
+        "  │ 4⇥⟨U+001B⟩[31m ⟨U+00AB⟩é😀⟨U+00BB⟩ \\n⟨U+202E⟩⟦<|end|>⟧»"
+    )
+
+
+def test_what_is_said_is_what_the_job_would_say(tmp_path: Path, forgetful: Path) -> None:
+    rows = [{"messages": TURNS, "id": n, "source": "x"} for n in range(9)]
+    path = write(tmp_path, *rows, b"", {"messages": TURNS[:2], "id": 9})
+    done = look(path, "--model", forgetful, "--epochs", 3, "--batch-size", 4, "--lines", 0)
+    material = prepared(path, forgetful, batch_size=4, epochs=3)
+    status, weights = material.status(), [flag for _, _, flags in shards(path, forgetful) for flag in flags]
+    text = done.stdout.replace(",", "")
+    assert (status.samples, status.sequences, status.total_steps) == (10, 19, 9)
+    assert "10 lines 19 sequences" in text
+    assert f"an epoch  {status.tokens} tokens {sum(weights)} of them learned" in text
+    assert f"3 epochs  {3 * status.tokens} tokens; 9 steps" in text
+    assert "id (10) source (9)" in text
+    assert all(note in done.stdout for note in status.notes) and len(status.notes) == 2
+    assert done.stdout.endswith("\nfit: every line can be learned\n")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "gzip", "parquet", "several"])
+def test_a_file_may_be_whatever_a_job_may_name(
+    tmp_path: Path, model_folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    first = write(tmp_path / "data", GOOD, name="a.jsonl")
+    second = tmp_path / "data" / "b.jsonl"
+    match kind:
+        case "gzip":
+            second = second.with_suffix(".jsonl.gz")
+            second.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+        case "parquet":
+            second = second.with_suffix(".parquet")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD]), second)
+        case _:
+            write(tmp_path / "data", GOOD, name="b.jsonl")
+    names: Sequence[object] = {"pattern": [first.parent / "*.json*"], "several": [second, first]}.get(
+        kind, [first.parent]
+    )
+    status, output, _ = look_here(capsys, *names, "--model", model_folder)
+    assert status == FIT
+    text = "⟦<|user|>⟧one⟦<|end|>⟧⟦<|assistant|>⟧«two⟦<|end|>⟧»"
+    assert output.count(text) == 2
+    assert output.index(f"{first}, line 1: ") < output.index(f"{second}, line 1: ")
+    assert "2 lines, 2 sequences" in output
+
+
+# ---- what cannot be learned ----
+
+REFUSED: list[tuple[object, Reason]] = [
+    ({"question": "a", "answer": "b"}, Reason.NO_FORMAT),
+    ({"messages": [TURNS[0], {"role": "assistant", "content": "LAST"}]}, Reason.VOCABULARY),
+    (b'{"messages": "' + b"x" * (16 << 20) + b'"}', Reason.TOO_LARGE),
+    (b'{"messages": "\xff"}', Reason.NOT_UTF8),
+    (b"{", Reason.NOT_JSON),
+    (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', Reason.SURROGATE),
+    ({"messages": [5]}, Reason.FIELD),
+    ({"messages": [TURNS[0] | {"wieght": 0}, TURNS[1]]}, Reason.UNKNOWN_FIELD),
+    ({"messages": TURNS[:2], "images": ["x"]}, Reason.UNSUPPORTED),
+    ({"messages": [TURNS[0], {"role": "assistant", "content": ""}]}, Reason.EMPTY_ANSWER),
+    ({"messages": TURNS[:1]}, Reason.NOTHING_TO_LEARN),
+    ({"messages": [{"role": "system", "content": "x"}, *TURNS[:2]]}, Reason.TEMPLATE),
+    ({"messages": [TURNS[0], {"role": "assistant", "content": "a" * 99}]}, Reason.TOO_LONG),
+]
+
+
+def test_each_refused_line_is_named(tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    tokenizer = Tokenizer(model_folder)
+    beyond = tokenizer.size - 1
+    (folder / "config.json").write_text(json.dumps({"vocab_size": beyond}))
+    path = write(tmp_path, *(row for row, _ in REFUSED), GOOD)
+    path.write_bytes(path.read_bytes().replace(b"LAST", tokenizer.pieces.bytes_of(beyond)))
+    done = look(path, "--model", folder, "--max-length", 64)
+    assert done.returncode == UNFIT
+    assert re.findall(r"(?m)^line (\d+): refused, (\w+): .", done.stdout) == [
+        (str(n), reason) for n, (_, reason) in enumerate(REFUSED, 1)
+    ]
+    assert {reason for _, reason in REFUSED} == set(Reason) - {Reason.UNREADABLE}
+    assert f"13 lines ({', '.join(f'{reason} 1' for _, reason in REFUSED)})" in done.stdout
+    assert "1 over the limit of 64" in done.stdout
+    assert "1 line, 1 sequence" in done.stdout
+    assert done.stdout.endswith("not fit: dataset.onInvalid Fail would refuse it at line 1\n")
+
+
+def test_an_answer_is_refused_alone(tmp_path: Path, forgetful: Path) -> None:
+    long = [*TURNS[:2], {"role": "user", "content": "a" * 60}, TURNS[3]]
+    path = write(tmp_path, {"messages": long})
+    done = look(path, "--model", forgetful, "--max-length", 64, "--lines", 0, "--line", 1)
+    assert done.returncode == UNFIT
+    assert "line 1, turn 0: " in done.stdout
+    assert "«two⟦<|end|>⟧»" in done.stdout
+    assert re.search(r"line 1: an answer refused, TooManyTokens: turn 1 has \d+ tokens", done.stdout)
+    assert "0 lines and 1 single answer (TooManyTokens 1)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"{\n]\n", "none of its 2 lines can be used (NotJson 2)"),
+        (b"\x1f\x8b\x08cut off", "is damaged or cut off (gzip"),
+    ],
+)
+def test_data_without_a_usable_line_is_unfit(
+    tmp_path: Path, model_folder: Path, content: bytes, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    status, output, errors = look_here(capsys, path, "--model", model_folder)
+    assert (status, errors) == (UNFIT, "")
+    assert output.splitlines()[-1].startswith("not fit: ")
+    assert words in output.splitlines()[-1]
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["FILE", "--model"]),
+        (["--max-length", "7"], ["--max-length", "'7'", "8"]),
+        (["--format", "csv"], ["--format", "'csv'", "sharegpt"]),
+        (["--learn", "Some"], ["--learn", "All or Last"]),
+        (["--date", "2026-02-30"], ["--date", "'2026-02-30'", "calendar"]),
+        (["--lines", "-1"], ["--lines", "-1"]),
+        (["--line", "0"], ["--line", "'0'"]),
+        (["--epochs", "many"], ["--epochs", "integer"]),
+        (["--template-variables", "{"], ["--template-variables", "no JSON"]),
+        (["--template-variables", "[1]"], ["--template-variables", "object"]),
+        (["--template-variables", '{"a": NaN}'], ["--template-variables", "NaN"]),
+        (["pvc://data/x.jsonl"], ["FILE", "'pvc://data/x.jsonl' is a URI", "path"]),
+        (["--verbose"], ["--verbose"]),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([*arguments, "data.jsonl", "--model", "x"] if arguments else [])
+    assert ended.value.code == WRONG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{data}", "--model", "Qwen/Qwen3-0.6B"], "--model is 'Qwen/Qwen3-0.6B': no such folder"),
+        (["{data}", "--model", "{folder}"], "tokenizer.json: no such file"),
+        (["{data}x", "--model", "{model}"], "data.jsonlx: no such file"),
+        (["{folder}/*.csv", "--model", "{model}"], "*.csv: matches no file"),
+        (["{model}", "--model", "{model}"], "is a folder without .jsonl"),
+        (
+            ["{data}", "--model", "{model}", "--template-variables", '{{"thinking": 1}}'],
+            "templateVariables has 'thinking'",
+        ),
+        (["{data}", "--model", "{model}", "--line", "2"], "--line 2: there is no such line"),
+    ],
+)
+def test_wrong_names_are_said_in_one_line(
+    tmp_path: Path, model_folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, GOOD)
+    status, _, errors = look_here(
+        capsys, *(one.format(data=path, folder=tmp_path, model=model_folder) for one in arguments)
+    )
+    assert status == WRONG
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+# ---- terminals and pipes ----
+
+
+def in_a_terminal(*arguments: object, **environment: str) -> str:
+    """What is written to a terminal."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=_environment(environment)) as process:
+        os.close(theirs)
+        output = b""
+        while True:
+            try:
+                more = os.read(ours, 1 << 16)
+            except OSError:  # the other side is closed
+                break
+            if not more:
+                break
+            output += more
+    os.close(ours)
+    assert process.returncode == UNFIT
+    return output.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_colours_unless_it_says_no(tmp_path: Path, model_folder: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "\u001b[31m"}, {"role": "assistant", "content": "one\ntwo"}]}
+    arguments = (write(tmp_path, row, b"{"), "--model", model_folder)
+    coloured = in_a_terminal(*arguments)
+    learned = "".join(re.findall(r"\x1b\[30;(?:42|102|46)m(.*?)\x1b\[0m", coloured.partition("│")[2]))
+    assert learned == "one↵two<|end|>"
+    assert "\x1b[36m<|user|>\x1b[0m⟨U+001B⟩[31m" in coloured
+    assert "\x1b[1;31mnot fit\x1b[0m" in coloured
+    assert all(line.count("\x1b[0m") * 2 == line.count("\x1b[") for line in coloured.split("\n"))
+    plain = look(*arguments).stdout
+    assert "\x1b" not in plain and "«one↵" in plain
+    assert in_a_terminal(*arguments, NO_COLOR="1") == in_a_terminal(*arguments, TERM="dumb") == plain
+    assert in_a_terminal(*arguments, NO_COLOR="") == coloured
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path, *[GOOD] * 600, b"{")
+    written = in_a_terminal(path, "--model", model_folder, "--lines", 0)
+    assert "\r500 lines read\r\x1b[K\n\x1b[1mline 601" in written
+    assert "read" not in look(path, "--model", model_folder, "--lines", 0).stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGPIPE, signal.SIGINT])
+def test_it_ends_quietly_when_nobody_reads_on(tmp_path: Path, model_folder: Path, how: signal.Signals) -> None:
+    path = write(tmp_path, *[{"messages": TURNS}] * 3000)  # more than a pipe holds
+    command = [*COMMAND, str(path), "--model", str(model_folder), "--lines", "3000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
+        if how is signal.SIGPIPE:
+            process.stdout.close()
+        else:
+            process.send_signal(how)
+        assert process.stderr.read() == b""
+        assert process.wait() == -how
+
+
+def test_another_encoding_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
+    done = look(write(tmp_path, GOOD), "--model", model_folder, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == FIT
+    assert r"\xabtwo" in done.stdout
+
+
+def test_it_needs_no_torch(tmp_path: Path, model_folder: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['data', {str(write(tmp_path, GOOD))!r}, '--model', {str(model_folder)!r}]\n"
+        "try:\n    runpy.run_module('coserve_agent.data', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fit: every line" in done.stdout
+
+
+# ---- docs/data.md ----
+
+
+def test_the_page_shows_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.search(r"(?s)<<'END'\n(.*?)END\n", page)
+    printed = re.search(r"(?s)\nprints\n```\n(.*?)```\n", page)
+    assert rows is not None and printed is not None
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows[1])
+    status, output, _ = look_here(capsys, path, "--model", ROOT / "examples" / "base-model")
+    assert (status, output.replace(str(path), "/tmp/rows.jsonl")) == (UNFIT, printed[1])
+
+
+def test_the_page_lists_formats_in_the_order_of_detection() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = re.findall(r"(?m)^\| `([a-z-]+)` \| `(\{.*?\})`(?: \||,)", page)
+    assert {name for name, _ in listed} == set(DatasetFormat) - {DatasetFormat.AUTO}
+    together = {name: value for _, row in reversed(listed) for name, value in json.loads(row).items()}
+    for name, row in listed:
+        assert detect(json.loads(row)) == detect(together) == name
+        together = {field: value for field, value in together.items() if field not in json.loads(row)}
+
+
+def test_the_page_names_every_reason() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page.split("| reason | |")[1].split("\n\n")[0]
+    assert set(re.findall(r"\b[A-Z]\w+", " ".join(re.findall(r"(?m)^\| (.*?) \|", table)))) == set(Reason)
