@@ -26,7 +26,7 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.6
 """Of the time per output token that is kept free at least, and at most: a job is to go on."""
 NOISE_SHARE = 0.01
 """Of it, an excess that is not worth remembering."""
-START_SHARE, START_S = MOST_SHARE, 300.0
+START_SHARE, START_S = MOST_SHARE, 600.0
 """What is kept free at least before much was seen; it fades over so many seconds."""
 LOOK_S, RARE = 20.0, 12.0
 """After so many seconds no more than so many times the highest excess: a still machine stays still, while on others the
@@ -36,8 +36,8 @@ SHORTEST_S, LONGEST_S = 30.0, 600.0
 """How long an excess is remembered at least and at most."""
 SAFETY = 4.0
 """Aim for so many times fewer misses than may be: not all of them can be seen here."""
-SILENCE = 8.0
-"""What caused high excesses has ended once none came for so many of their mean intervals."""
+SILENCE = 1e-3
+"""What caused high excesses has ended once a silence as long as this one is less likely, were they still to come."""
 TOP, BEYOND = 3, 1.5
 """From so many distances between the highest follows how far the next may lie above them: up to so many of these."""
 START_LIFE_S, LIFE_GAIN = 5.0, 0.02
@@ -141,8 +141,9 @@ class Reserve:
         high = [at_s for at_s, excess_s in events if excess_s >= half_s]
         if len(high) < TOP:
             return
-        interval_s = max(BLOCK_S, (high[-1] - high[0]) / (len(high) - 1))
-        if now_s - high[-1] > SILENCE * interval_s:
+        lasted_s = max(BLOCK_S, high[-1] - high[0])
+        # Were they still to come, the chance of this silence, their rate being what it was: gamma's tail.
+        if (lasted_s / (lasted_s + now_s - high[-1])) ** (len(high) - 1) < SILENCE:
             self._events = deque((at_s, excess_s) for at_s, excess_s in events if excess_s < half_s)
 
 
