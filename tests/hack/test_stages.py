@@ -32,7 +32,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         """
         environment = os.environ | {"COSERVE_CACHE": str(tmp_path / "cache")}
         process = subprocess.Popen(
-            ["bash", "-c", script],
+            ["env", "--default-signal=INT", "bash", "-c", script],  # whoever started the tests may ignore it
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
