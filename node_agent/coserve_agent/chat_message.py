@@ -5,14 +5,14 @@ One model reads both, so that what is learned is what is served.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coserve_agent import strict_json
-from coserve_agent.chat_format import Message, text_part
+from coserve_agent.chat_format import plain, text_part
+from coserve_agent.chat_template import Message
 from coserve_agent.errors import AgentError
 
 _TEXT_FIELDS: Mapping[object, str] = {
@@ -104,19 +104,8 @@ class ChatMessage(StrictModel):
 
 def says_something(message: Message) -> bool:
     """Whether a plain message has text, reasoning or calls in it; spaces alone say nothing."""
-    content = message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return bool(text.strip() or str(message.get("reasoning_content", "")).strip() or message.get("tool_calls"))
-
-
-def characters(messages: Sequence[Message]) -> int:
-    """How much text there is to encode, at least: of calls their JSON."""
-    total = 0
-    for message in messages:
-        content = message["content"]
-        total += len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-        total += len(message.get("reasoning_content", "")) + len(json.dumps(message.get("tool_calls")))
-    return total
+    thought = str(message.get("reasoning_content", ""))
+    return bool(plain(message).strip() or thought.strip() or message.get("tool_calls"))
 
 
 def fault(error: ValidationError) -> tuple[str, str]:

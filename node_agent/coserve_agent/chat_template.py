@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,20 @@ _OURS = frozenset(("messages", "tools", "documents", "add_generation_prompt", "c
 _DATE = "strftime_now"
 REASONING_FIELDS = ("reasoning_content", "thinking")
 """What templates call that which an assistant thought; a message has it under both names."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a template gets beside the messages: OpenAI's tools, variables by name, and the date that `strftime_now`
+    tells (default: now, UTC).
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    today: date | None = None
+
+
+NOTHING = Given()
 
 
 class ChatTemplateError(AgentError):
@@ -89,31 +104,23 @@ class ChatTemplate:
     def _compiled(self) -> jinja2.Template:
         return self._environment.from_string(self._source)
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        today: date | None = None,
-        add_generation_prompt: bool,
-    ) -> str:
-        """The conversation as text. `today` is what `strftime_now` tells (default: now, UTC).
+    def render(self, messages: Sequence[Message], given: Given = NOTHING, *, add_generation_prompt: bool) -> str:
+        """The conversation as text.
 
         Raises:
             ChatTemplateError: the template refuses the messages, is broken, or does not end.
         """
-        given: dict[str, Any] = {**self._special_tokens, **(variables or {})}
-        if today is not None:
-            given[_DATE] = datetime(today.year, today.month, today.day, tzinfo=UTC).strftime
+        named: dict[str, Any] = {**self._special_tokens, **given.variables}
+        if given.today is not None:
+            named[_DATE] = datetime.combine(given.today, datetime.min.time(), UTC).strftime
         try:
             return self._environment.bounded(
                 lambda: self._compiled.generate(
                     messages=[_with_reasoning(message) for message in messages],
-                    tools=[dict(tool) for tool in tools] or None,
+                    tools=[dict(tool) for tool in given.tools] or None,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
-                    **given,
+                    **named,
                 )
             )
         except _Endless as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coserve_agent import generation_config
+from coserve_agent.chat_format import USER
 from coserve_agent.chat_template import ChatTemplateError
 from coserve_agent.errors import StartError
 from coserve_agent.tokenizer import Tokenizer
@@ -62,10 +63,10 @@ def end_of_turn(tokenizer: Tokenizer, ends: Sequence[int]) -> EndOfTurn:
     """The end of a turn is what stands behind it in the middle of a conversation, too, up to the first of `ends` or
     else to its last special token. (Some templates end a conversation in another way: the first special token then.)
     """
-    for before in ([_USER], [{"role": "system", "content": "x"}, _USER]):
+    for before in ([USER], [{**USER, "role": "system"}, USER]):
         try:
             around_last = around(tokenizer.render, before)
-            between = around(tokenizer.render, before, _USER).tail
+            between = around(tokenizer.render, before, USER).tail
         except ChatTemplateError:
             continue
         tail = around_last.tail
@@ -94,9 +95,6 @@ def _specials(tokenizer: Tokenizer, text: str, ends: Sequence[int]) -> list[_Spe
             end = text.index(special[token], end) + len(special[token])
             found.append(_Special(token, end))
     return found
-
-
-_USER = {"role": "user", "content": "x"}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-from coserve_agent.chat_template import ChatTemplateError, Message
+from coserve_agent.chat_format import USER, plain
+from coserve_agent.chat_template import ChatTemplateError, Given, Message
 from coserve_agent.end_tokens import EndOfTurn, end_of_turn
 from coserve_agent.errors import AgentError
-from coserve_agent.template_variables import ANY_CHAT, check_variables, try_variables
+from coserve_agent.template_variables import check_variables, try_variables
 from coserve_agent.tokenizer import Tokenizer
-from coserve_agent.turns import answer, plain, thought_in
+from coserve_agent.turns import answer, thought_in
 
 
 class RenderingError(AgentError):
@@ -85,7 +86,7 @@ class Renderer:
         today: date | None = None,
     ) -> None:
         check_variables(tokenizer, variables or {}, "templateVariables")
-        try_variables(tokenizer, variables or {}, "templateVariables", ANY_CHAT)
+        try_variables(tokenizer, variables or {}, "templateVariables", [USER])
         self.tokenizer = tokenizer
         self.ends = tuple(end_tokens)
         self._variables = dict(variables or {})
@@ -156,10 +157,10 @@ class Renderer:
     def _turn(self, conversation: Conversation, index: int, before: _Turn | None) -> _Turn:
         messages, message = conversation.messages[:index], conversation.messages[index]
 
+        given = Given(conversation.tools, self._variables, self._today)
+
         def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-            return self.tokenizer.render(
-                messages, conversation.tools, self._variables, self._today, add_generation_prompt=add_generation_prompt
-            )
+            return self.tokenizer.render(messages, given, add_generation_prompt=add_generation_prompt)
 
         prompt = render(messages, add_generation_prompt=True)
         if any(tool.get("function", tool)["name"] not in prompt for tool in conversation.tools):

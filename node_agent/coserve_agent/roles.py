@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from coserve_agent.chat_format import Message, Render
+from coserve_agent.chat_format import USER, Render
+from coserve_agent.chat_template import ChatTemplateError, Message
 
 _WORD = "quokka"
 _ROLES_KEPT = 64
@@ -21,11 +22,10 @@ class Roles:
 
     Args:
         render: a conversation as text, without what asks for an answer.
-        error: what `render` raises where the template refuses it, and what `as_written` raises.
     """
 
-    def __init__(self, render: Render, error: type[Exception]) -> None:
-        self._render, self._error = render, error
+    def __init__(self, render: Render) -> None:
+        self._render = render
         self._written = lru_cache(_ROLES_KEPT)(self._try)
 
     def as_written(self, messages: Sequence[Message]) -> list[Message]:
@@ -33,19 +33,19 @@ class Roles:
         the other).
 
         Raises:
-            error: a message whose role leaves no trace in what the template writes, or very many roles. A role that
-                the template itself refuses is left to it: its reason is the better one.
+            ChatTemplateError: a message whose role leaves no trace in what the template writes, or very many roles. A
+                role that the template itself refuses is left to it: its reason is the better one.
         """
         different = len({str(message["role"]) for message in messages})
         if different > _MOST_ROLES:
-            raise self._error(f"the messages have {different} different roles; at most {_MOST_ROLES} are allowed")
+            raise ChatTemplateError(f"the messages have {different} different roles; at most {_MOST_ROLES} are allowed")
         known: list[Message] = []
         for n, message in enumerate(messages):
             given = role = str(message["role"])
             if given == "developer" and not self._written(given, n == 0):
                 role = "system"
             if self._written(role, n == 0) is False:
-                raise self._error(
+                raise ChatTemplateError(
                     f"message {n} has role {given[:40]!r}, which this model's chat template does not write"
                     f"{' there' if n else ''}: it would be lost; use another role, or put its text into another message"
                 )
@@ -58,7 +58,7 @@ class Roles:
         for conversation in _places(role, first):
             try:
                 text = self._render(conversation)
-            except self._error:
+            except ChatTemplateError:
                 continue
             if _WORD in text.lower():
                 return True
@@ -69,7 +69,8 @@ class Roles:
 def _places(role: str, first: bool) -> Iterator[list[Message]]:
     """Conversations in which a template may expect `role`, the likely ones first."""
     said: Message = {"role": role, "content": _WORD}
-    system, user, assistant = ({"role": one, "content": "x"} for one in ("system", "user", "assistant"))
+    user = USER
+    system, assistant = ({**USER, "role": one} for one in ("system", "assistant"))
     if first:
         yield from ([said, user], [said], [said, assistant], [said, user, assistant])
         return

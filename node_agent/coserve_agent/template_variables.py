@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coserve_agent.chat_template import ChatTemplateError, Message
+from coserve_agent.chat_template import ChatTemplateError, Given, Message
 from coserve_agent.errors import AgentError
 from coserve_agent.tokenizer import Tokenizer
 
-ANY_CHAT: Sequence[Message] = ({"role": "user", "content": "x"},)
 FILE = "rendering.json"
 """In an adapter's folder: how its prompts were written."""
 
@@ -30,7 +29,7 @@ def check_variables(tokenizer: Tokenizer, given: Mapping[str, Any], where: str) 
     Raises:
         TemplateVariableError: names the variable in the field `where`.
     """
-    read = frozenset[str]() if tokenizer.template is None else tokenizer.template.variables
+    read = tokenizer.template_variables
     unknown = next((name for name in given if name not in read), None)
     if unknown is not None:
         known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
@@ -48,7 +47,7 @@ def try_variables(tokenizer: Tokenizer, given: Mapping[str, Any], where: str, me
     if not given:
         return
     try:
-        tokenizer.render(messages, variables=given, add_generation_prompt=True)
+        tokenizer.render(messages, Given(variables=given), add_generation_prompt=True)
     except ChatTemplateError as error:
         try:
             tokenizer.render(messages, add_generation_prompt=True)
@@ -57,6 +56,11 @@ def try_variables(tokenizer: Tokenizer, given: Mapping[str, Any], where: str, me
         raise TemplateVariableError(
             f"{where} has values with which the chat template fails ({error}); correct {', '.join(sorted(given))[:200]}"
         ) from None
+
+
+def together(tokenizer: Tokenizer, served: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's variables `given` before those that its model is `served` with, as far as the template reads them."""
+    return {name: value for name, value in served.items() if name in tokenizer.template_variables} | dict(given)
 
 
 def rendering_file(variables: Mapping[str, Any], digest: str) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from datetime import date
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from coserve_agent.call_format import CallFormat, call_format
-from coserve_agent.chat_format import Message, roles_in_one_part, roles_in_parts, shaped
-from coserve_agent.chat_template import REASONING_FIELDS, ChatTemplate, ChatTemplateError
+from coserve_agent.chat_format import USER, roles_in_one_part, roles_in_parts, shaped
+from coserve_agent.chat_template import NOTHING, REASONING_FIELDS, ChatTemplate, ChatTemplateError, Given, Message
 from coserve_agent.cuts import Cuts
 from coserve_agent.errors import StartError
 from coserve_agent.pieces import Pieces
@@ -66,34 +65,31 @@ class Tokenizer:
         self._in_parts: frozenset[str] = frozenset()
         self._in_one_part: frozenset[str] = frozenset()
         self._calls: CallFormat | None = None
-        plain = partial(self._render, add_generation_prompt=False)
-        if source:
-            self._in_parts = roles_in_parts(plain, ChatTemplateError)
-            self._in_one_part = roles_in_one_part(plain, ChatTemplateError, self._in_parts)
-            self._calls = call_format(plain, ChatTemplateError, self._in_parts)
-
-        self._roles = Roles(lambda messages: _whole(plain(self._shaped(messages))), ChatTemplateError)
+        if self.template is not None:
+            plain = partial(self.template.render, add_generation_prompt=False)
+            self._in_parts = roles_in_parts(plain)
+            self._in_one_part = roles_in_one_part(plain, self._in_parts)
+            self._calls = call_format(plain, self._in_parts)
+            self._roles = Roles(lambda messages: _whole(plain(self._shaped(messages))))
 
     @cached_property
     def written_fields(self) -> frozenset[str]:
         """What the chat template writes beside roles and contents, of all that we could give it."""
-        found = set[str]()
-        if self.template and self.template.reads("tools"):
+        template, found = self.template, set[str]()
+        if template is None:
+            return frozenset()
+        if template.reads("tools"):
             found.add("tools")
-        if self.template and any(map(self.template.reads_field, REASONING_FIELDS)):
+        if any(map(template.reads_field, REASONING_FIELDS)) or _opens_thought(template):
             found.add("reasoning_content")
         if self._calls is not None:
             found.add("tool_calls")
-        if self._opens_thought():
-            found.add("reasoning_content")
         return frozenset(found)
 
-    def _opens_thought(self) -> bool:
-        """Whether an answer begins inside a think block, as DeepSeek-R1's does: its template writes none."""
-        try:
-            return opened(self._render([{"role": "user", "content": "x"}], add_generation_prompt=True)) is not None
-        except ChatTemplateError:
-            return False
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The names that may be set for the chat template."""
+        return frozenset() if self.template is None else self.template.variables
 
     # ---- text to tokens ----
 
@@ -158,57 +154,37 @@ class Tokenizer:
 
     # ---- chats ----
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        today: date | None = None,
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], given: Given = NOTHING) -> list[int]:
         """Tokens of a conversation up to where the assistant begins to answer. A message's content is a string or a
         list of text parts, whichever the template takes.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
         """
-        text = self.render(messages, tools, variables, today, add_generation_prompt=True)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(self.render(messages, given, add_generation_prompt=True), add_special_tokens=False)
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        today: date | None = None,
-        *,
-        add_generation_prompt: bool,
-    ) -> str:
+    def render(self, messages: Sequence[Message], given: Given = NOTHING, *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
         """
+        if self.template is None:
+            raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
         shown = self._shaped(self._roles.as_written(messages))
-        return _whole(self._render(shown, tools, variables, today, add_generation_prompt=add_generation_prompt))
+        return _whole(self.template.render(shown, given, add_generation_prompt=add_generation_prompt))
 
     def _shaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         shown = [shaped(message, self._in_parts, self._in_one_part) for message in messages]
         return shown if self._calls is None else [self._calls.shaped(message) for message in shown]
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-        today: date | None = None,
-        *,
-        add_generation_prompt: bool,
-    ) -> str:
-        if self.template is None:
-            raise ChatTemplateError("the model's folder has no chat template; use /v1/completions or the text format")
-        return self.template.render(
-            messages, tools=tools, variables=variables, today=today, add_generation_prompt=add_generation_prompt
-        )
+
+def _opens_thought(template: ChatTemplate) -> bool:
+    """Whether an answer begins inside a think block, as DeepSeek-R1's does: its template writes none."""
+    try:
+        return opened(template.render([USER], add_generation_prompt=True)) is not None
+    except ChatTemplateError:
+        return False
 
 
 def _whole(text: str) -> str:

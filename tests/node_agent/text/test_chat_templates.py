@@ -11,7 +11,7 @@ from chat_templates import trl_templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from coserve_agent import chat_template
-from coserve_agent.chat_template import ChatTemplate, ChatTemplateError
+from coserve_agent.chat_template import ChatTemplate, ChatTemplateError, Given
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATES = trl_templates()
@@ -53,10 +53,10 @@ def test_it_renders_what_transformers_does(name: str) -> None:
                 expected = reference(TEMPLATES[name], chat, tools or None, ask)
                 if expected is None:
                     with pytest.raises(ChatTemplateError):
-                        ours.render(chat, tools=tools, add_generation_prompt=ask)
+                        ours.render(chat, Given(tools), add_generation_prompt=ask)
                     continue
                 accepted += 1
-                assert ours.render(chat, tools=tools, add_generation_prompt=ask) == expected
+                assert ours.render(chat, Given(tools), add_generation_prompt=ask) == expected
     assert accepted or name.startswith("llava")
 
 
@@ -117,9 +117,10 @@ def test_no_argument_or_function_is_a_variable() -> None:
 def test_the_date_is_an_argument() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", TOKENS)
     assert template.asks_for_the_date
-    assert template.render([], today=date(2026, 7, 26), add_generation_prompt=False) == "26 Jul 2026"
+    assert template.render([], Given(today=date(2026, 7, 26)), add_generation_prompt=False) == "26 Jul 2026"
     assert not ChatTemplate("{{ bos_token }}", TOKENS).asks_for_the_date
     llama = ChatTemplate(TEMPLATES["llama3_2"], TOKENS)
-    assert "Today Date: 26 Jul 2026" in llama.render(CHATS[0], today=date(2026, 7, 26), add_generation_prompt=True)
-    given = llama.render(CHATS[0], variables={"date_string": "1 May 1999"}, add_generation_prompt=True)
+    dated = llama.render(CHATS[0], Given(today=date(2026, 7, 26)), add_generation_prompt=True)
+    assert "Today Date: 26 Jul 2026" in dated
+    given = llama.render(CHATS[0], Given(variables={"date_string": "1 May 1999"}), add_generation_prompt=True)
     assert "Today Date: 1 May 1999" in given

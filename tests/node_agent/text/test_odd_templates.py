@@ -12,7 +12,7 @@ from chat_templates import all_templates, write_folder
 
 from coserve_agent.end_tokens import end_tokens
 from coserve_agent.http.errors import ApiError
-from coserve_agent.http.openai import _blame_variables
+from coserve_agent.http.openai import VARIABLES, _blaming_variables
 from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
 from coserve_agent.template_variables import TemplateVariableError, try_variables
 from coserve_agent.tokenizer import Tokenizer
@@ -138,6 +138,7 @@ def test_a_value_that_the_template_cannot_take_is_the_variables_fault(tmp_path: 
     try_variables(model.tokenizer, {"date_string": "5 May"}, "it", [USER])
     many = [{"role": f"r{n}", "content": "x"} for n in range(20)]
     try_variables(model.tokenizer, {"date_string": 5}, "the messages are at fault, too", many)
-    with pytest.raises(ApiError, match=r"chat_template_kwargs has values .*correct date_string") as caught:
-        _blame_variables(model.tokenizer, {"date_string": None}, [USER])
+    wanted = pytest.raises(ApiError, match=r"chat_template_kwargs has values .*correct date_string")
+    with wanted as caught, _blaming_variables():
+        try_variables(model.tokenizer, {"date_string": None}, VARIABLES, [USER])
     assert caught.value.status == 400
