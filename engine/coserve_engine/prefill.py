@@ -4,14 +4,18 @@ decode.
 
 from __future__ import annotations
 
+from math import inf
+
 from coserve_engine.cost import CostModel
 from coserve_engine.plan import Kind, Segment, SequenceView, View
 from coserve_engine.work import ForwardWork, prefill_work
 
 CUT = 16
 """Where a prompt is cut: at a multiple of so many positions."""
-HURRY_SHARE = 0.7
-"""Of the time that decode leaves, what prompts may need before they take the reserve as well."""
+STEPS = (1.0, 0.75, 0.5, 0.25)
+"""Shares of the reserve that stay free beside prompts, tried in this order."""
+HURRY_SHARE = 0.9
+"""Of the time until then, what prompts may need before they take more of the reserve."""
 PATIENCE = 4.0
 """A request counts as due after so many times the time to first token, however late the deadline it asked for."""
 
@@ -21,23 +25,31 @@ def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
     return min(sequence.deadline, sequence.arrival + PATIENCE * ttft_s), sequence.arrival, sequence.slot
 
 
-def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork) -> float:
-    """How much of the view's reserve stays free beside prompts and the rows of `decode`: as much as lets each prompt be
-    in time, the earliest deadline first.
-
-    A gap g with a reserve r and d seconds of decode leaves prompts the share 1 - d / (g - r) of the time.
+def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork, left_s: float) -> float:
+    """How much of the view's reserve stays free beside prompts and the rows of `decode`, which are due in `left_s`: the
+    most at which every prompt will be in time, if this iteration's pace holds.
     """
-    if not prompts or view.reserve_s == 0:
+    if not prompts or view.reserve_s == 0 or left_s == inf:
         return view.reserve_s
-    share, needed_s, decode_s = 0.0, 0.0, cost.forward_s(decode)
-    for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
-        rest = prefill_work(sequence.done, sequence.known - sequence.done, view.tile, view.reaches)
-        needed_s += cost.forward_s(decode.plus(rest)) - decode_s
-        left_s = HURRY_SHARE * (sequence.deadline - view.now)
-        if needed_s >= left_s:
-            return 0.0
-        share = max(share, needed_s / left_s)
-    return min(view.reserve_s, max(0.0, view.tpot_s - cost.forward_bound_s(decode) / (1 - share)))
+    waiting = sorted(prompts, key=lambda s: urgency(s, view.ttft_s))
+    for share in STEPS:
+        kept_s = share * view.reserve_s
+        _, work, whole, _ = chunks(waiting, view, cost, decode, left_s - kept_s)
+        if whole or _in_time(waiting, view, work.rows - decode.rows, cost.forward_s(work) + cost.median_turnaround_s):
+            return kept_s
+    return 0.0
+
+
+def _in_time(waiting: list[SequenceView], view: View, rows: int, seconds: float) -> bool:
+    """Whether prompts, one after the other and so many rows in so many seconds, are done a reserve before their
+    deadlines: a pause may hit them as well.
+    """
+    needed = 0
+    for sequence in waiting:
+        needed += sequence.known - sequence.done
+        if needed * seconds > rows * HURRY_SHARE * (sequence.deadline - view.now - view.reserve_s):
+            return False
+    return True
 
 
 def chunks(

@@ -13,7 +13,7 @@ from schedule_views import NOW, TILE, Linear, costs, decoding, of, prompt, rows,
 from coserve_engine.plan import Kind, View, forward_work
 from coserve_engine.prefill import CUT, urgency
 from coserve_engine.schedule import decide
-from coserve_engine.work import decode_work, prefill_work
+from coserve_engine.work import ForwardWork, decode_work, prefill_work
 
 
 @given(view=views, cost=costs)
@@ -181,3 +181,31 @@ def test_prompts_keep_the_reserve_free_while_they_are_in_time_with_it() -> None:
 
     in_time_s, hurried_s = seconds_with_the_prompt(5.0), seconds_with_the_prompt(0.7)
     assert in_time_s <= 0.1 < hurried_s <= 0.2
+
+
+class Crowded(Linear):
+    """20 ms for each that decodes and 1 ms for a row of a prompt; bounds are half as much again."""
+
+    def forward_s(self, work: ForwardWork) -> float:
+        return 0.02 * work.decode + 1e-3 * work.prefill
+
+
+def test_a_prompt_goes_on_early_where_nothing_fits_beside_the_whole_reserve() -> None:
+    """Two that decode need 60 ms of a gap of 200, a cut of 16 rows 24 more: with 120 kept free the prompt would stand
+    still until it had no time left.
+    """
+    waiting = prompt(99, 96)._replace(deadline=NOW + 0.8)
+    plan = decide(replace(view_of(*decoding(2), waiting), reserve_s=0.12), Crowded(), 0)
+    assert rows(plan, Kind.PREFILL) == 32
+    assert Crowded().forward_bound_s(plan.work) <= 0.2 - 0.75 * 0.12
+
+
+def test_a_prompt_is_to_be_done_a_reserve_before_its_deadline() -> None:
+    """Beside the whole reserve of 100 ms it takes 8 iterations of 56 ms: and a pause fit into 650, not 550."""
+
+    def kept_s(left_s: float) -> float:
+        waiting = prompt(99, 128)._replace(deadline=NOW + left_s)
+        plan = decide(replace(view_of(*decoding(2), waiting), reserve_s=0.1), Crowded(), 0)
+        return 0.2 - Crowded().forward_bound_s(plan.work)
+
+    assert kept_s(0.65) >= 0.1 > kept_s(0.55)
