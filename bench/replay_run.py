@@ -174,7 +174,7 @@ class Run:
                 if by_s > 0:
                     self.late.append(Late(by_s, paused_s - self._began_paused_s))
                 if event.excess_s is not None:
-                    self.reserve.observe(event.started_s + event.duration_s, event.excess_s)
+                    self.reserve.observe(event.started_s + event.duration_s, event.excess_s, event.paused_s)
                     self.reserves.append(self.reserve.seconds)
                 self.result.finetune_tokens += event.finetune_tokens / 3 + 2 * event.backward_tokens / 3
             elif isinstance(event, TokenBatch):

@@ -29,8 +29,9 @@ NOISE_SHARE = 0.01
 START_SHARE, START_S = MOST_SHARE, 600.0
 """What is kept free at least before much was seen; it fades over so many seconds."""
 LOOK_S, RARE = 20.0, 12.0
-"""After so many seconds no more than so many times the highest excess: a still machine stays still, while on others the
-first rare one is some ten times what came all the time.
+"""After so many seconds no more than so many times the highest excess, or the longest pause: a still machine stays
+still, while on others the first rare excess is some ten times what came all the time, and pauses that short work hid
+come in long work too.
 """
 SHORTEST_S, LONGEST_S = 30.0, 600.0
 """How long an excess is remembered at least and at most."""
@@ -50,7 +51,7 @@ class Reserving(Protocol):
     @property
     def seconds(self) -> float: ...
 
-    def observe(self, at_s: float, excess_s: float) -> None: ...
+    def observe(self, at_s: float, excess_s: float, paused_s: float = 0.0) -> None: ...
 
     def judged(self, life_s: float, *, missed: bool) -> None: ...
 
@@ -66,6 +67,7 @@ class Reserve:
         self._events: deque[tuple[float, float]] = deque()
         """(second seen, highest excess) of each block that had one worth it."""
         self._last_at_s = -math.inf
+        self._longest_pause_s = 0.0
         self._seen_s = 0.0
         self._renew_s = 0.0
         self._life_s = START_LIFE_S
@@ -74,8 +76,11 @@ class Reserve:
         self.seconds = START_SHARE * tpot_s
         """To keep free as of now."""
 
-    def observe(self, at_s: float, excess_s: float) -> None:
-        """A gap with finetuning in it ended at `at_s`, so much later than planned (earlier, where negative)."""
+    def observe(self, at_s: float, excess_s: float, paused_s: float = 0.0) -> None:
+        """A gap with finetuning in it ended at `at_s`, so much later than planned (earlier, where negative), with so
+        many seconds of the machine's pauses in it, as far as they are known.
+        """
+        self._longest_pause_s = max(self._longest_pause_s, paused_s)
         self._seen_s += min(LONGEST_GAP_S, max(0.0, at_s - self._last_at_s))
         self._last_at_s = max(at_s, self._last_at_s)
         if NOISE_SHARE * self._tpot_s < excess_s <= self._most_s:  # what no reserve can cover is no reason for one
@@ -121,7 +126,8 @@ class Reserve:
         start_s = START_SHARE * (1 - self._seen_s / START_S) * self._tpot_s
         if self._seen_s < LOOK_S:
             return start_s
-        return min(start_s, RARE * max((excess_s for _, excess_s in self._events), default=0.0))
+        highest_s = max((excess_s for _, excess_s in self._events), default=0.0)
+        return min(start_s, max(RARE * highest_s, self._longest_pause_s))
 
     @property
     def _spared(self) -> float:
@@ -153,7 +159,7 @@ class FixedReserve:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def observe(self, at_s: float, excess_s: float) -> None:
+    def observe(self, at_s: float, excess_s: float, paused_s: float = 0.0) -> None:
         """Learns nothing."""
 
     def judged(self, life_s: float, *, missed: bool) -> None:

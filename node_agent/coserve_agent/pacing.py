@@ -31,7 +31,7 @@ class Pacer(Listener):
 
     def iteration(self, event: IterationDone) -> None:
         if event.excess_s is not None:
-            self._reserve.observe(event.started_s + event.duration_s, event.excess_s)
+            self._reserve.observe(event.started_s + event.duration_s, event.excess_s, event.paused_s)
             self.tell()
 
     def first_token(self, ttft_s: float) -> None:

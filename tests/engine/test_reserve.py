@@ -57,6 +57,14 @@ def test_it_starts_wide_and_narrows_while_nothing_is_late() -> None:
     assert seen == sorted(seen, reverse=True)
 
 
+def test_a_machine_that_pauses_is_not_still_though_nothing_was_late_yet() -> None:
+    """Iterations that were shorter than their bound hid the pauses."""
+    gaps = Gaps()
+    gaps.reserve.observe(0.0, 0.002, paused_s=0.05)
+    assert gaps.calm(30.0) == 0.05
+    assert gaps.calm(START_S) == pytest.approx(LEAST_SHARE * TPOT_S, abs=0.004)
+
+
 def test_a_late_gap_is_covered_at_once(gaps: Gaps) -> None:
     gaps.late(0.06)
     assert gaps.reserve.seconds > 0.06
@@ -158,8 +166,8 @@ class Watched(Reserve):
         super().__init__(TPOT_S, 99.0)
         self.history: list[tuple[float, float]] = []
 
-    def observe(self, at_s: float, excess_s: float) -> None:
-        super().observe(at_s, excess_s)
+    def observe(self, at_s: float, excess_s: float, paused_s: float = 0.0) -> None:
+        super().observe(at_s, excess_s, paused_s)
         self.history.append((at_s, self.seconds))
 
 

@@ -123,7 +123,7 @@ class World:
             done = accounts.close(plan, view, forwarded, units, s.machine.layers)
             result.iteration(done)
             if done.excess_s is not None:
-                self._reserve.observe(forwarded.end_s, done.excess_s)
+                self._reserve.observe(forwarded.end_s, done.excess_s, done.paused_s)
             self._spend(s.machine.turnaround_ms / 1e3)
             if self.reports and self.now - last_report >= REPORT_S:
                 last_report = self.now
