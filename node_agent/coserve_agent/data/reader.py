@@ -80,6 +80,8 @@ class Reader:
             raise LineError(Reason.TEMPLATE, str(error)) from None
         for one in rendered:
             self._check_vocabulary(one.tokens)
+            if not isinstance(row, Text):
+                self._check_said(one)
         samples, refused = [], []
         for one in rendered:
             try:
@@ -98,6 +100,19 @@ class Reader:
                 f"has token {wrong}, which the model has no row for (vocab_size is {self.vocab_size}): its tokenizer "
                 "knows more than the model; take the text of that token out, or mend the model's folder",
             )
+
+    def _check_said(self, rendered: Rendered) -> None:
+        """Refuse an answer of which nothing but its end would be learned."""
+        learned = [token for token, flag in zip(rendered.tokens[1:], rendered.learned[1:], strict=True) if flag]
+        if not all(token in self.renderer.ends for token in learned):
+            return
+        message = "would teach an answer's end alone; give it more of an answer"
+        if rendered.learned[0]:
+            message = (
+                "would teach an answer's end alone, since nothing stands before its only token that could predict it; "
+                "give it a prompt, or more of an answer"
+            )
+        raise LineError(Reason.NOTHING_TO_LEARN, message)
 
     def _sample(self, id: int, rendered: Rendered, several: bool) -> Sample:
         tokens = rendered.tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +184,50 @@ def test_a_developer_is_the_system_where_the_template_knows_no_other(rich: Token
     for role in ("developer", "system"):
         row = {"messages": [{"role": role, "content": "fox"}, *TURNS[:2]]}
         assert learned(rich, row)[0].startswith("<|user|>(fox)<|end|>")
+
+
+# ---- what nothing stands before ----
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "", "completion": "4"}, "nothing stands before its only token"),
+        ({"prompt": "", "completion": "4<|end|>"}, "nothing stands before its only token"),
+        ({"prompt": "", "completion": "<|end|>"}, "give it a prompt"),
+        ({"prompt": "one", "completion": "<|end|>"}, "an answer's end alone; give it more"),
+        (said(content="<|end|>"), "an answer's end alone"),
+    ],
+    ids=str,
+)
+def test_an_end_alone_is_no_answer(tokenizer: Tokenizer, row: Any, words: str) -> None:
+    """This tokenizer begins a text with no token, so nothing could predict the "4"."""
+    with pytest.raises(LineError, match=words) as caught:
+        samples_of(tokenizer, row)
+    assert caught.value.reason is Reason.NOTHING_TO_LEARN
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "4"}, {"text": "4"}], ids=str)
+def test_one_token_alone_is_nothing_to_learn(tmp_path: Path, model_folder: Path, row: Any) -> None:
+    """Without an end token nothing follows it either."""
+    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(LineError) as caught:
+        samples_of(Tokenizer(tmp_path), row)
+    assert caught.value.reason is Reason.NOTHING_TO_LEARN
+
+
+def test_a_text_of_one_token_teaches_that_it_ends(tokenizer: Tokenizer) -> None:
+    assert learned(tokenizer, {"text": "4"}) == ("4<|end|>", "<|end|>")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "4"}, {"text": "4"}], ids=str)
+def test_one_token_behind_a_begin_is_learned(sentencepiece_tokenizer: Tokenizer, row: Any) -> None:
+    """The begin token predicts it, as it does where the server is asked with an empty prompt."""
+    assert learned(sentencepiece_tokenizer, row) == ("<s> 4</s>", "4</s>")
+
+
+def test_more_behind_an_empty_prompt_is_learned_but_for_its_first_token(tokenizer: Tokenizer) -> None:
+    assert learned(tokenizer, {"prompt": "", "completion": "4 two"}) == ("4 two<|end|>", " two<|end|>")
