@@ -16,6 +16,8 @@ from coserve_api.job import DatasetFormat, Learn
 from coserve_api.shards import Sample
 
 T = TypeVar("T")
+NAME = "messages[].name"
+"""Counted where the chat template does not write it, like the fields of a row that mean nothing here."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Reader:
         return _guarded(lambda: self._read(id, raw))
 
     def _read(self, id: int, raw: bytes | None) -> Reading:
-        rules = Rules(self.renderer.tokenizer.written_fields, self.learn)
+        tokenizer = self.renderer.tokenizer
+        rules = Rules(tokenizer.written_fields, self.learn)
         row, unknown = read(self.format, parse(_whole(raw)), rules)
         try:
             match row:
@@ -90,6 +93,8 @@ class Reader:
                 refused.append(error)
         if not samples:
             raise refused[0] if refused else LineError(Reason.NOTHING_TO_LEARN, "gives nothing to learn")
+        if isinstance(row, Conversation) and any(map(tokenizer.loses_name, row.messages)):
+            unknown = (*unknown, NAME)
         return Reading(tuple(samples), tuple(refused), unknown)
 
     def _check_vocabulary(self, tokens: list[int]) -> None:

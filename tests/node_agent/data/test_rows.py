@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_rows import TURNS, learned, samples_of
+from data_rows import TURNS, learned, line_of, reader_of, samples_of
 
 from coserve_agent.data.problems import LineError, Reason
+from coserve_agent.data.reader import NAME
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import Learn
 
@@ -94,6 +96,28 @@ def test_a_field_that_is_not_known_is_refused_unless_it_is_null(tokenizer: Token
         samples_of(tokenizer, said(**{field: "x"}))
     assert caught.value.reason is Reason.UNKNOWN_FIELD
     assert learned(tokenizer, said(**{field: None})) == learned(tokenizer, said())
+
+
+def names_of(row: dict[str, Any], **names: str | None) -> dict[str, Any]:
+    """The row, its messages with the names of their roles."""
+    return {"messages": [{**one, "name": names[one["role"]]} for one in row["messages"]]}
+
+
+def test_a_name_that_the_template_does_not_write_is_counted(
+    tokenizer: Tokenizer, with_template: Callable[[str], Tokenizer]
+) -> None:
+    """A request's is left out in the same way, so what is learned is still what is served."""
+    raw = line_of(names_of(said(), user="dog", assistant="fox"))
+    reading = reader_of(tokenizer).detected(raw).read(1, raw)
+    assert (reading.unknown, reading.refused) == ((NAME,), ())
+    assert reading.samples == samples_of(tokenizer, said())
+    for row in (said(), names_of(said(), user=None, assistant=None)):
+        raw = line_of(row)
+        assert reader_of(tokenizer).detected(raw).read(1, raw).unknown == ()
+    naming = with_template("{% for m in messages %}{{ m.name }}:{{ m.content }}<|end|>{% endfor %}")
+    raw = line_of(names_of(said(), user="dog", assistant="fox"))
+    assert reader_of(naming).detected(raw).read(1, raw).unknown == ()
+    assert "dog:one" in learned(naming, names_of(said(), user="dog", assistant="fox"))[0]
 
 
 def test_calls_and_their_results_are_written(rich: Tokenizer) -> None:
