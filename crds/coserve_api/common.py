@@ -4,12 +4,14 @@ and for the CRD alike.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, core_schema
 
@@ -260,11 +262,41 @@ Day = Annotated[
         in_range=_is_day,
     ),
 ]
+MAX_VARIABLES = 32
+MAX_VARIABLES_BYTES = 16 << 10
+MAX_VARIABLES_DEPTH = 32
+
+
+def variables_fault(variables: Mapping[str, Any]) -> str:
+    """What is said of variables of a chat template that are too many, too large or nested too deeply, beginning with
+    the verb; "" where they are not. No rule of the API server can see into them, so whoever uses them asks here.
+    """
+    if len(variables) > MAX_VARIABLES:
+        return f"has {len(variables)} variables, and {MAX_VARIABLES} are allowed; take some out"
+    depth, level = 1, [_items(variables)]
+    while level := [_items(value) for values in level for value in values if isinstance(value, list | dict)]:
+        depth += 1
+        if depth > MAX_VARIABLES_DEPTH:
+            return f"is nested more than {MAX_VARIABLES_DEPTH} deep; make it flatter"
+    size = len(json.dumps(variables, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > MAX_VARIABLES_BYTES:
+        return f"takes {size} bytes of JSON, and {MAX_VARIABLES_BYTES} are allowed; make it smaller"
+    return ""
+
+
+def _items(value: list[Any] | Mapping[str, Any]) -> Collection[Any]:
+    return value if isinstance(value, list) else value.values()
+
+
 TemplateVariables = Annotated[
-    dict[str, JsonValue],
+    dict[str, Any],
     Field(
-        max_length=32,
-        json_schema_extra={"type": "object", "maxProperties": 32, "x-kubernetes-preserve-unknown-fields": True},
+        max_length=MAX_VARIABLES,
+        json_schema_extra={
+            "type": "object",
+            "maxProperties": MAX_VARIABLES,
+            "x-kubernetes-preserve-unknown-fields": True,
+        },
     ),
 ]
 Origin = Annotated[

@@ -156,7 +156,7 @@ class Engine(SpecModel):
     (temperature 1, nothing cut off). A value in a request always wins."""
     template_variables: TemplateVariables = Field(default_factory=dict)
     """Variables of the chat template by name, such as enable_thinking, where neither the request
-    (chat_template_kwargs) nor the adapter has a value."""
+    (chat_template_kwargs) nor the adapter has a value. At most 16 KiB of JSON, 32 deep."""
 
 
 class Cors(SpecModel):

@@ -137,7 +137,7 @@ class Dataset(SpecModel):
     """Whether a line, or an answer of it, that cannot be used fails the job or is skipped and counted."""
     template_variables: TemplateVariables = Field(default_factory=dict)
     """Variables of the chat template by name, such as enable_thinking. They go with the adapter: it is served with
-    them, where a request does not say otherwise."""
+    them, where a request does not say otherwise. At most 16 KiB of JSON, 32 deep, those of the endpoint included."""
     date: Day | None = None
     """What a chat template that asks for the date is told, such as 2026-07-26. Default: the day on which the job was
     made (UTC)."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from coserve_api.common import Elapsed, Measured, StatusModel, Timestamp
+from coserve_api.common import MAX_VARIABLES_BYTES, Elapsed, Measured, StatusModel, Timestamp
 from coserve_api.conditions import Condition
 
 MAX_EVALUATIONS = 10
@@ -217,6 +217,10 @@ class JobStatus(StatusModel):
     """The published version."""
     continued_from: ContinuedFrom | None = None
     """The adapter whose weights the job began with, where adapter.from names one."""
+    endpoint_template_variables: Annotated[str, Field(max_length=MAX_VARIABLES_BYTES)] | None = None
+    """The endpoint's engine.templateVariables when the job's data were first read, as JSON. The job keeps them,
+    whatever becomes of the endpoint's; its own dataset.templateVariables come before them.
+    """
     restarts: Annotated[int, Field(ge=0)] = 0
     """Rebindings after a lost agent."""
     observed_generation: Annotated[int, Field(ge=0)] = 0

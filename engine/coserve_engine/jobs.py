@@ -105,8 +105,12 @@ class Job:
         if isinstance(command, ForwardBackward):
             e = self._executor
             check_pass(command, e.config.max_model_length, e.model.vocab_size)
-            if self._pages(command) > e.ledger.total:
-                raise refused(f"pass {command.work.id} needs more KV pages than the pool has; split it")
+            pages, total = self._pages(command), e.ledger.total
+            if pages > total:
+                raise refused(
+                    f"pass {command.work.id} needs {pages} KV pages for {len(command.work.seqs)} samples, and the pool "
+                    f"has {total}; split it, or raise engine.kvCacheMemory of the endpoint"
+                )
             work = replace(command.work, id=next(e.pass_ids), job=self.id)  # drivers may count alike
             command = replace(command, work=work)
         self._seen = command.seq_no

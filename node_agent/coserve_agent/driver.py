@@ -20,7 +20,7 @@ from coserve_agent.errors import JobFailedError
 from coserve_agent.evaluations import EvalLog, EvalRecord
 from coserve_agent.inflight import Evaluation, OpenSteps
 from coserve_agent.lora import lora_of
-from coserve_agent.passes import split_passes, to_seqs
+from coserve_agent.passes import PassBounds, split_passes, to_seqs
 from coserve_agent.template_variables import FILE as RENDERING_FILE
 from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog
 from coserve_api.job import FailedReason, PublishPolicy
@@ -66,15 +66,16 @@ class ShardSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the driver must know of a job. `engine_job` names it in the engine; paths are absolute; `rendering` is the
-    file that says how prompts of the adapter are written; `start` is the folder of the adapter that it goes on from,
-    where its spec says so.
+    """What the driver must know of a job. `engine_job` names it in the engine; `bounds` are its passes'; paths are
+    absolute; `rendering` is the file that says how prompts of the adapter are written; `start` is the folder of the
+    adapter that it goes on from, where its spec says so.
     """
 
     engine_job: str
     spec: BindingSpec
     total_steps: int
     max_length: int
+    bounds: PassBounds
     base_model_name: str
     rendering: str
     checkpoint_path: Callable[[int], Path]
@@ -128,7 +129,7 @@ class Driver:
         self._pass_ids = pass_ids
         self._seq = itertools.count(1)
         self._log = TrainingLog()
-        self._open = OpenSteps(plan.engine_job, plan.spec, plan.total_steps, pass_ids)
+        self._open = OpenSteps(plan.engine_job, plan.spec, plan.total_steps, plan.bounds, pass_ids)
         self._eval = Evaluation()
         self._changed = asyncio.Event()
         self._stop = False
@@ -292,7 +293,7 @@ class Driver:
         for sample in samples:
             self._check_length(sample)
         self._eval = Evaluation()
-        for micro, part in enumerate(split_passes(samples)):
+        for micro, part in enumerate(split_passes(samples, self._plan.bounds)):
             await self._until(lambda: len(self._eval.pending) < EVAL_PASSES_IN_FLIGHT)
             seqs = to_seqs(part, 1.0)
             work = Pass(next(self._pass_ids), self._plan.engine_job, step, micro, seqs, PassMode.EVAL)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from coserve_agent.errors import AgentError, EngineGoneError
 from coserve_agent.passage import Passage
+from coserve_agent.passes import PassBounds
 from coserve_engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -174,6 +175,12 @@ class EngineClient:
     def vocab_size(self) -> int:
         """Rows of the model's vocabulary; ids from 0 on. The model must be ready."""
         return self._ready.result().vocab_size
+
+    @property
+    def pass_bounds(self) -> PassBounds:
+        """What passes of its jobs may have at most. The model must be ready."""
+        ready = self._ready.result()
+        return PassBounds(ready.kv_total_pages, ready.page_tokens)
 
     async def gone(self) -> EngineGoneError:
         """Wait until the engine has ended, and say why."""

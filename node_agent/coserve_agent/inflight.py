@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from coserve_agent.errors import JobFailedError
 from coserve_agent.evaluations import EvalRecord
-from coserve_agent.passes import split_passes, to_seqs, weight_sum
+from coserve_agent.passes import PassBounds, split_passes, to_seqs, weight_sum
 from coserve_agent.schedule import learning_rate
 from coserve_agent.trainlog import StepRecord, finite
 from coserve_api.job import FailedReason
@@ -33,8 +33,11 @@ class _OpenStep:
 class OpenSteps:
     """The steps in flight, oldest first. `pass_ids` are unique over the engine's life."""
 
-    def __init__(self, job: str, spec: BindingSpec, total_steps: int, pass_ids: Iterator[int]) -> None:
+    def __init__(
+        self, job: str, spec: BindingSpec, total_steps: int, bounds: PassBounds, pass_ids: Iterator[int]
+    ) -> None:
         self._job = job
+        self._bounds = bounds
         self._spec = spec
         self._total_steps = total_steps
         self._pass_ids = pass_ids
@@ -51,7 +54,7 @@ class OpenSteps:
         lines = tuple(dict.fromkeys(sample.id for sample in shard.samples))
         current = _OpenStep(step, lr, lines, set())
         commands: list[Command] = []
-        for micro, part in enumerate(split_passes(shard.samples)):
+        for micro, part in enumerate(split_passes(shard.samples, self._bounds)):
             seq_no = next(seq)
             current.passes.add(seq_no)
             work = Pass(next(self._pass_ids), self._job, step, micro, to_seqs(part, divisor, shard.epoch))

@@ -143,6 +143,7 @@ class JobRun:
             spec=spec,
             total_steps=feed.total_steps,
             max_length=around.max_model_length,
+            bounds=around.engine.pass_bounds,
             base_model_name=around.base_model,
             rendering=rendering_file(spec.template_variables, around.digest),
             checkpoint_path=lambda step: around.artifacts / self._checkpoints.relative(step),

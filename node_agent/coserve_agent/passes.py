@@ -1,10 +1,11 @@
-"""How the samples of an optimizer step become passes: a function of the data alone, never of load, so that a replay
-is exact.
+"""How the samples of an optimizer step become passes: a function of the data and of the engine's size, never of load,
+so that a replay is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from coserve_api.shards import Sample
 from coserve_engine.messages import TrainSeq
@@ -12,17 +13,33 @@ from coserve_engine.messages import TrainSeq
 PASS_TOKENS = 512
 
 
-def split_passes(samples: Sequence[Sample], pass_tokens: int = PASS_TOKENS) -> list[tuple[Sample, ...]]:
-    """Whole samples in order, as many to a pass as fit `pass_tokens`; a longer sample is a pass of its own."""
+@dataclass(frozen=True, slots=True)
+class PassBounds:
+    """What a pass may have at most: tokens, and pages of the KV pool, of which each sample has its own.
+
+    The pool bounds passes only where it has fewer pages than their samples need; the engine starts with no pool that
+    holds less than one sample of its maxModelLength.
+    """
+
+    pages: int
+    page_tokens: int
+    tokens: int = PASS_TOKENS
+
+    def pages_of(self, sample: Sample) -> int:
+        return -(-len(sample.tokens) // self.page_tokens)
+
+
+def split_passes(samples: Sequence[Sample], bounds: PassBounds) -> list[tuple[Sample, ...]]:
+    """Whole samples in order, as many to a pass as fit `bounds`; a larger sample is a pass of its own."""
     passes: list[tuple[Sample, ...]] = []
     current: list[Sample] = []
-    tokens = 0
+    tokens = pages = 0
     for sample in samples:
-        if current and tokens + len(sample.tokens) > pass_tokens:
+        tokens, pages = tokens + len(sample.tokens), pages + bounds.pages_of(sample)
+        if current and (tokens > bounds.tokens or pages > bounds.pages):
             passes.append(tuple(current))
-            current, tokens = [], 0
+            current, tokens, pages = [], len(sample.tokens), bounds.pages_of(sample)
         current.append(sample)
-        tokens += len(sample.tokens)
     return [*passes, tuple(current)] if current else passes
 
 

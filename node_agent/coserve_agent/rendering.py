@@ -155,8 +155,8 @@ class Renderer:
     # ---- a turn ----
 
     def _turn(self, conversation: Conversation, index: int, before: _Turn | None) -> _Turn:
-        messages, message = conversation.messages[:index], conversation.messages[index]
-
+        messages, message = conversation.messages[:index], dict(conversation.messages[index])
+        message.pop("name", None)  # no prompt asks for one, so it is no part of the answer
         given = Given(conversation.tools, self._variables, self._today)
 
         def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

@@ -1,5 +1,6 @@
-"""Which roles a chat template writes. Most templates skip a role that they do not know, and the message is gone without
-a word; so each role is tried once, with a word that is looked for in what the template writes.
+"""Which roles a chat template writes, and of which it writes the message's name. Most templates skip a role that they
+do not know, and the message is gone without a word; so each role is tried once, with words that are looked for in what
+the template writes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import lru_cache
 from coserve_agent.chat_format import USER, Render
 from coserve_agent.chat_template import ChatTemplateError, Message
 
-_WORD = "quokka"
+_WORD, _NAME = "quokka", "numbat"
 _ROLES_KEPT = 64
 """Roles whose answer is remembered: their names are the client's, so there is a bound."""
 _MOST_ROLES = 16
@@ -27,6 +28,7 @@ class Roles:
     def __init__(self, render: Render) -> None:
         self._render = render
         self._written = lru_cache(_ROLES_KEPT)(self._try)
+        self._named = lru_cache(_ROLES_KEPT)(self._try_name)
 
     def as_written(self, messages: Sequence[Message]) -> list[Message]:
         """`messages`, with developer as system where the template writes no developer (as OpenAI's models take one for
@@ -52,23 +54,35 @@ class Roles:
             known.append(message if role == given else {**message, "role": role})
         return known
 
+    def writes_name(self, role: str) -> bool:
+        """Whether the template writes the name of a message of `role`, wherever it may stand."""
+        return self._named(role)
+
     def _try(self, role: str, first: bool) -> bool | None:
         """Whether the template writes a message of `role`, as the first one or a later; None where it refuses all."""
         refused = True
-        for conversation in _places(role, first):
-            try:
-                text = self._render(conversation)
-            except ChatTemplateError:
-                continue
-            if _WORD in text.lower():
+        for text in self._texts({"role": role, "content": _WORD}, first):
+            if _WORD in text:
                 return True
             refused = False
         return None if refused else False
 
+    def _try_name(self, role: str) -> bool:
+        known = "system" if role == "developer" and not self._written(role, True) else role
+        said = {"role": known, "content": _WORD, "name": _NAME}
+        return any(_NAME in text for first in (True, False) for text in self._texts(said, first))
 
-def _places(role: str, first: bool) -> Iterator[list[Message]]:
-    """Conversations in which a template may expect `role`, the likely ones first."""
-    said: Message = {"role": role, "content": _WORD}
+    def _texts(self, said: Message, first: bool) -> Iterator[str]:
+        """What the template writes of the conversations that it does not refuse."""
+        for conversation in _places(said, first):
+            try:
+                yield self._render(conversation).lower()
+            except ChatTemplateError:
+                continue
+
+
+def _places(said: Message, first: bool) -> Iterator[list[Message]]:
+    """Conversations in which a template may expect the message `said`, the likely ones first."""
     user = USER
     system, assistant = ({**USER, "role": one} for one in ("system", "assistant"))
     if first:
@@ -80,5 +94,5 @@ def _places(role: str, first: bool) -> Iterator[list[Message]]:
     name, id = "wombat", "abcdefghi"
     call = {"id": id, "type": "function", "function": {"name": name, "arguments": {}}}
     calls: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    result: Message = {**said, "name": name, "tool_call_id": id}
+    result: Message = {"name": name, **said, "tool_call_id": id}
     yield from ([user, calls, result], [user, calls, result, assistant], [system, user, calls, result])

@@ -8,7 +8,6 @@ server took is refused here.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,6 +15,7 @@ from typing import Annotated, TypeVar
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from coserve_agent import strict_json
 from coserve_agent.errors import StartError
 from coserve_api.common import (
     BatchSize,
@@ -59,7 +59,7 @@ def _comma_separated(value: object) -> object:
 
 def _json(value: object) -> object:
     try:
-        return json.loads(value or "{}") if isinstance(value, str) else value
+        return strict_json.loads(value or "{}") if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it must be a JSON object ({error})") from None
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coserve_agent import strict_json
 from coserve_agent.chat_template import ChatTemplateError, Given, Message
 from coserve_agent.errors import AgentError
 from coserve_agent.tokenizer import Tokenizer
+from coserve_api.common import variables_fault
 
 FILE = "rendering.json"
 """In an adapter's folder: how its prompts were written."""
@@ -24,11 +26,15 @@ class TemplateVariableError(AgentError):
 
 
 def check_variables(tokenizer: Tokenizer, given: Mapping[str, Any], where: str) -> None:
-    """Refuse variables that the chat template does not read: they would change nothing, or something of ours.
+    """Refuse variables that the chat template does not read (they would change nothing, or something of ours), and
+    more of them than their bounds allow.
 
     Raises:
         TemplateVariableError: names the variable in the field `where`.
     """
+    fault = variables_fault(given)
+    if fault:
+        raise TemplateVariableError(f"{where} {fault}")
     read = tokenizer.template_variables
     unknown = next((name for name in given if name not in read), None)
     if unknown is not None:
@@ -71,7 +77,7 @@ def rendering_file(variables: Mapping[str, Any], digest: str) -> str:
 def variables_of(folder: Path) -> dict[str, Any]:
     """Those of the adapter in `folder`; none where it does not say (it may be from elsewhere)."""
     try:
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = strict_json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     variables = content.get("template_variables") if isinstance(content, dict) else None

@@ -86,6 +86,13 @@ class Tokenizer:
             found.add("tool_calls")
         return frozenset(found)
 
+    def loses_name(self, message: Message) -> bool:
+        """Whether the message has a name that the chat template does not write: a request's is left out then, as in
+        vLLM, since many clients send one with each message.
+        """
+        named = message.get("name") is not None
+        return named and self.template is not None and not self._roles.writes_name(str(message["role"]))
+
     @property
     def template_variables(self) -> frozenset[str]:
         """The names that may be set for the chat template."""

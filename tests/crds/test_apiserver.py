@@ -379,6 +379,7 @@ def test_the_status_of_a_job_shows_in_its_columns(objects, now) -> None:
         checkpoint=CheckpointStatus(step=40, cursor=40, epoch=3, uri="pvc://a/jobs/j/e3/s40", sha256="0" * 64),
         adapter=PublishedAdapter(name="gsm8k-json", version=1, uri="pvc://a/adapters/x/v1", sha256="0" * 64, rank=8),
         continued_from=ContinuedFrom(uri="pvc://a/adapters/y/v2", version=2, sha256="0" * 64),
+        endpoint_template_variables='{"enable_thinking": false, "x": null}',
         restarts=1,
         observed_generation=1,
         start_time=timestamp(now),

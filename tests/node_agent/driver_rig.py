@@ -92,8 +92,9 @@ def spec(**changes: Any) -> BindingSpec:
 
 
 @asynccontextmanager
-async def running(model: Path) -> AsyncIterator[EngineClient]:
-    client = EngineClient(EngineHost.start(EngineConfig(str(model), max_model_length=256, kv_cache_bytes=8 << 20)))
+async def running(model: Path, kv_cache_bytes: int = 8 << 20) -> AsyncIterator[EngineClient]:
+    config = EngineConfig(str(model), max_model_length=256, kv_cache_bytes=kv_cache_bytes)
+    client = EngineClient(EngineHost.start(config))
     client.start()
     try:
         await asyncio.wait_for(client.ready(), 90)
@@ -129,7 +130,8 @@ def rigs(tmp_path: Path) -> MakeRig:
         binding, start = spec(**changes), None
         if binding.start is not None:
             start = tmp_path / binding.start.path
-        plan = Plan(name, binding, TOTAL, 256, "base", "{}", lambda step: tmp_path / name / f"s{step}", start)
+        bounds, folder = client.pass_bounds, tmp_path / name
+        plan = Plan(name, binding, TOTAL, 256, bounds, "base", "{}", lambda step: folder / f"s{step}", start)
         evals: list[EvalRecord] = []
         driver = Driver(plan, channel, source, accept=accept, on_step=on_step, pass_ids=pass_ids, on_eval=evals.append)
         made = Rig(driver, source, tmp_path / name, evals=evals)

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, get_scheduler
 from coserve_agent.driver import STEPS_IN_FLIGHT, StopRequested
 from coserve_agent.errors import JobFailedError
 from coserve_agent.inflight import OpenSteps
+from coserve_agent.passes import PassBounds
 from coserve_agent.trainlog import DriverState
 from coserve_api.job import FailedReason, Schedule
 from coserve_api.shards import Sample, Shard
@@ -234,7 +235,31 @@ async def test_the_engine_is_told_all_that_the_job_says(model_folder: Path, rig:
 
 
 def test_a_steps_sequences_carry_its_epoch() -> None:
-    steps = OpenSteps("job", spec(), TOTAL, itertools.count(1))
+    steps = OpenSteps("job", spec(), TOTAL, PassBounds(1 << 20, 64), itertools.count(1))
     commands = steps.begin(3, Shard(3, 2, "0" * 64, shard(3).samples), itertools.count(1))
     passes = [command.work for command in commands if isinstance(command, ForwardBackward)]
     assert [seq.epoch for work in passes for seq in work.seqs] == [2] * 4
+
+
+PAGE_BYTES = 16384
+
+
+@pytest.mark.parametrize("pages", [4, 5, 8])
+async def test_passes_fit_the_pool_whatever_its_size(model_folder: Path, rig: MakeRig, pages: int) -> None:
+    """Short samples have a page each, so that few tokens may need many pages. The smallest pool with which the engine
+    starts holds one sample of the longest.
+    """
+    samples = [sample for n in range(1, TOTAL + 1) for sample in shard(n).samples]
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    async with running(model_folder, (1 + pages) * PAGE_BYTES) as client, rig(client) as job:
+        assert client.pass_bounds == PassBounds(pages, 64)
+
+        async def all_samples() -> list[Sample]:
+            return samples
+
+        job.source.eval_samples = all_samples  # type: ignore[method-assign]
+        await job.driver.train()
+    assert [record.step for record in job.steps] == list(range(1, TOTAL + 1))
+    assert job.driver.state.eval_loss_initial == pytest.approx(mean_loss(model, samples), rel=1e-5)
+    parts = [len(c.work.seqs) for c in job.commands if isinstance(c, ForwardBackward) and c.work.mode is PassMode.EVAL]
+    assert max(parts) == pages

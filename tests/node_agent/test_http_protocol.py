@@ -53,6 +53,52 @@ def test_half_of_a_surrogate_pair_is_refused_anywhere(http: httpx.Client, path: 
     assert http.get("/v1/models").status_code == 200  # on the same connection
 
 
+# ---- what is no JSON, or JSON of two meanings ----
+
+NO_NUMBERS = [
+    ("/v1/completions", '{"prompt": "a", "temperature": %s}', "temperature", "temperature: "),
+    ("/v1/completions", '{"prompt": "a", "logit_bias": {"5": %s}}', "logit_bias", "logit_bias.5: "),
+    ("/v1/completions", '{"prompt": "a", "metadata": {"x": [1, {"y": %s}]}}', "metadata", "metadata.x.1.y: "),
+    ("/v1/completions", '{"prompt": [1, %s]}', "prompt", "prompt.1: "),
+    ("/v1/completions", '{"prompt": "a", "\\ud83d": %s}', "\\ud83d", ""),
+    ("/v1/chat/completions", '{"chat_template_kwargs": {"x": %s}}', "chat_template_kwargs", "chat_template_kwargs.x: "),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": %s}]}', "messages", "messages.0.content: "),
+    ("/tokenize", '{"prompt": %s}', "prompt", "prompt: "),
+    ("/detokenize", '{"tokens": [1, %s]}', "tokens", "tokens.1: "),
+]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1.5E+400"])
+@pytest.mark.parametrize(("path", "body", "param", "where"), NO_NUMBERS, ids=[body for _, body, _, _ in NO_NUMBERS])
+def test_what_json_has_no_number_for_is_refused_anywhere(
+    http: httpx.Client, path: str, body: str, param: str, where: str, number: str
+) -> None:
+    """RFC 8259 has no NaN and no Infinity; Python's parser reads both, and rounds what is too large to the latter."""
+    status, answer = post(http, path, body % number)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"].startswith(where)
+    assert number in answer["error"]["message"]
+
+
+TWICE = [
+    ("/v1/completions", '{"prompt": "a", "prompt": "b"}', "prompt"),
+    ("/v1/completions", '{"prompt": "a", "max_tokens": 1, "max_tokens": 1}', "max_tokens"),
+    ("/v1/completions", '{"prompt": "a", "user": null, "user": "x"}', "user"),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "role"),
+    ("/v1/chat/completions", '{"chat_template_kwargs": {"x": true, "x": false}}', "x"),
+    ("/v1/chat/completions", '{"chat_template_kwargs": {"x": {"\\ud83d": 1, "\\ud83d": 2}}}', "\\ud83d"),
+    ("/tokenize", '{"prompt": "a", "prompt": "a"}', "prompt"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), TWICE, ids=[body[:70] for _, body, _ in TWICE])
+def test_a_field_that_is_there_twice_is_refused(http: httpx.Client, path: str, body: str, param: str) -> None:
+    """One of the two would be dropped in silence, as a row's would."""
+    status, answer = post(http, path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert "stands twice in one object" in answer["error"]["message"]
+
+
 def test_half_of_a_pair_in_raw_bytes_is_no_json(http: httpx.Client) -> None:
     status, answer = post(http, "/v1/completions", b'{"prompt": "\xed\xa0\xbd"}')
     assert (status, answer["error"]["code"]) == (400, "invalid_json")

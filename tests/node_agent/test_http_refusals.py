@@ -102,6 +102,18 @@ def test_wrong_parameters_are_named(http: httpx.Client, change: dict[str, Any], 
     assert param in error["message"]
 
 
+def test_a_name_that_the_template_does_not_write_changes_nothing(http: httpx.Client) -> None:
+    """LangChain and AutoGen send one with each message; vLLM, too, leaves it to the template."""
+    named = [{**message, "name": "Anna_1"} for message in (*CHAT, {"role": "assistant", "content": "x"}, *CHAT)]
+    nameless = [{**message, "name": None} for message in named]
+    answers = [
+        http.post("/v1/chat/completions", json=GOOD | {"messages": one, "return_token_ids": True, "seed": 1}).json()
+        for one in (named, nameless)
+    ]
+    assert answers[0]["prompt_token_ids"] == answers[1]["prompt_token_ids"]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
 def test_tool_calls_that_a_template_would_drop_are_refused(http: httpx.Client) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": "{}"}}
     messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, *CHAT]

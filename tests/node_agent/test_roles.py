@@ -157,3 +157,45 @@ def test_each_role_is_tried_once() -> None:
     for n in range(200):
         roles.as_written([USER, {"role": f"role{n}", "content": "x"}])
     assert roles._written.cache_info().currsize <= 64, "names are the client's: what is remembered is bounded"
+
+
+# ---- names ----
+
+NAMED = EACH.replace("BODY", "<|{{ m.role }}|>{{ m.name or m.role }}:{{ m.content }}<|end|>")
+"""As Kimi K2's: a name stands in the place of the role's."""
+
+
+@pytest.mark.parametrize(
+    ("template", "named", "nameless"),
+    [
+        (CHATML, (), ("user", "assistant", "system", "tool", "developer", "critic")),
+        (NAMED, ("user", "assistant", "system", "tool", "developer", "critic"), ()),
+        (MISTRAL_TOOLS, ("tool",), ("user", "assistant", "system")),
+        (WITH_SYSTEM, (), ("user", "developer")),
+        (WITH_SYSTEM.replace("({{", "({{ m.name }}{{"), ("system", "developer"), ("user", "assistant")),
+        (RAISING.replace("[{{ m.role }}]", "{{ m.name }}"), ("user", "assistant", "tool"), ()),
+    ],
+    ids=["chatml", "named", "mistral", "system", "system-named", "raising"],
+)
+def test_whose_names_are_written(
+    with_template: Make, template: str, named: tuple[str, ...], nameless: tuple[str, ...]
+) -> None:
+    tokenizer = with_template(template)
+    for role in (*named, *nameless):
+        message = {"role": role, "content": "x", "name": "fox"}
+        assert tokenizer.loses_name(message) == (role in nameless), role
+        assert not tokenizer.loses_name({"role": role, "content": "x"})
+
+
+def test_a_name_that_the_template_writes_is_context_and_no_answer(with_template: Make) -> None:
+    """Nobody can ask for an answer of a name: behind the prompt stands the content alone."""
+    tokenizer = with_template(NAMED + "{% if add_generation_prompt %}<|assistant|>assistant:{% endif %}")
+    renderer = Renderer(tokenizer, (3,))
+    user, answer = {**USER, "name": "dog"}, {**ANSWER, "name": "fox"}
+    first, second = renderer.chat(Conversation([user, answer, user, answer]))
+    asked = [tokenizer.encode_chat(messages) for messages in ([user], [user, answer, user])]
+    for sequence, prompt, text in zip((first, second), asked, ("<|user|>dog:one", "<|assistant|>fox:two"), strict=True):
+        assert sequence.tokens[: len(prompt)] == prompt
+        assert text in tokenizer.decode(prompt, False)
+        assert tokenizer.decode(sequence.tokens[len(prompt) :], False) == "two<|end|>"
+        assert sequence.learned == [False] * len(prompt) + [True] * (len(sequence.tokens) - len(prompt))

@@ -132,7 +132,7 @@ def test_template_variables_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch, {"MODEL_PATH": "/models/m", "TEMPLATE_VARIABLES": '{"enable_thinking": false, "n": [1.5]}'}
     )
     assert read(AgentSettings).template_variables == {"enable_thinking": False, "n": [1.5]}
-    for wrong in ("[]", "3", "{", "null"):
+    for wrong in ("[]", "3", "{", "null", '{"x": NaN}', '{"x": 1e999}', '{"x": 1, "x": 2}', "[" * 100_000):
         environment(monkeypatch, {"TEMPLATE_VARIABLES": wrong})
         with pytest.raises(StartError, match="COSERVE_TEMPLATE_VARIABLES"):
             read(AgentSettings)

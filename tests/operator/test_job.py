@@ -21,12 +21,27 @@ def test_without_its_endpoint_a_job_waits_and_says_for_what(it) -> None:
     assert "tiny" in verdict.message
 
 
+def variables(value):
+    """A job with a template variable; no rule of the API server can see into it."""
+    return {"dataset": {"uri": "pvc://d/x", "templateVariables": {"x": value}}}
+
+
+def nested(depth):
+    value = True
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("spec", "reason", "words"),
     [
         ({"adapter": {"name": "a", "rank": 65}}, "RankTooLarge", "maxRank"),
         ({"adapter": {"name": "tiny"}}, "NameTaken", "base model"),
         ({"dataset": {"uri": "pvc://d/x", "maxSequenceLength": 4096}}, "EndpointRejected", "maxModelLength 1024"),
+        (variables("x" * 16_400), "InvalidDataset", "bytes of JSON, and 16384 are allowed"),
+        (variables(nested(40)), "InvalidDataset", "spec.dataset.templateVariables"),
+        (variables(nested(600)), "InvalidDataset", "nested more than 32 deep"),
     ],
 )
 def test_a_spec_that_cannot_work_fails_with_a_remedy(it, spec, reason, words) -> None:
@@ -34,6 +49,17 @@ def test_a_spec_that_cannot_work_fails_with_a_remedy(it, spec, reason, words) ->
     verdict = it.judge()
     assert (verdict.state, verdict.reason) == ("Failed", reason)
     assert words in verdict.message
+
+
+def test_the_endpoints_variables_count_with_the_jobs(it, make) -> None:
+    it.body["spec"]["dataset"]["templateVariables"] = {f"a{n}": "x" * 300 for n in range(30)}
+    assert it.judge().state != "Failed"
+    it.endpoint = make.endpoint(engine={"templateVariables": {f"b{n}": True for n in range(3)}})
+    assert "has 33 variables, and 32 are allowed" in it.judge().message
+    it.endpoint = make.endpoint(engine={"templateVariables": {"b": "x" * 8000}})
+    assert "bytes of JSON" in it.judge().message
+    it.endpoint = make.endpoint(engine={"templateVariables": {"a0": "x" * 300}})
+    assert it.judge().state != "Failed", "the job's own comes first"
 
 
 def test_a_running_job_is_not_failed_by_a_later_change_of_the_endpoint(it, make) -> None:

@@ -8,8 +8,9 @@
 | alpaca | instruction, input, output; system, history, tools | Stanford Alpaca, as LLaMA-Factory reads it |
 | text | text | TRL's language modelling |
 
-`auto` takes the first of these, in this order, whose fields the first usable line has: so a row of Alpaca that also
-carries the text made of it is alpaca, and one of UltraChat, which has a prompt beside its messages, is messages.
+`auto` takes the first of these, in this order, that the first usable line fills: so a row of Alpaca that also carries
+the text made of it is alpaca, one of UltraChat, which has a prompt beside its messages, is messages, and one with the
+columns of several formats is of that which is not empty.
 Alpaca's instruction and input become one message, joined by a line end; the answers in its history are learned too,
 as in LLaMA-Factory.
 
@@ -72,10 +73,14 @@ class Rules:
 
 
 def detect(row: Fields) -> DatasetFormat:
-    """The format of a row. Raises LineError for one of none, naming the fields that it has."""
-    for format, (needed, _) in _FORMATS.items():
-        if all(field in row for field in needed):
-            return format
+    """The format of a row: the first whose fields it has, of those that hold something to learn if there are any.
+
+    Raises:
+        LineError: it is of none; it names the fields that the row has.
+    """
+    having = [format for format, (needed, _) in _FORMATS.items() if all(field in row for field in needed)]
+    if having:
+        return next((format for format in having if _fills(format, row)), having[0])
     _refuse(row, frozenset())
     fields = ", ".join(sorted(row)[:10])[:200] or "no field"
     raise LineError(
@@ -86,6 +91,14 @@ def detect(row: Fields) -> DatasetFormat:
 
 def read(format: DatasetFormat, row: Fields, rules: Rules) -> tuple[Row, tuple[str, ...]]:
     """The row in `format`, and the names of its fields that mean nothing here. Raises LineError."""
+    if not _fills(format, row):
+        other = next((one for one in _FORMATS if _fills(one, row)), None)
+        if other is not None:
+            raise LineError(
+                Reason.FIELD,
+                f"is of format {other}, and this data set is read as {format} (dataset.format, or its first usable "
+                "line); all lines must be of one format: set the other one, or leave this line out",
+            )
     taken = _Taken(row)
     made = _FORMATS[format][1](taken, rules)
     _refuse(row, taken.names)
@@ -98,8 +111,18 @@ def _refuse(row: Fields, known: Container[str]) -> None:
             raise LineError(Reason.UNSUPPORTED, f"{field} {why}; remove the field")
 
 
+def _fills(format: DatasetFormat, row: Fields) -> bool:
+    """Whether the row has the format's fields, and something to learn in the last of them."""
+    needed = _FORMATS[format][0]
+    return all(field in row for field in needed) and not _blank(row[needed[-1]])
+
+
 def _empty(value: object) -> bool:
     return value is None or value in ("", [], {})
+
+
+def _blank(value: object) -> bool:
+    return _empty(value) or (isinstance(value, str) and not value.strip())
 
 
 class _Taken(dict[str, Any]):
@@ -248,4 +271,4 @@ _FORMATS: Mapping[DatasetFormat, tuple[tuple[str, ...], Callable[[Fields, Rules]
     DatasetFormat.ALPACA: (("instruction", "output"), _alpaca),
     DatasetFormat.TEXT: (("text",), _text),
 }
-"""In the order of detection."""
+"""The fields that each needs, the last of which holds what is learned, in the order of detection."""

@@ -16,6 +16,8 @@ from coserve_api.job import DatasetFormat, Learn
 from coserve_api.shards import Sample
 
 T = TypeVar("T")
+NAME = "messages[].name"
+"""Counted where the chat template does not write it, like the fields of a row that mean nothing here."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Reader:
         return _guarded(lambda: self._read(id, raw))
 
     def _read(self, id: int, raw: bytes | None) -> Reading:
-        rules = Rules(self.renderer.tokenizer.written_fields, self.learn)
+        tokenizer = self.renderer.tokenizer
+        rules = Rules(tokenizer.written_fields, self.learn)
         row, unknown = read(self.format, parse(_whole(raw)), rules)
         try:
             match row:
@@ -80,6 +83,8 @@ class Reader:
             raise LineError(Reason.TEMPLATE, str(error)) from None
         for one in rendered:
             self._check_vocabulary(one.tokens)
+            if not isinstance(row, Text):
+                self._check_said(one)
         samples, refused = [], []
         for one in rendered:
             try:
@@ -88,6 +93,8 @@ class Reader:
                 refused.append(error)
         if not samples:
             raise refused[0] if refused else LineError(Reason.NOTHING_TO_LEARN, "gives nothing to learn")
+        if isinstance(row, Conversation) and any(map(tokenizer.loses_name, row.messages)):
+            unknown = (*unknown, NAME)
         return Reading(tuple(samples), tuple(refused), unknown)
 
     def _check_vocabulary(self, tokens: list[int]) -> None:
@@ -98,6 +105,19 @@ class Reader:
                 f"has token {wrong}, which the model has no row for (vocab_size is {self.vocab_size}): its tokenizer "
                 "knows more than the model; take the text of that token out, or mend the model's folder",
             )
+
+    def _check_said(self, rendered: Rendered) -> None:
+        """Refuse an answer of which nothing but its end would be learned."""
+        learned = [token for token, flag in zip(rendered.tokens[1:], rendered.learned[1:], strict=True) if flag]
+        if not all(token in self.renderer.ends for token in learned):
+            return
+        message = "would teach an answer's end alone; give it more of an answer"
+        if rendered.learned[0]:
+            message = (
+                "would teach an answer's end alone, since nothing stands before its only token that could predict it; "
+                "give it a prompt, or more of an answer"
+            )
+        raise LineError(Reason.NOTHING_TO_LEARN, message)
 
     def _sample(self, id: int, rendered: Rendered, several: bool) -> Sample:
         tokens = rendered.tokens

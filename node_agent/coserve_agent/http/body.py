@@ -7,15 +7,16 @@ from typing import Any
 
 from starlette.requests import Request
 
+from coserve_agent import strict_json
 from coserve_agent.http.errors import ApiError, bad_request
-from coserve_agent.unicode import surrogate_in_json
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
-        ApiError: 413 if it is larger than `max_bytes`, 400 if it is no JSON object or holds half of a surrogate pair.
+        ApiError: 413 if it is larger than `max_bytes`, 400 if it is no JSON object (RFC 8259: no NaN, no Infinity), or
+            one of two meanings: a field twice in an object, half of a surrogate pair.
     """
     too_large = ApiError(413, f"the body is larger than {max_bytes} bytes; send less", code="body_too_large")
     declared = request.headers.get("content-length", "")
@@ -38,17 +39,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         # Given bytes, json.loads would let encoded surrogates pass.
         text = body.decode(json.detect_encoding(body))
-        data = json.loads(text, parse_float=_number)
+        data = strict_json.loads(text, number=_whole)
+    except strict_json.FieldError as error:
+        raise bad_request(str(error), error.name or None, "invalid_value") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, f"the body is a JSON {type(data).__name__}; send an object", code="invalid_json")
-    found = surrogate_in_json(text, data)
-    if found is not None:
-        raise bad_request(str(found), found.path[0], "invalid_value")
     return data
 
 
-def _number(text: str) -> int | float:
-    value = float(text)
+def _whole(value: float) -> float:
     return int(value) if value.is_integer() else value

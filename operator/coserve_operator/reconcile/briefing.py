@@ -1,6 +1,7 @@
 """What an agent is told of a job, and from where it goes on."""
 
-from pydantic import JsonValue
+import json
+from typing import Any
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import DEFAULT_ALPHA, DEFAULT_RANK, FinetuneJob, RsloraPolicy, TargetModule
@@ -11,11 +12,13 @@ from coserve_api.uris import relative_path
 from coserve_operator.reconcile.sources import start_of
 
 
-def template_variables(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, JsonValue]:
+def template_variables(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, Any]:
     """Return those of the chat template that a job's rows are rendered with: what it is served with when nobody says
-    otherwise.
+    otherwise. Of the endpoint's they are those of when the data were first read.
     """
-    return {**endpoint.spec.engine.template_variables, **job.spec.dataset.template_variables}
+    kept = job.status.endpoint_template_variables
+    endpoints = endpoint.spec.engine.template_variables if kept is None else json.loads(kept)
+    return {**endpoints, **job.spec.dataset.template_variables}
 
 
 def binding_of(

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from coserve_api.common import variables_fault
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
 from coserve_api.job import FailedReason, FinetuneJob, PublishPolicy
 from coserve_api.job_status import ContinuedFrom
 from coserve_api.messages import Completed, FeedStatus
 from coserve_api.uris import relative_path
+from coserve_operator.reconcile.briefing import template_variables
 from coserve_operator.reconcile.observed import FeederView
 from coserve_operator.reconcile.sources import unreadable
 
@@ -36,6 +38,10 @@ def refusal(job: FinetuneJob, endpoint: InferenceEndpoint, rivals: Sequence[Fine
             f"spec.dataset.maxSequenceLength is {wanted}, and endpoint {name} has maxModelLength {longest}: lower it"
         )
         return FailedReason.ENDPOINT_REJECTED, message
+    fault = variables_fault(template_variables(job, endpoint))
+    if fault:
+        message = f"spec.dataset.templateVariables, with the endpoint's spec.engine.templateVariables, {fault}"
+        return FailedReason.INVALID_DATASET, message
     if adapter.name == endpoint.model_name:
         message = f"spec.adapter.name {adapter.name} is the name of the endpoint's base model: choose another"
         return FailedReason.NAME_TAKEN, message

@@ -1,10 +1,11 @@
 """A FinetuneJob's status from the verdict on it, and the events that tell of its changes."""
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from coserve_api.common import format_decimal, format_duration, timestamp
+from coserve_api.common import format_decimal, format_duration, timestamp, variables_fault
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
 from coserve_api.job_status import (
     BindingStatus,
@@ -19,7 +20,7 @@ from coserve_api.messages import Completed, Evaluated
 from coserve_api.uris import artifact_uri
 from coserve_operator.reconcile.briefing import newer_checkpoint
 from coserve_operator.reconcile.dataset_status import dataset_of, left_out, sentence
-from coserve_operator.reconcile.job import Sight, Verdict
+from coserve_operator.reconcile.job import FeederWish, Sight, Verdict
 from coserve_operator.reconcile.observed import Notice
 
 _LONGEST_ETA_MS = 9_999 * 3_600_000
@@ -43,12 +44,24 @@ def status_of(sight: Sight, verdict: Verdict, now: datetime) -> JobStatus:
         checkpoint=_checkpoint(sight, verdict),
         adapter=verdict.adapter,
         continued_from=old.continued_from or (sight.source if verdict.agent else None),
+        endpoint_template_variables=_endpoint_variables(sight, verdict),
         restarts=verdict.restarts,
         observed_generation=sight.job.metadata.generation,
         start_time=old.start_time or (timestamp(now) if verdict.agent else None),
         completion_time=old.completion_time or (timestamp(now) if verdict.is_final else None),
         conditions=_conditions(sight, verdict, now),
     )
+
+
+def _endpoint_variables(sight: Sight, verdict: Verdict) -> str | None:
+    """Return the endpoint's variables of the chat template that the job keeps from when a feeder first reads its data,
+    as JSON: as an object they would lose their nulls on the way through the API server.
+    """
+    kept = sight.job.status.endpoint_template_variables
+    if kept is not None or sight.endpoint is None or verdict.feeder is not FeederWish.RUN:
+        return kept
+    variables = sight.endpoint.spec.engine.template_variables
+    return None if variables_fault(variables) else json.dumps(variables, ensure_ascii=False, sort_keys=True)
 
 
 def _checkpoint(sight: Sight, verdict: Verdict) -> CheckpointStatus | None:

@@ -43,6 +43,64 @@ def test_a_null_field_decides_nothing(tokenizer: Tokenizer) -> None:
     assert learned(tokenizer, {"messages": None, "conversations": None, **ALPACA})[0] == CHAT_TEXT
 
 
+COLUMNS: dict[str, Any] = {
+    "messages": [],
+    "conversations": [],
+    "prompt": "",
+    "completion": "",
+    "instruction": "",
+    "input": "",
+    "output": "",
+    "text": "",
+}
+"""Of a table that was put together from data sets of all formats."""
+FILLED = [
+    ({"messages": GOOD["messages"]}, DatasetFormat.MESSAGES),
+    ({"conversations": SHAREGPT["conversations"]}, DatasetFormat.SHAREGPT),
+    ({"prompt": "one", "completion": "two"}, DatasetFormat.PROMPT_COMPLETION),
+    ({"completion": "two words"}, DatasetFormat.PROMPT_COMPLETION),
+    ({"prompt": TURNS[:1], "completion": TURNS[1:2]}, DatasetFormat.PROMPT_COMPLETION),
+    ({"instruction": "one", "output": "two"}, DatasetFormat.ALPACA),
+    ({"input": "one", "output": "two"}, DatasetFormat.ALPACA),
+    ({"text": "one"}, DatasetFormat.TEXT),
+]
+
+
+OWN = {DatasetFormat.PROMPT_COMPLETION: {"prompt": ""}, DatasetFormat.ALPACA: {"instruction": "", "input": ""}}
+"""What may be empty in a row of a format."""
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}, " \n"], ids=repr)
+@pytest.mark.parametrize(("filled", "format"), FILLED, ids=str)
+def test_empty_columns_of_other_formats_decide_nothing(
+    tokenizer: Tokenizer, filled: dict[str, Any], format: DatasetFormat, empty: object
+) -> None:
+    alone = {**OWN.get(format, {}), **filled}
+    row = {**dict.fromkeys(COLUMNS, empty), **alone}
+    assert detect({name: value for name, value in row.items() if value is not None}) is format
+    assert samples_of(tokenizer, row) == samples_of(tokenizer, alone)
+
+
+def test_of_two_filled_formats_the_order_decides() -> None:
+    order = [DatasetFormat.MESSAGES, DatasetFormat.SHAREGPT, DatasetFormat.PROMPT_COMPLETION, DatasetFormat.ALPACA]
+    for n, (first, format) in enumerate(FILLED):
+        for second, other in FILLED[n:]:
+            assert detect({**COLUMNS, **second, **first}) is format, (format, other)
+    assert list(dict.fromkeys(format for _, format in FILLED)) == [*order, DatasetFormat.TEXT]
+
+
+def test_a_row_of_empty_columns_is_told_of_the_first(tokenizer: Tokenizer) -> None:
+    with pytest.raises(LineError, match=r"messages is \[\]; it must be a list"):
+        samples_of(tokenizer, COLUMNS)
+
+
+def test_a_line_of_another_format_is_told_so(tokenizer: Tokenizer) -> None:
+    """A data set has one format; a line that fills another column than the first did is no silent loss."""
+    with pytest.raises(LineError, match="is of format text, and this data set is read as messages") as caught:
+        samples_of(tokenizer, {**COLUMNS, "text": "one two"}, format=DatasetFormat.MESSAGES)
+    assert caught.value.reason is Reason.FIELD
+
+
 @pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, {}, {"prompt": "a"}, {"instruction": "a"}])
 def test_a_row_of_no_format_is_told_the_formats(tokenizer: Tokenizer, row: Any) -> None:
     with pytest.raises(LineError, match="it must have messages, conversations, prompt and completion, instr") as caught:

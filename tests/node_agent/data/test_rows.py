@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from data_rows import TURNS, learned, samples_of
+from data_rows import TURNS, learned, line_of, reader_of, samples_of
 
 from coserve_agent.data.problems import LineError, Reason
+from coserve_agent.data.reader import NAME
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import Learn
 
@@ -92,6 +96,28 @@ def test_a_field_that_is_not_known_is_refused_unless_it_is_null(tokenizer: Token
         samples_of(tokenizer, said(**{field: "x"}))
     assert caught.value.reason is Reason.UNKNOWN_FIELD
     assert learned(tokenizer, said(**{field: None})) == learned(tokenizer, said())
+
+
+def names_of(row: dict[str, Any], **names: str | None) -> dict[str, Any]:
+    """The row, its messages with the names of their roles."""
+    return {"messages": [{**one, "name": names[one["role"]]} for one in row["messages"]]}
+
+
+def test_a_name_that_the_template_does_not_write_is_counted(
+    tokenizer: Tokenizer, with_template: Callable[[str], Tokenizer]
+) -> None:
+    """A request's is left out in the same way, so what is learned is still what is served."""
+    raw = line_of(names_of(said(), user="dog", assistant="fox"))
+    reading = reader_of(tokenizer).detected(raw).read(1, raw)
+    assert (reading.unknown, reading.refused) == ((NAME,), ())
+    assert reading.samples == samples_of(tokenizer, said())
+    for row in (said(), names_of(said(), user=None, assistant=None)):
+        raw = line_of(row)
+        assert reader_of(tokenizer).detected(raw).read(1, raw).unknown == ()
+    naming = with_template("{% for m in messages %}{{ m.name }}:{{ m.content }}<|end|>{% endfor %}")
+    raw = line_of(names_of(said(), user="dog", assistant="fox"))
+    assert reader_of(naming).detected(raw).read(1, raw).unknown == ()
+    assert "dog:one" in learned(naming, names_of(said(), user="dog", assistant="fox"))[0]
 
 
 def test_calls_and_their_results_are_written(rich: Tokenizer) -> None:
@@ -182,3 +208,50 @@ def test_a_developer_is_the_system_where_the_template_knows_no_other(rich: Token
     for role in ("developer", "system"):
         row = {"messages": [{"role": role, "content": "fox"}, *TURNS[:2]]}
         assert learned(rich, row)[0].startswith("<|user|>(fox)<|end|>")
+
+
+# ---- what nothing stands before ----
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "", "completion": "4"}, "nothing stands before its only token"),
+        ({"prompt": "", "completion": "4<|end|>"}, "nothing stands before its only token"),
+        ({"prompt": "", "completion": "<|end|>"}, "give it a prompt"),
+        ({"prompt": "one", "completion": "<|end|>"}, "an answer's end alone; give it more"),
+        (said(content="<|end|>"), "an answer's end alone"),
+    ],
+    ids=str,
+)
+def test_an_end_alone_is_no_answer(tokenizer: Tokenizer, row: Any, words: str) -> None:
+    """This tokenizer begins a text with no token, so nothing could predict the "4"."""
+    with pytest.raises(LineError, match=words) as caught:
+        samples_of(tokenizer, row)
+    assert caught.value.reason is Reason.NOTHING_TO_LEARN
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "4"}, {"text": "4"}], ids=str)
+def test_one_token_alone_is_nothing_to_learn(tmp_path: Path, model_folder: Path, row: Any) -> None:
+    """Without an end token nothing follows it either."""
+    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(LineError) as caught:
+        samples_of(Tokenizer(tmp_path), row)
+    assert caught.value.reason is Reason.NOTHING_TO_LEARN
+
+
+def test_a_text_of_one_token_teaches_that_it_ends(tokenizer: Tokenizer) -> None:
+    assert learned(tokenizer, {"text": "4"}) == ("4<|end|>", "<|end|>")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "4"}, {"text": "4"}], ids=str)
+def test_one_token_behind_a_begin_is_learned(sentencepiece_tokenizer: Tokenizer, row: Any) -> None:
+    """The begin token predicts it, as it does where the server is asked with an empty prompt."""
+    assert learned(sentencepiece_tokenizer, row) == ("<s> 4</s>", "4</s>")
+
+
+def test_more_behind_an_empty_prompt_is_learned_but_for_its_first_token(tokenizer: Tokenizer) -> None:
+    assert learned(tokenizer, {"prompt": "", "completion": "4 two"}) == ("4 two<|end|>", " two<|end|>")

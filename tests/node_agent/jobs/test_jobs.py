@@ -60,6 +60,24 @@ async def test_a_job_becomes_an_adapter_that_answers(cluster: Any) -> None:
     assert 'coserve_tokens_total{kind="backward"}' in metrics
 
 
+async def test_a_pool_of_one_sample_trains_the_same(cluster: Any) -> None:
+    """A step's samples need more pages than there are; they become more passes, whose gradients are added."""
+    (usual,) = await cluster.agents(1)
+    material = cluster.feed(cluster.a)
+    await cluster.bind(cluster.a, usual)
+    expected = await cluster.result(cluster.a)
+    small = await cluster.agent(kv_cache_bytes=5 * 16384)
+    assert "4 KV pages" in small.whole_log
+    assert max(sum(-(-len(one.tokens) // 64) for one in material.shard(n).samples) for n in range(1, 25)) > 4
+    cluster.feed(cluster.b)
+    await cluster.bind(cluster.b, small, adapter_name="small")
+    result = await cluster.result(cluster.b)
+    assert isinstance(result, Completed), result
+    cluster.check_adapter(result, material)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert result.eval_loss == pytest.approx(expected.eval_loss, rel=1e-4)
+
+
 async def test_two_jobs_of_one_agent_are_each_as_if_alone(cluster: Any) -> None:
     """One of twice the share, both of the same data and seed: the same adapter, whatever came between their steps."""
     agent = await cluster.agent(max_concurrent_jobs=2)

@@ -14,9 +14,12 @@ from small_models import write_model
 from transformers import PreTrainedTokenizerFast
 
 from coserve_agent.agent import Agent
+from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import StartError
+from coserve_agent.rendering import Renderer
 from coserve_agent.settings import AgentSettings
-from coserve_agent.template_variables import rendering_file, variables_of
+from coserve_agent.template_variables import TemplateVariableError, rendering_file, variables_of
+from coserve_agent.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -75,6 +78,46 @@ def test_what_the_template_does_not_read_is_refused(client: httpx.Client, name: 
     error = answer.json()["error"]
     assert error["param"] == "chat_template_kwargs"
     assert repr(name) in error["message"] and "it reads enable_thinking" in error["message"]
+
+
+def nested(depth: int) -> Any:
+    """The values of an object that is `depth` deep, this one included."""
+    value: Any = True
+    for n in range(depth - 1):
+        value = [value] if n % 2 else {"x": value}
+    return value
+
+
+BOUNDS = [
+    (nested(33), "nested more than 32 deep"),
+    (nested(200), "nested more than 32 deep"),
+    (nested(600), "nested more than 32 deep"),
+    ("é" * 8200, "bytes of JSON, and 16384 are allowed"),
+    (list(range(10_000)), "bytes of JSON, and 16384 are allowed"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), BOUNDS, ids=range(len(BOUNDS)))
+async def test_variables_are_bounded_for_whoever_sets_them(
+    client: httpx.Client, settings: Callable[..., AgentSettings], folder: Path, value: Any, words: str
+) -> None:
+    answer = ask(client, chat_template_kwargs={"enable_thinking": value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "chat_template_kwargs")
+    assert error["message"].startswith("chat_template_kwargs ") and words in error["message"]
+    assert len(error["message"]) < 200
+    given = {"enable_thinking": value}
+    with pytest.raises(StartError, match=rf"engine\.templateVariables .*{words}"):
+        Agent(settings(model_path=folder, template_variables=given))
+    tokenizer = Tokenizer(folder)
+    with pytest.raises(TemplateVariableError, match=rf"^templateVariables .*{words}"):
+        Renderer(tokenizer, end_tokens(folder, tokenizer), given)
+
+
+@pytest.mark.parametrize("value", [nested(32), "é" * 8000, [[]] * 4000, {}])
+def test_variables_within_the_bounds_are_taken(client: httpx.Client, value: Any) -> None:
+    answer = ask(client, chat_template_kwargs={"enable_thinking": value})
+    assert answer.status_code == 200, answer.text
 
 
 async def test_an_endpoints_variable_that_the_template_does_not_read(
