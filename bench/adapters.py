@@ -19,9 +19,9 @@ import torch
 from measure import answer_s, machine_speed
 from random_model import VOCAB, write_random_model
 
-from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.host import set_environment
 from coserve_engine.messages import AdapterVersion, AddRequest, LoadAdapter, LoraSpec, SamplingParams
 

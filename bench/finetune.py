@@ -27,8 +27,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment
-from coserve_engine.kept import levels, row_values
 from coserve_engine.messages import LoraSpec, StartJob
+from coserve_engine.tensors.kept import levels, row_values
 
 RANK, ALPHA = 16, 32
 Batch = list[list[int]]

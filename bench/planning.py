@@ -22,18 +22,19 @@ from measure import optimizer_step
 from random_model import VOCAB, write_random_model
 
 from coserve_engine import engine as engine_module
-from coserve_engine import executor as executor_module
-from coserve_engine import jobs, serving
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
-from coserve_engine.executor import Executor
 from coserve_engine.host import set_environment, settle
-from coserve_engine.iteration import Accounts
-from coserve_engine.job_table import JobTable
 from coserve_engine.messages import AddRequest, IterationDone, LoraSpec, SamplingParams, StartJob
-from coserve_engine.passes import PassState
-from coserve_engine.serving import Serving
-from coserve_engine.transformer import Transformer
+from coserve_engine.model import executor as executor_module
+from coserve_engine.model.executor import Executor
+from coserve_engine.model.passes import PassState
+from coserve_engine.model.transformer import Transformer
+from coserve_engine.scheduler.iteration import Accounts
+from coserve_engine.serving import serving
+from coserve_engine.serving.serving import Serving
+from coserve_engine.training import jobs
+from coserve_engine.training.job_table import JobTable
 
 FLOOR_US = 1000.0
 MODEL: tuple[tuple[Any, str], ...] = (

@@ -34,10 +34,10 @@ from replay_run import Pauses, Run, Users
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
+from coserve_engine.latency.pauses import PauseClock
+from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import AddRequest, Event, LoraSpec, SamplingParams, SetReserve, StartJob, StepDone
-from coserve_engine.pauses import PauseClock
-from coserve_engine.reserve import Reserve
-from coserve_engine.schedule import decide
+from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity, work_conserving_bound
 from coserve_engine.simulate.machine import machine_of
 from coserve_engine.simulate.pauses import NONE

@@ -10,9 +10,9 @@ import statistics
 from dataclasses import dataclass, field
 
 from coserve_engine.engine import Engine
+from coserve_engine.latency.pauses import PauseClock
+from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import Event, IterationDone, TokenBatch
-from coserve_engine.pauses import PauseClock
-from coserve_engine.reserve import Reserve
 from coserve_engine.simulate.machine import ForwardCost, Machine, UnitCost, machine_of
 from coserve_engine.simulate.pauses import Pauses as MeasuredPauses
 from coserve_engine.simulate.result import RequestTimes, Result

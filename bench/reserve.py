@@ -13,8 +13,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import product
 from typing import NamedTuple
 
-from coserve_engine.reserve import MOST_SHARE, FixedReserve, Reserve
-from coserve_engine.schedule import decide
+from coserve_engine.latency.reserve import MOST_SHARE, FixedReserve, Reserve
+from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity
 from coserve_engine.simulate.machine import read_machine
 from coserve_engine.simulate.pauses import read_pauses

@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import singledispatchmethod
 from pathlib import Path
 
-from coserve_engine.adapter_folder import read_adapter
-from coserve_engine.calibrate import budget_s, calibrate
 from coserve_engine.config import EngineConfig
-from coserve_engine.cost import CostModel
-from coserve_engine.deferred import FileError, FileWork
 from coserve_engine.errors import AdapterFolderError
-from coserve_engine.executor import Executor
-from coserve_engine.iteration import Accounts, Clock, run_units
+from coserve_engine.formats.adapter_folder import read_adapter
+from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
-from coserve_engine.job_table import JobTable
-from coserve_engine.jobs import Job
-from coserve_engine.load import Demand, saturation_percent
-from coserve_engine.lora import LoraWeights
+from coserve_engine.kernels.cpu.lora import LoraWeights
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -45,11 +40,16 @@ from coserve_engine.messages import (
     TokenBatch,
     UnloadAdapter,
 )
-from coserve_engine.plan import Kind, PassView, Plan, Policy, Unit, View
-from coserve_engine.probe import probe_row_invariance
-from coserve_engine.schedule import decide, gives_way
-from coserve_engine.serving import Serving
-from coserve_engine.work import UnitWork
+from coserve_engine.model.calibrate import budget_s, calibrate
+from coserve_engine.model.executor import Executor
+from coserve_engine.model.probe import probe_row_invariance
+from coserve_engine.scheduler.iteration import Accounts, Clock, run_units
+from coserve_engine.scheduler.load import Demand, saturation_percent
+from coserve_engine.scheduler.plan import Kind, PassView, Plan, Policy, Unit, View
+from coserve_engine.scheduler.schedule import decide, gives_way
+from coserve_engine.serving.serving import Serving
+from coserve_engine.training.job_table import JobTable
+from coserve_engine.training.jobs import Job
 
 LOAD_REPORT_S = 0.25
 

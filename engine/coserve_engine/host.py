@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from coserve_engine.config import EngineConfig
 from coserve_engine.errors import EngineError
+from coserve_engine.latency.pauses import PauseClock
 from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
-from coserve_engine.pauses import PauseClock
 
 if TYPE_CHECKING:
     from coserve_engine.engine import Engine

@@ -30,8 +30,8 @@ from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost, settle
+from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import IterationDone
-from coserve_engine.reserve import Reserve
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from coserve_agent.trainlog import STATE_FILE
 from coserve_api.job import FailedReason
 from coserve_api.messages import Checkpoint
 from coserve_engine.errors import CheckpointError
-from coserve_engine.folders import restore_folder, verify_folder
+from coserve_engine.formats.folders import restore_folder, verify_folder
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from coserve_api.messages import AdapterFiles, Binding, Checkpoint, Completed, F
 from coserve_api.scripts import Fencing
 from coserve_api.store import Store
 from coserve_engine.errors import CheckpointError
-from coserve_engine.folders import verify_folder
+from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import StopJob
 
 log = logging.getLogger(__name__)

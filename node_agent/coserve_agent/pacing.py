@@ -7,8 +7,8 @@ from collections.abc import Callable
 from coserve_agent.metrics import Metrics
 from coserve_agent.passage import Cause
 from coserve_agent.slo import Listener
+from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import IterationDone, SetReserve
-from coserve_engine.reserve import Reserve
 
 CHANGE_S = 5e-4
 """The engine hears of changes of the reserve that are larger."""

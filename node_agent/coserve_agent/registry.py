@@ -19,7 +19,7 @@ from coserve_agent.http.generate import Served
 from coserve_agent.template_variables import variables_of
 from coserve_api.messages import AdapterRecord
 from coserve_engine.errors import CheckpointError
-from coserve_engine.folders import verify_folder
+from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import AdapterVersion
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.utils import logging as transformers_logging
 
-from coserve_engine import serving
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
-from coserve_engine.executor import Executor
 from coserve_engine.host import set_environment
 from coserve_engine.messages import (
     Command,
@@ -35,7 +33,9 @@ from coserve_engine.messages import (
     StartJob,
     TrainSeq,
 )
-from coserve_engine.sampling import Choice
+from coserve_engine.model.executor import Executor
+from coserve_engine.serving import serving
+from coserve_engine.serving.sampling import Choice
 
 VOCAB = 128
 PLAIN: dict[str, Any] = {

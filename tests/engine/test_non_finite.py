@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine import executor, losses
-from coserve_engine.kv_cache import KVCache
-from coserve_engine.losses import LOSSES
 from coserve_engine.messages import (
     AdapterVersion,
     AddRequest,
@@ -25,7 +22,10 @@ from coserve_engine.messages import (
     StopJob,
     TrainSeq,
 )
-from coserve_engine.plan import Kind, Segment
+from coserve_engine.model import executor, losses
+from coserve_engine.model.losses import LOSSES
+from coserve_engine.scheduler.plan import Kind, Segment
+from coserve_engine.tensors.kv_cache import KVCache
 
 GREEDY = SamplingParams(8, ignore_eos=True)
 ONE_AT_A_TIME = {"kv_cache_bytes": 6 * 32768}

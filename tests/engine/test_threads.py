@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from engine_driver import gather
 
-from coserve_engine.artifacts import peft_files, write_folder
 from coserve_engine.config import EngineConfig
+from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.host import EngineHost, on_intel
 from coserve_engine.messages import (
     AdapterLoaded,

@@ -18,7 +18,7 @@ from coserve_agent.evaluations import EvalLog, EvalRecord
 from coserve_agent.inflight import Evaluation
 from coserve_agent.trainlog import StepRecord, TrainingLog
 from coserve_api.job import FailedReason, PublishPolicy
-from coserve_engine.folders import verify_folder
+from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import ForwardBackward, KeepBest, PassDone, PassMode, SaveCheckpoint
 
 OLD = Path(__file__).parent / "checkpoint_without_evaluations"

@@ -12,8 +12,8 @@ import pytest
 from coserve_agent.metrics import Metrics
 from coserve_agent.pacing import CHANGE_S, Pacer
 from coserve_agent.passage import Cause
+from coserve_engine.latency.reserve import START_S, START_SHARE, Reserve
 from coserve_engine.messages import IterationDone, SetReserve
-from coserve_engine.reserve import START_S, START_SHARE, Reserve
 
 TPOT_S = 0.2
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from coserve_agent.passes import PassBounds, split_passes, to_seqs, weight_sum
 from coserve_api.shards import Sample
+from coserve_engine.model.passes import pages_of_pass
 from coserve_engine.numerics import Numerics
-from coserve_engine.passes import pages_of_pass
 
 
 def sample(number: int, length: int) -> Sample:

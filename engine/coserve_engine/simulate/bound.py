@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from coserve_engine.latency.work import decode_work, prefill_work
 from coserve_engine.simulate.machine import Machine
 from coserve_engine.simulate.policies import serving_alone
 from coserve_engine.simulate.trace import Arrival, at_rate
 from coserve_engine.simulate.world import Setup, World
-from coserve_engine.work import decode_work, prefill_work
 
 ATTAINED_PERCENT = 99.0
 SEARCH_REQUESTS = 1000

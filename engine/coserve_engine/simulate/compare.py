@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coserve_engine.reserve import Reserve
+from coserve_engine.latency.reserve import Reserve
+from coserve_engine.latency.work import ForwardWork
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, part, work_conserving_bound
 from coserve_engine.simulate.policies import policy_named
 from coserve_engine.simulate.trace import Arrival, at_rate
 from coserve_engine.simulate.world import Setup, World
-from coserve_engine.work import ForwardWork
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coserve_engine.plan import Kind, PassShape, PassView, Segment, Unit
+from coserve_engine.scheduler.plan import Kind, PassShape, PassView, Segment, Unit
 from coserve_engine.simulate.pool import PagePool
 
 MAX_LIVE = 2

@@ -10,9 +10,9 @@ from operator import mul
 from pathlib import Path
 from typing import NamedTuple
 
-from coserve_engine.cost import CostModel
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.work import NO_WORK, Features, ForwardWork, UnitWork, decode_work, prefill_work
 from coserve_engine.simulate.errors import SimulationError
-from coserve_engine.work import NO_WORK, Features, ForwardWork, UnitWork, decode_work, prefill_work
 
 
 class ForwardCost(NamedTuple):

@@ -11,11 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from coserve_engine import finetuning, prefill
-from coserve_engine.cost import CostModel
-from coserve_engine.finetuning import Room
-from coserve_engine.plan import Kind, PassView, Plan, Policy, Segment, Unit, View, empty_plan, forward_work, split
-from coserve_engine.schedule import IDLE_SHARE, decide
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.scheduler import finetuning, prefill
+from coserve_engine.scheduler.finetuning import Room
+from coserve_engine.scheduler.plan import (
+    Kind,
+    PassView,
+    Plan,
+    Policy,
+    Segment,
+    Unit,
+    View,
+    empty_plan,
+    forward_work,
+    split,
+)
+from coserve_engine.scheduler.schedule import IDLE_SHARE, decide
 from coserve_engine.simulate.errors import SimulationError
 
 FLEXLLM_ROWS = 256

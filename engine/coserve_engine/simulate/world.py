@@ -7,13 +7,14 @@ import random
 from collections import deque
 from dataclasses import dataclass, replace
 
-from coserve_engine.cost import CostModel
-from coserve_engine.iteration import Accounts, Clock, Forwarded, run_units
-from coserve_engine.load import Demand, RequestLoad, saturation_percent
-from coserve_engine.pages import HEADROOM_PAGES
-from coserve_engine.plan import Kind, Plan, Policy, SequenceView, Unit, View
-from coserve_engine.reserve import FixedReserve, Reserving
-from coserve_engine.schedule import decide, gives_way
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.reserve import FixedReserve, Reserving
+from coserve_engine.latency.work import UnitWork
+from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded, run_units
+from coserve_engine.scheduler.load import Demand, RequestLoad, saturation_percent
+from coserve_engine.scheduler.pages import HEADROOM_PAGES
+from coserve_engine.scheduler.plan import Kind, Plan, Policy, SequenceView, Unit, View
+from coserve_engine.scheduler.schedule import decide, gives_way
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.machine import Machine, calibrated
@@ -21,7 +22,6 @@ from coserve_engine.simulate.pauses import NONE, Pauses, Pausing
 from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.trace import Arrival
-from coserve_engine.work import UnitWork
 
 REPORT_S = 0.25
 

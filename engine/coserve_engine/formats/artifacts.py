@@ -1,0 +1,68 @@
+"""Folders that outlive a process: written beside their final name, synced, renamed, and covered by a
+manifest of checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from coserve_engine.formats.adapter_config import ADAPTER_CONFIG
+from coserve_engine.formats.adapter_folder import ADAPTER_WEIGHTS, module_name, tensor_name
+from coserve_engine.formats.folders import MANIFEST, digest, replace_folder
+from coserve_engine.formats.peft_config import config_text
+from coserve_engine.kernels.cpu.lora import LoraLayout
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dict[str, torch.Tensor]]) -> str:
+    """Write files (name -> text, name -> tensors) and their manifest as folder `path`; an older one is replaced whole.
+
+    Returns:
+        The sha256 of the manifest, which covers every file.
+    """
+    scratch = path.with_name(f".{path.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    made = [folder for folder in path.parents if not folder.exists()]
+    scratch.mkdir(parents=True)
+    for name, text in texts.items():
+        (scratch / name).write_text(text)
+    for name, values in tensors.items():
+        (scratch / name).write_bytes(save(values))  # save_file would hold the interpreter while the disk is slow
+    names = sorted([*texts, *tensors])
+    files = {n: {"sha256": digest(scratch / n), "bytes": (scratch / n).stat().st_size} for n in names}
+    (scratch / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
+    for name in [*names, MANIFEST]:
+        _sync(scratch / name)
+    _sync(scratch)
+    replace_folder(scratch, path)
+    for folder in (path.parent, *(folder.parent for folder in made)):
+        _sync(folder)
+    return digest(path / MANIFEST)
+
+
+def peft_files(
+    layout: LoraLayout, flat: torch.Tensor, base_model_name: str
+) -> tuple[dict[str, str], dict[str, dict[str, torch.Tensor]]]:
+    """An adapter in PEFT's format, for `write_folder`: A and B unscaled, without the padding of the rank."""
+    spec = layout.spec
+    tensors = {}
+    for index, layer in enumerate(layout.views(flat)):
+        for name, (a, b) in layer.items():
+            module = module_name(index, name)
+            tensors[tensor_name(module, "A")] = a[: spec.rank].float().cpu().contiguous()
+            tensors[tensor_name(module, "B")] = b[:, : spec.rank].float().cpu().contiguous()
+    return {ADAPTER_CONFIG: config_text(spec, layout.targets, base_model_name)}, {ADAPTER_WEIGHTS: tensors}

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors, one room for each way to do it."""

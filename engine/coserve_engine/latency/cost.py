@@ -1,0 +1,156 @@
+"""A latency model of forwards and backward units, learned online, with a bound on its error.
+
+A prediction is a linear fit of counts, which moves slowly, times the speed of the machine at the moment, which moves
+within a dozen iterations: a neighbour that takes half the memory bandwidth slows everything alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from operator import mul
+
+from coserve_engine.latency.errorbound import ErrorBound, Highest
+from coserve_engine.latency.fit import OnlineFit, Prior
+from coserve_engine.latency.work import Features, ForwardWork, UnitWork
+
+MISS_RATE = 5e-4
+"""Share of forwards, and of units, that may take longer than their bound: together one iteration in a thousand."""
+SPEED_GAIN = 0.15
+LEAST_RATIO, MOST_RATIO = math.exp(-0.3), math.exp(0.3)
+"""Actual / predicted counts for at least and at most so much where the speed learns from it."""
+LESSON = 4
+"""Iterations after which a fit that is warm learns from them all: what moves faster, the speed follows."""
+OUTLIER = 2.0
+"""A measurement counts for at most so many times its prediction, or one stall would bend the fit."""
+
+
+class Predictor:
+    """Seconds of one kind of work: a fit, the machine's speed, and the bound on what is left of the error."""
+
+    def __init__(self, size: int, prior: Prior | None = None) -> None:
+        self._fit = OnlineFit(size, prior=prior)
+        self._new: list[tuple[Features, float]] = []
+        """What the fit has not learnt yet, of the last `_iterations`."""
+        self._iterations = 0
+        self._log_speed = 0.0
+        self.coefficients: Features = tuple(self._fit.coefficients)
+        """Seconds for each feature, the speed in them."""
+        self.error = ErrorBound(MISS_RATE)
+
+    def seconds(self, x: Features) -> float:
+        return float(sum(map(mul, self.coefficients, x)))
+
+    def learn(self, samples: Iterable[tuple[Features, Sequence[float]]]) -> None:
+        """(features, seconds of each time) of one iteration."""
+        new, ratios, warm = self._new, [], self._fit.warm
+        for x, times in samples:
+            predicted = self.seconds(x)
+            most = OUTLIER * predicted if warm and predicted > 0 else math.inf
+            new += [(x, seconds if seconds < most else most) for seconds in times]
+            if predicted > 0:
+                ratios += [seconds / predicted for seconds in times]
+        if ratios:
+            self.error.update(ratios)
+            if warm:
+                # Towards 1 by itself: the fit catches up with a change that lasts.
+                errors = [math.log(min(MOST_RATIO, max(LEAST_RATIO, ratio))) for ratio in ratios]
+                self._log_speed = 0.995 * self._log_speed + SPEED_GAIN * sum(errors) / len(errors)
+        self._iterations += 1
+        if not warm or self._iterations == LESSON:
+            self._fit.update(new, self._iterations)
+            new.clear()
+            self._iterations = 0
+        speed = math.exp(self._log_speed)
+        self.coefficients = tuple([speed * c for c in self._fit.coefficients])
+
+
+class CostModel:
+    """Predicts seconds. Planning only reads it; the engine tells it what came of each plan."""
+
+    def __init__(self) -> None:
+        self._forward, self._unit, self._head = Predictor(7), Predictor(4), Predictor(4)
+        self._turnaround = Highest()
+
+    def begin(self, forward: Prior, unit: Prior | None = None, head: Prior | None = None) -> None:
+        """Forget all, and believe this until it is measured; units without a prior cost nothing until then."""
+        self._forward = Predictor(7, forward)
+        self._unit, self._head = Predictor(4, unit), Predictor(4, head)
+
+    def forget_errors(self) -> None:
+        """Start the error bounds anew: the errors of a fit that has just begun say nothing."""
+        for predictor in (self._forward, self._unit, self._head):
+            predictor.error = ErrorBound(MISS_RATE)
+
+    @property
+    def coefficients(self) -> tuple[Features, Features, Features]:
+        """Seconds for each feature of forwards, units and head units, as of now."""
+        return self._forward.coefficients, self._unit.coefficients, self._head.coefficients
+
+    def forward_s(self, work: ForwardWork) -> float:
+        """Seconds a forward is expected to take."""
+        decode, prefill, finetune, calls, kv_rows, pairs = work
+        if not (decode or prefill or finetune):
+            return 0.0
+        a, b, c, d, e, f, g = self._forward.coefficients
+        # Its features times the coefficients, written out because a plan asks a dozen times.
+        return a + b * decode + c * prefill + d * finetune + e * calls + f * (kv_rows / 1e3) + g * (pairs / 1e5)
+
+    @property
+    def forward_ratio(self) -> float:
+        """Bound of a forward / its prediction."""
+        return self._forward.error.ratio
+
+    @property
+    def forward_noise(self) -> float:
+        """Standard deviation of actual / predicted of the last forwards, without outliers."""
+        return self._forward.error.spread
+
+    def forward_bound_s(self, work: ForwardWork) -> float:
+        """Seconds a forward stays below in all but MISS_RATE of cases."""
+        return self.forward_s(work) * self.forward_ratio
+
+    def unit_s(self, work: UnitWork) -> float:
+        """Seconds a unit is expected to take."""
+        head, rows, tiles, pairs = work
+        a, b, c, d = (self._head if head else self._unit).coefficients
+        return a + b * rows + c * tiles + d * (pairs / 1e5)
+
+    def unit_ratio(self, *, head: bool) -> float:
+        """Bound of a unit / its prediction."""
+        return (self._head if head else self._unit).error.ratio
+
+    def unit_bound_s(self, work: UnitWork) -> float:
+        """Seconds a unit stays below in all but MISS_RATE of cases."""
+        return self.unit_s(work) * self.unit_ratio(head=work.head)
+
+    @property
+    def turnaround_s(self) -> float:
+        """Seconds that nearly always suffice from the end of one iteration to the plan of the next."""
+        return self._turnaround.seconds
+
+    @property
+    def median_turnaround_s(self) -> float:
+        """Seconds that it mostly takes."""
+        return self._turnaround.median_s
+
+    def observe(
+        self,
+        forward: ForwardWork,
+        forward_s: float,
+        units: Sequence[tuple[UnitWork, float]],
+        turnaround_s: float | None = None,
+    ) -> None:
+        """Learn from an outcome."""
+        if not forward.empty:
+            self._forward.learn([(forward.features(), (forward_s,))])
+        if units:
+            times: dict[UnitWork, list[float]] = {}
+            for unit, seconds in units:
+                times.setdefault(unit, []).append(seconds)
+            for predictor, head in ((self._unit, False), (self._head, True)):
+                samples = [(unit.features(), seconds) for unit, seconds in times.items() if unit.head is head]
+                if samples:
+                    predictor.learn(samples)
+        if turnaround_s is not None:
+            self._turnaround.update(turnaround_s)

@@ -1,0 +1,160 @@
+"""The narrow waist between decisions and tensors: a forward of a batch, one unit of backward, nothing
+about requests or jobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from coserve_engine.config import EngineConfig, ModelConfig
+from coserve_engine.errors import ModelFolderError
+from coserve_engine.formats.model_folder import read_model_config
+from coserve_engine.kernels.cpu.functional import repeat_last_row
+from coserve_engine.kernels.cpu.linears import LinearChoice
+from coserve_engine.kernels.cpu.lora import LoraLayout, LoraWeights
+from coserve_engine.latency.work import mean_reaches
+from coserve_engine.messages import LoraSpec, LossName, Pass
+from coserve_engine.model import head
+from coserve_engine.model.batch import Bindable, bind
+from coserve_engine.model.losses import LOSSES, LossTerms
+from coserve_engine.model.passes import PassState
+from coserve_engine.model.transformer import Transformer
+from coserve_engine.model.weights import load_weights
+from coserve_engine.scheduler.pages import PageLedger
+from coserve_engine.scheduler.plan import Segment, Unit
+from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
+from coserve_engine.tensors.kv_cache import KVCache
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a forward left.
+
+    Args:
+        slots: the requests that sample.
+        logits: [len(slots), vocab], their last rows.
+        hidden: [T, H], all rows before the last norm: those of requests first, in the plan's order.
+    """
+
+    slots: tuple[int, ...]
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Executor:
+    """Model, cache and live passes of one engine on one device."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        torch.set_num_threads(config.threads)
+        keep_freed_memory()
+        folder = Path(config.model_path)
+        self.config, self.numerics = config, config.numerics
+        self.model: ModelConfig = read_model_config(folder)
+        if config.end_tokens is not None:
+            self.model = replace(self.model, eos_token_ids=config.end_tokens)
+        if config.max_model_length > self.model.max_positions:
+            raise ModelFolderError(
+                f"maxModelLength is {config.max_model_length}, but {folder / 'config.json'} allows "
+                f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
+            )
+        self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
+        self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
+        self.linears = LinearChoice(self.device, self.dtype, self.numerics, backward=config.finetuning)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.linears)
+        positions = self.numerics.pad(config.max_model_length)
+        self.transformer = Transformer.create(self.model, weights, self.numerics, positions)
+        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
+        if pages <= self.numerics.pages(positions):
+            raise ModelFolderError(
+                f"kvCacheMemory of {config.kv_cache_bytes} bytes holds {pages} pages of {self.numerics.page} tokens, "
+                f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
+            )
+        self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
+        self.ledger = PageLedger(pages, self.cache.scrub)
+        self.buffers = Buffers(self.dtype, self.device)
+        self.passes: dict[int, PassState] = {}
+        self.pass_ids = itertools.count(1)
+
+    def layout(self, spec: LoraSpec) -> LoraLayout:
+        return LoraLayout(self.model, spec)
+
+    def open_pass(
+        self,
+        work: Pass,
+        weights: LoraWeights,
+        layout: LoraLayout,
+        pages: tuple[int, ...],
+        seed: int = 0,
+        loss: LossName = LossName.CROSS_ENTROPY,
+        *,
+        want_logprobs: bool = False,
+    ) -> PassState:
+        """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
+        terms = LossTerms(LOSSES[loss], work, self.numerics, self.dtype, self.device, want_logprobs=want_logprobs)
+        state = PassState(
+            work, weights, layout, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
+        )
+        self.passes[work.id] = state
+        return state
+
+    def close_pass(self, pass_id: int) -> None:
+        """Forget a live pass; its pages and buffers are the next one's."""
+        state = self.passes.pop(pass_id)
+        pages = tuple(page for table in state.page_tables for page in table)
+        if not torch.isfinite(state.final).all():
+            self.cache.scrub(pages)
+        self.ledger.free(f"pass:{pass_id}")
+        self.buffers.release(pass_id)
+
+    def forward(
+        self,
+        segments: tuple[Segment, ...],
+        sequences: Mapping[int, Bindable],
+        goes_on: Callable[[int], bool] = lambda layer: True,
+    ) -> Forwarded | None:
+        """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
+        batch = bind(segments, sequences, self.passes, self.numerics, self.device)
+        hidden = self.transformer.forward(batch, self.cache, goes_on)
+        if hidden is None:
+            return None
+        for rows in batch.kept:
+            done = rows.first + rows.stop - rows.start
+            rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)
+        count = len(batch.sample_slots)
+        if count == 0:
+            return Forwarded((), hidden[:0], hidden)
+        return Forwarded(batch.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
+
+    def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
+        return head.log_probabilities(self._logits(repeat_last_row(rows, self.numerics.row_multiple)))[: rows.shape[0]]
+
+    def log_probabilities_of(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [len(rows), vocab] of some rows of logits [N, vocab], which stay as they are."""
+        return head.log_probabilities(repeat_last_row(logits[list(rows)], self.numerics.row_multiple))[: len(rows)]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights = self.transformer.weights
+        return head.logits(hidden, weights.norm, weights.head, self.model.rms_eps)
+
+    def backward(self, unit: Unit) -> None:
+        """Run one unit and advance its pass."""
+        state = self.passes[unit.pass_id]
+        if (unit.layer, unit.end) != (state.layer, state.end_tile):
+            raise ValueError(f"{unit} does not go on from layer {state.layer}, tile {state.end_tile}")
+        weights = self.transformer.weights
+        if unit.layer == self.model.layers:
+            eps = self.model.rms_eps
+            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, eps, self.numerics)
+        else:
+            self.transformer.backward(state, unit.layer, unit.first, unit.end, self.cache)
+        state.end_tile = unit.first
+        if unit.first == 0:
+            state.layer, state.end_tile = unit.layer - 1, len(state.spans)

@@ -1,0 +1,105 @@
+"""The frozen weights: what they are called in a model folder, and how they are held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coserve_engine.config import LINEARS, ModelConfig
+from coserve_engine.errors import ModelFolderError
+from coserve_engine.formats.model_tensors import read_tensors
+from coserve_engine.kernels.cpu.linears import FrozenLinear, LinearChoice
+
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """`linears[name]` with their biases; norms [hidden], q_norm and k_norm [D]."""
+
+    linears: Mapping[str, FrozenLinear]
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """embed [vocab, hidden], norm [hidden], head from hidden to vocab."""
+
+    embed: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: FrozenLinear
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name in the files -> shape of every tensor of the model; a tied head need not be there."""
+    rows = (config.vocab_size, config.hidden)
+    shapes: dict[str, tuple[int, ...]] = {EMBED: rows, NORM: (config.hidden,), HEAD: rows}
+    for layer in range(config.layers):
+        for name in LINEARS:
+            shapes[_weight(layer, name)] = config.linear_shape(name)
+        for name in config.biased:
+            shapes[_bias(layer, name)] = config.linear_shape(name)[:1]
+        for name in ("input", "post_attention"):
+            shapes[_layernorm(layer, name)] = (config.hidden,)
+        if config.qk_norm:
+            shapes |= {_head_norm(layer, name): (config.head_size,) for name in ("q", "k")}
+    return shapes
+
+
+def _weight(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{_BLOCKS[name]}.{name}.weight"
+
+
+def _bias(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{_BLOCKS[name]}.{name}.bias"
+
+
+def _layernorm(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{name}_layernorm.weight"
+
+
+def _head_norm(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.self_attn.{name}_norm.weight"
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, choice: LinearChoice
+) -> Weights:
+    """Read every tensor of `config` from `folder` as `dtype` on `device`; `choice` makes the linears.
+
+    Raises:
+        ModelFolderError: as `read_tensors`, or a tensor is missing, or a tied model has a head that is no embedding.
+    """
+    shapes = tensor_shapes(config)
+    tensors = dict(read_tensors(folder, shapes, dtype, device))
+    missing = sorted(shapes.keys() - tensors.keys() - ({HEAD} if config.tied else set()))
+    if missing:
+        raise ModelFolderError(
+            f"{folder}: tensor {missing[0]!r} is missing from the safetensors files; copy them again"
+        )
+    if config.tied and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBED]):
+        raise ModelFolderError(
+            f"{folder}: tensor {HEAD!r} differs from {EMBED!r}, but tie_word_embeddings is true; set it to false in "
+            "config.json, or copy config.json and weights from the same model"
+        )
+
+    def layer(index: int) -> LayerWeights:
+        return LayerWeights(
+            linears={n: choice.make(tensors.pop(_weight(index, n)), tensors.get(_bias(index, n))) for n in LINEARS},
+            input_norm=tensors[_layernorm(index, "input")],
+            post_norm=tensors[_layernorm(index, "post_attention")],
+            q_norm=tensors.get(_head_norm(index, "q")),
+            k_norm=tensors.get(_head_norm(index, "k")),
+        )
+
+    embed = tensors[EMBED]
+    layers = tuple(layer(index) for index in range(config.layers))
+    return Weights(embed, layers, tensors[NORM], choice.make(embed if config.tied else tensors.pop(HEAD)))

@@ -1,0 +1,1 @@
+"""Decisions: pure functions and books of ints, floats and ids, without a tensor."""

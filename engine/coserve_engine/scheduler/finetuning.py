@@ -1,0 +1,172 @@
+"""How finetuning fills what an iteration has left: forward windows beside the serving rows, backward units after them.
+
+Between two tokens of a request lie the units of one iteration and the forward of the next. Units end by a clock, so
+only the forward's error eats into the gap; what an iteration leaves unused is not idle, the next one only begins
+earlier. Windows and units share the time as the live passes need them: the rest of their forward against the rest of
+their backward, so that one pass is ready for backward when the one before it is done.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from typing import NamedTuple
+
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.work import ForwardWork
+from coserve_engine.scheduler.plan import PassShape, PassView, Segment, Unit, View
+
+UNIT_TILES = 8
+"""Longer units gain little, and a request that comes waits for the end of one."""
+MAX_UNITS = 256
+
+
+class Room(NamedTuple):
+    """What a forward may take: `bound_s` in all but a few cases, `expected_s` by prediction."""
+
+    bound_s: float
+    expected_s: float
+
+    def holds(self, forward_s: float, ratio: float) -> bool:
+        """Whether it has room for a forward of so many expected seconds, where the bound is `ratio` times as many."""
+        bound_s, expected_s = self
+        return forward_s * ratio <= bound_s and forward_s <= expected_s
+
+
+def windows(
+    view: View, cost: CostModel, work: ForwardWork, room: Room, *, at_least_one: bool
+) -> tuple[list[Segment], ForwardWork, tuple[PassView, ...]]:
+    """Forward windows of live passes in order, as many tiles as fit, and where the passes stand after them.
+
+    With `at_least_one` a tile that does not fit runs all the same if the forward has no other row.
+    """
+    segments: list[Segment] = []
+    after = list(view.passes)
+    for number, owner in enumerate(view.passes):
+        if owner.forward_done:
+            continue
+        shape, first, last = owner.shape, owner.fwd_tile, len(owner.shape.tiles)
+        end = _most_tiles(shape, first, last, view.max_batch_tokens, cost, work, room)
+        if end == first and at_least_one and work.empty:
+            end = first + 1
+        if end > first:
+            work = work.plus(shape.forward(first, end))
+            segments.append(shape.window(first, end))
+            after[number] = owner._replace(fwd_tile=end)
+        if end < last:
+            break
+    return segments, work, tuple(after)
+
+
+def _most_tiles(
+    shape: PassShape, first: int, last: int, max_rows: int, cost: CostModel, work: ForwardWork, room: Room
+) -> int:
+    """Where the largest window from tile `first`, up to `last`, ends that fits beside `work`."""
+    ratio = cost.forward_ratio
+
+    def too_many(end: int) -> bool:
+        more = work.plus(shape.forward(first, end))
+        return more.rows > max_rows or not room.holds(cost.forward_s(more), ratio)
+
+    return first + bisect_left(range(first + 1, last + 1), True, key=too_many)
+
+
+def next_windows(
+    passes: tuple[PassView, ...], cost: CostModel, decode: ForwardWork, room: Room, max_rows: int
+) -> ForwardWork:
+    """The next forward: its decode rows, and as many tiles of windows as the passes need beside backward units.
+
+    Args:
+        passes: as they stand after this iteration's forward.
+        decode: the next forward's decode rows.
+        room: what units and the next forward may take together.
+    """
+    waiting = [p for p in passes if not p.forward_done]
+    if not waiting or len(waiting) == len(passes):
+        return decode
+    backward_s = sum([_backward_s(p, cost) for p in passes if p.forward_done])
+    if backward_s <= 0:
+        return decode
+    base_s, ratio = cost.forward_s(decode), cost.forward_ratio
+    forward_s = sum(
+        [cost.forward_s(decode.plus(p.shape.forward(p.fwd_tile, len(p.shape.tiles)))) - base_s for p in waiting]
+    )
+    free_s = min(room.bound_s - base_s * ratio, room.expected_s - base_s)
+    wanted_s = max(0.0, free_s) * forward_s / (forward_s + backward_s)
+    work, work_s, shape, first = decode, base_s, waiting[0].shape, waiting[0].fwd_tile
+    for end in range(first + 1, len(shape.tiles) + 1):
+        more = decode.plus(shape.forward(first, end))
+        more_s = cost.forward_s(more)
+        if wanted_s < (more_s - work_s) / 2 or more.rows > max_rows or not room.holds(more_s, ratio):
+            break
+        work, work_s, wanted_s = more, more_s, wanted_s - (more_s - work_s)
+    return work
+
+
+def _backward_s(owner: PassView, cost: CostModel) -> float:
+    """Seconds that the rest of a pass's backward is expected to take, in units as large as they get."""
+    shape, tiles = owner.shape, len(owner.shape.tiles)
+
+    def layer_s(layer: int, end: int) -> float:
+        units = math.ceil(end / UNIT_TILES)
+        return units * cost.unit_s(shape.backward(layer, 0, max(1, end // units)))
+
+    rest_s = layer_s(owner.layer, owner.end_tile) if owner.layer >= owner.last_layer else 0.0
+    below = owner.layer - owner.last_layer
+    return rest_s + below * layer_s(0, tiles) if below > 0 else rest_s
+
+
+def units(passes: tuple[PassView, ...], cost: CostModel, budget_s: float, longest_s: float) -> tuple[Unit, ...]:
+    """Backward units in order, as large as fit: what those before are expected to take and the bound of the last one
+    stay within the budget; none but a unit of one tile is longer than `longest_s`. A pass whose next unit would not
+    even fit alone lets the others go first.
+    """
+    planned: list[Unit] = []
+    whole_s = budget_s
+    for owner in passes:
+        if not owner.forward_done:
+            continue
+        shape, layer, end, tiles = owner.shape, owner.layer, owner.end_tile, len(owner.shape.tiles)
+        last_layer = owner.last_layer
+        known: dict[tuple[int, int], tuple[int, float, float]] = {}
+        while layer >= last_layer and len(planned) < MAX_UNITS:
+            alike = shape.kinds[layer], end
+            largest = known.get(alike)
+            if largest is None or largest[1] > budget_s:
+                largest = known[alike] = _largest_unit(shape, cost, layer, end, min(budget_s, longest_s))
+            first, bound_s, expected_s = largest
+            if bound_s > whole_s:
+                break
+            if bound_s > budget_s:
+                return tuple(planned)
+            planned.append(Unit(shape.id, layer, first, end))
+            budget_s -= expected_s
+            layer, end = (layer, first) if first > 0 else (layer - 1, tiles)
+    return tuple(planned)
+
+
+def _largest_unit(shape: PassShape, cost: CostModel, layer: int, end: int, limit_s: float) -> tuple[int, float, float]:
+    """The first tile, bound and expected seconds of the largest unit that ends at tile `end` and has its bound within
+    the limit; of one tile if none has.
+    """
+    ratio = cost.unit_ratio(head=layer == shape.layers)
+    low, first = max(0, end - UNIT_TILES), end - 1
+    expected_s = cost.unit_s(shape.backward(layer, first, end))
+    if expected_s * ratio > limit_s:
+        low = first
+    while low < first:
+        middle = (low + first) // 2
+        longer_s = cost.unit_s(shape.backward(layer, middle, end))
+        if longer_s * ratio <= limit_s:
+            first, expected_s = middle, longer_s
+        else:
+            low = middle + 1
+    return first, expected_s * ratio, expected_s
+
+
+def first_unit(passes: tuple[PassView, ...]) -> tuple[PassView, Unit] | None:
+    """The shortest unit with which backward can go on."""
+    for owner in passes:
+        if owner.forward_done and owner.layer >= owner.last_layer:
+            return owner, Unit(owner.shape.id, owner.layer, owner.end_tile - 1, owner.end_tile)
+    return None

@@ -1,0 +1,106 @@
+"""Which rows of which prompts an iteration computes: earliest deadline first, never past a deadline of those that
+decode.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.work import ForwardWork, prefill_work
+from coserve_engine.scheduler.plan import Kind, Segment, SequenceView, View
+
+CUT = 16
+"""Where a prompt is cut: at a multiple of so many positions."""
+STEPS = (1.0, 0.75, 0.5, 0.25)
+"""Shares of the reserve that stay free beside prompts, tried in this order."""
+HURRY_SHARE = 0.9
+"""Of the time until then, what prompts may need before they take more of the reserve."""
+PATIENCE = 4.0
+"""A request counts as due after so many times the time to first token, however late the deadline it asked for."""
+
+
+def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
+    """Sorts prompts: by deadline, but none waits for others for ever."""
+    return min(sequence.deadline, sequence.arrival + PATIENCE * ttft_s), sequence.arrival, sequence.slot
+
+
+def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork, left_s: float) -> float:
+    """How much of the view's reserve stays free beside prompts and the rows of `decode`, which are due in `left_s`: the
+    most at which every prompt will be in time, if this iteration's pace holds.
+    """
+    if not prompts or view.reserve_s == 0 or left_s == inf:
+        return view.reserve_s
+    waiting = sorted(prompts, key=lambda s: urgency(s, view.ttft_s))
+    for share in STEPS:
+        kept_s = share * view.reserve_s
+        _, work, whole, _ = chunks(waiting, view, cost, decode, left_s - kept_s)
+        if whole or _in_time(waiting, view, work.rows - decode.rows, cost.forward_s(work) + cost.median_turnaround_s):
+            return kept_s
+    return 0.0
+
+
+def _in_time(waiting: list[SequenceView], view: View, rows: int, seconds: float) -> bool:
+    """Whether prompts, one after the other and so many rows in so many seconds, are done a reserve before their
+    deadlines: a pause may hit them as well.
+    """
+    needed = 0
+    for sequence in waiting:
+        needed += sequence.known - sequence.done
+        if needed * seconds > rows * HURRY_SHARE * (sequence.deadline - view.now - view.reserve_s):
+            return False
+    return True
+
+
+def chunks(
+    prompts: list[SequenceView], view: View, cost: CostModel, work: ForwardWork, left_s: float
+) -> tuple[list[Segment], ForwardWork, bool, float]:
+    """Chunks of `prompts`, those of the view, beside `work`, in a forward that may take `left_s` (bound; infinite if
+    nobody decodes).
+
+    A prompt is cut where it does not fit. One whose deadline passed a time to first token ago gets `CUT` rows in every
+    iteration, whatever it delays, so that nobody waits for ever.
+
+    Returns:
+        segments, the counts of the forward, whether every prompt is planned to its end, and the seconds until the
+        earliest deadline of a prompt that is (infinite if none).
+    """
+    segments: list[Segment] = []
+    due_s = float("inf")
+    for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
+        rest = sequence.known - sequence.done
+        room = view.max_batch_tokens - work.rows
+        overdue = view.now > sequence.deadline + view.ttft_s
+        length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view)
+        if length < min(rest, CUT) and (overdue and not segments):
+            length = max(length, min(rest, room, CUT))
+        if length <= 0:
+            return segments, work, False, due_s
+        segments.append(Segment(Kind.PREFILL, sequence.slot, sequence.done, length, sample=length == rest))
+        work = work.plus(prefill_work(sequence.done, length, view.tile, view.reaches))
+        if length < rest:
+            return segments, work, False, due_s
+        if sequence.deadline > view.now + cost.forward_bound_s(work):
+            due_s = min(due_s, sequence.deadline - view.now)
+    return segments, work, True, due_s
+
+
+def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, view: View) -> int:
+    """The most rows, at most `most`, that fit; a cut lies at a multiple of CUT positions."""
+
+    def fits(length: int) -> bool:
+        more = prefill_work(sequence.done, length, view.tile, view.reaches)
+        return cost.forward_bound_s(work.plus(more)) <= left_s
+
+    if most <= 0:
+        return 0
+    whole = sequence.known - sequence.done
+    if most == whole and fits(most):
+        return most
+    low, high = sequence.done // CUT, (sequence.done + most) // CUT
+    if fits(high * CUT - sequence.done):
+        return max(0, high * CUT - sequence.done)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * CUT - sequence.done) else (low, middle)
+    return max(0, low * CUT - sequence.done)

@@ -1,0 +1,270 @@
+"""Requests inside the engine: waiting for a place, then running with pages that grow as they do.
+
+First come, first served: whoever runs came before whoever waits. A request starts with the pages of its tokens, those
+that another one computed included, and takes one more when it has filled them. The youngest gives all of its back
+when there are none left; it waits first in line and is computed again, which changes no bit of what it says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from coserve_engine.config import EngineConfig, ModelConfig
+from coserve_engine.errors import OutOfPagesError, RequestError
+from coserve_engine.kernels.cpu.lora import LoraWeights
+from coserve_engine.latency.work import make
+from coserve_engine.limits import check
+from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
+from coserve_engine.scheduler.load import RequestLoad
+from coserve_engine.scheduler.pages import HEADROOM_PAGES, PageLedger
+from coserve_engine.scheduler.plan import SequenceView
+from coserve_engine.serving.prefix import KeyChain
+from coserve_engine.serving.processors import Processors
+from coserve_engine.serving.sampling import Choice
+
+
+@dataclass(slots=True)
+class Request:
+    """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache."""
+
+    command: AddRequest
+    slot: int
+    weights: LoraWeights | None
+    finetune_s_at_arrival: float
+    tokens: list[int]
+    chain: KeyChain
+    processors: Processors | None
+    pages: tuple[int, ...] = ()
+    done: int = 0
+    registered: int = 0
+    """Its first pages, which can be found by their keys or need not be."""
+    finite: bool = False
+    """Whether its logits were seen to be finite; what an adapter computes may not be."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache when it first started."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    placed_s: float = 0.0
+    """When it got its first place."""
+    last_emit_s: float | None = None
+
+    @property
+    def owner(self) -> str:
+        """Its name in the page ledger."""
+        return f"request:{self.slot}"
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.command.params
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - len(self.command.prompt)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted and not all there yet."""
+        return self.params.prompt_logprobs is not None and self.last_emit_s is None
+
+    def view(self, ttft_s: float, tpot_s: float) -> SequenceView:
+        """As a policy sees it; the promise is its own where it brings one."""
+        c = self.command
+        promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
+        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
+
+    @property
+    def adapter_order(self) -> tuple[str, int]:
+        """Sorts requests by adapter version, those without one first."""
+        adapter = self.command.adapter
+        return ("", 0) if adapter is None else (adapter.uid, adapter.number)
+
+    def load(self) -> RequestLoad:
+        """As saturation sees it."""
+        first = self.last_emit_s is None
+        return RequestLoad(self.done, len(self.tokens), first, self.command.arrival_s, self.finetune_s_at_arrival)
+
+    def choice(self) -> Choice:
+        """How its next token is chosen."""
+        return make(Choice, (self.command.params, len(self.tokens), self.processors))
+
+
+class RequestTable:
+    """Waiting and running requests, and their pages. `running` is in order of arrival, as `waiting` is behind it."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger, device: torch.device) -> None:
+        self._config, self._model, self._ledger, self._device = config, model, ledger, device
+        self._slots = 0
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self._computing: dict[bytes, int] = {}
+        """Keys of pages that a running request is going to fill, and its slot."""
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.preemptions = 0
+
+    def views(self, ttft_s: float, tpot_s: float) -> tuple[SequenceView, ...]:
+        """The running requests as a policy sees them; those of one adapter follow each other, as will their rows."""
+        by_adapter = sorted(self.running.values(), key=lambda request: request.adapter_order)
+        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter)
+
+    def add(self, command: AddRequest, weights: LoraWeights | None, finetune_s: float) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never run here, its id is taken, or too many wait.
+        """
+        if self._find(command.request_id) is not None:
+            raise RequestError(
+                "duplicate_request",
+                f"request_id is {command.request_id!r}, which a request has that is not done yet; take another",
+            )
+        check(command, self._model.vocab_size, self._config.max_model_length)
+        prompt, params, numerics = command.prompt, command.params, self._config.numerics
+        need = numerics.pages(len(prompt) + params.max_tokens)
+        if need > self._ledger.total:
+            raise RequestError(
+                "context_length_exceeded",
+                f"the request needs {need} KV pages and the pool has {self._ledger.total}; shorten the prompt or lower "
+                "max_tokens",
+            )
+        if len(self.waiting) >= self._config.max_waiting:
+            raise RequestError(
+                "overloaded", f"{self._config.max_waiting} requests are waiting already; try again later"
+            )
+        self._slots += 1
+        chain = KeyChain(command.adapter, numerics.page, 0 if weights is None else weights.load)
+        processors = Processors.create(params, prompt, self._enders(params), self._device)
+        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, processors))
+
+    def _enders(self, params: SamplingParams) -> tuple[int, ...]:
+        return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._model.eos_token_ids)
+
+    def grow(self, request: Request) -> bool:
+        """Pages for all that a running request knows; False where there are none."""
+        lacking = self._config.numerics.pages(len(request.tokens)) - len(request.pages)
+        if lacking > 0:
+            try:
+                request.pages += self._ledger.extend(request.owner, lacking)
+            except OutOfPagesError:
+                return False
+        return True
+
+    def preempt_youngest(self) -> None:
+        """Its pages are free and it waits first in line. What it computed may stay in the cache for a while."""
+        request = next(reversed(self.running.values()))
+        self.release(request)
+        request.pages, request.done, request.registered = (), 0, 0
+        request.prompt_logprobs.clear()
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def admit(self, now_s: float) -> int:
+        """Start waiting requests while places and pages last.
+
+        One whose next page is being computed by another waits for it: prompts are computed first come, first served,
+        so it would not come sooner by computing the page again.
+
+        Returns the pages that the first one left lacks, 0 if none.
+        """
+        while self.waiting and len(self.running) < self._config.places:
+            request = self.waiting[0]
+            hits, comes_soon = self._look_up(request)
+            if comes_soon:
+                return 0
+            try:
+                self._start(request, hits, now_s)
+            except OutOfPagesError as error:
+                return error.lacking
+            self.waiting.popleft()
+            self.running[request.slot] = request
+            self._leave_headroom()
+        return 0
+
+    def _look_up(self, request: Request) -> tuple[tuple[int, ...], bool]:
+        """Pages that a request can begin with, and whether the one after them is being computed."""
+        length = len(request.tokens)
+        request.chain.extend(request.tokens, length)
+        if request.scores_prompt:
+            return (), False
+        keys = request.chain.keys[: (length - 1) // self._config.numerics.page]  # the last token must be computed
+        hits = self._ledger.match(keys)
+        return hits, len(hits) < len(keys) and keys[len(hits)] in self._computing
+
+    def _start(self, request: Request, hits: tuple[int, ...], now_s: float) -> None:
+        page, length = self._config.numerics.page, len(request.tokens)
+        request.pages = self._ledger.reserve(
+            request.owner, self._config.numerics.pages(length), hits, tainted=request.weights is not None
+        )
+        request.registered, request.done = len(hits), len(hits) * page
+        for key in request.chain.keys[len(hits) :]:
+            self._computing.setdefault(key, request.slot)
+        if request.last_emit_s is None:
+            request.cached_tokens, request.placed_s = request.done, request.placed_s or now_s
+            self.prefix_queries += length
+            self.prefix_hits += request.done
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request in whatever state it is."""
+        request = self._find(request_id)
+        if request is None:
+            return
+        if request.slot in self.running:
+            self.release(request)
+        else:
+            self.waiting.remove(request)
+
+    def _find(self, request_id: str) -> Request | None:
+        known = (*self.waiting, *self.running.values())
+        return next((request for request in known if request.command.request_id == request_id), None)
+
+    def advance(self, request: Request, rows: int) -> None:
+        """`rows` more tokens of a running request are in the cache."""
+        request.done += rows
+        if request.weights is None or request.finite:
+            self._register(request)
+
+    def _register(self, request: Request) -> None:
+        """Let others find the pages that are full. Those of an adapter that may have diverged are not offered."""
+        full = request.done // self._config.numerics.page
+        if request.registered < full:
+            request.chain.extend(request.tokens, request.done)
+            self._not_computing(request, full)
+            for index in range(request.registered, full):
+                self._ledger.register(request.pages[index], request.chain.keys[index])
+            request.registered = full
+
+    def _not_computing(self, request: Request, end: int) -> None:
+        """Its pages up to `end` are done or given up."""
+        for key in request.chain.keys[request.registered : end]:
+            if self._computing.get(key) == request.slot:
+                del self._computing[key]
+
+    def emit(self, request: Request, token: int, now: float) -> FinishReason | None:
+        """Append a sampled token to a running request's; a finished request is released."""
+        request.tokens.append(token)
+        request.last_emit_s = now
+        if not request.finite:
+            request.finite = True
+            self._register(request)
+        if request.processors is not None:
+            request.processors.add(token)
+        params, finish = request.command.params, None
+        if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
+            finish = FinishReason.STOP
+        elif request.output_tokens >= params.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self.release(request)
+        return finish
+
+    def release(self, request: Request, *, forget: bool = False) -> None:
+        """Take a running request's place and pages; `forget` what it computed where that is of no use."""
+        del self.running[request.slot]
+        self._not_computing(request, len(request.chain.keys))
+        self._ledger.free(request.owner, forget=forget)
+        self._leave_headroom()
+
+    def _leave_headroom(self) -> None:
+        self._ledger.headroom = HEADROOM_PAGES * len(self.running)

@@ -1,0 +1,1 @@
+"""Memory that outlives an iteration: keys and values, and what passes keep."""

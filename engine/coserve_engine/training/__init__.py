@@ -1,0 +1,1 @@
+"""Finetuning jobs: their streams of commands, optimizer steps and checkpoints."""

@@ -1,0 +1,128 @@
+"""A job's state between two optimizer steps: adapter (PEFT), moments, the best weights so far where the driver had them
+kept, counters, and what the driver wants back.
+
+Nothing of a pass is saved: passes since the last optimizer step are replayed, and replay is exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from coserve_engine.errors import AdapterFolderError, CheckpointError
+from coserve_engine.formats.adapter_folder import read_adapter
+from coserve_engine.formats.artifacts import peft_files, write_folder
+from coserve_engine.formats.folders import verify_folder
+from coserve_engine.kernels.cpu.lora import LoraLayout
+from coserve_engine.messages import LoraSpec
+from coserve_engine.numerics import Numerics
+from coserve_engine.training.optim import AdamState
+
+STATE = "state.json"
+MOMENTS = "optimizer.safetensors"
+BEST = "best.safetensors"
+
+
+class Best(NamedTuple):
+    """The parameters [size] as they were after `step` optimizer steps; they never change."""
+
+    step: int
+    param: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds: copies, so that training goes on while they are written."""
+
+    param: torch.Tensor
+    adam: AdamState
+    step: int
+    seq_no: int
+    best: Best | None = None
+
+    def copy(self) -> TrainingState:
+        adam = AdamState(self.adam.m.clone(), self.adam.v.clone(), self.adam.updates)
+        return replace(self, param=self.param.clone(), adam=adam)
+
+
+def save_checkpoint(
+    path: Path, layout: LoraLayout, state: TrainingState, numerics: Numerics, files: dict[str, str], base_model: str
+) -> str:
+    """Write folder `path`; returns the sha256 of its manifest."""
+    texts, tensors = peft_files(layout, state.param, base_model)
+    facts = {
+        "version": 1,
+        "step": state.step,
+        "seq_no": state.seq_no,
+        "updates": state.adam.updates,
+        "lora": asdict(layout.spec),
+        "numerics": asdict(numerics),
+        "files": sorted(files),
+    }
+    tensors |= {MOMENTS: {"m": state.adam.m.cpu(), "v": state.adam.v.cpu()}}
+    if state.best is not None:
+        facts["best_step"] = state.best.step
+        tensors[BEST] = {"param": state.best.param.cpu()}
+    texts |= {**files, STATE: json.dumps(facts, indent=1)}
+    return write_folder(path, texts, tensors)
+
+
+def load_checkpoint(
+    path: Path,
+    layout_of: Callable[[LoraSpec], LoraLayout],
+    numerics: Numerics,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[LoraLayout, TrainingState, dict[str, str]]:
+    """Read and check folder `path`. `layout_of` gives the layout of its LoRA shape, or refuses that by CheckpointError.
+
+    Raises:
+        CheckpointError: it is corrupt, or belongs to a run with another LoRA shape or other tile sizes.
+    """
+    verify_folder(path)
+    try:
+        facts: dict[str, Any] = json.loads((path / STATE).read_text())
+        lora = facts["lora"]
+        found = LoraSpec(lora["rank"], lora["alpha"], tuple(lora["targets"]), use_rslora=lora.get("use_rslora", False))
+        try:
+            layout = layout_of(found)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path / STATE}: {error}") from None
+        if facts["numerics"] != asdict(numerics):
+            raise CheckpointError(
+                f"{path / STATE}: numerics is {facts['numerics']}, this engine runs {asdict(numerics)}"
+            )
+        param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype, device), dtype, device)
+        moments = load_file(path / MOMENTS)
+        m, v = (moments[name].to(device=device, dtype=dtype) for name in ("m", "v"))
+        if m.shape != param.shape or v.shape != param.shape:
+            raise CheckpointError(f"{path / MOMENTS}: moments have {m.numel()} values, the adapter {param.numel()}")
+        if not torch.isfinite(m).all() or not (torch.isfinite(v) & (v >= 0)).all():
+            raise CheckpointError(f"{path / MOMENTS}: moments are not finite, or squares below zero")
+        updates, step, seq_no = (int(facts[name]) for name in ("updates", "step", "seq_no"))
+        if min(updates, step, seq_no) < 0:
+            raise CheckpointError(f"{path / STATE}: updates, step or seq_no is below 0: {updates}, {step}, {seq_no}")
+        best = _best(path, facts, param)
+        files = {name: (path / name).read_text() for name in facts["files"]}
+        return layout, TrainingState(param, AdamState(m, v, updates), step, seq_no, best), files
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterFolderError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this job ({error})") from error
+
+
+def _best(path: Path, facts: dict[str, Any], like: torch.Tensor) -> Best | None:
+    """What KeepBest kept; checkpoints of engines that knew no such command have none."""
+    if facts.get("best_step") is None:
+        return None
+    step, param = int(facts["best_step"]), load_file(path / BEST)["param"].to(like)
+    if param.shape != like.shape or not torch.isfinite(param).all():
+        raise CheckpointError(f"{path / BEST}: has {param.numel()} values of {like.numel()}, or some are not finite")
+    if not 0 <= step <= int(facts["step"]):
+        raise CheckpointError(f"{path / STATE}: best_step is {step}, and step {facts['step']}")
+    return Best(step, param)
