@@ -67,6 +67,12 @@ def set_environment(threads: int = 1, dtype: str = "float32") -> None:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+YIELDS = 5
+"""How nice an engine is: it takes all it gets of its core, and after a pause it would be its turn for long, while the
+process that hands its tokens on waits. In a pod it gives way to nobody else: between pods their requests decide.
+"""
+
+
 def settle() -> None:
     """Take all that was loaded so far out of the garbage collector's rounds.
 
@@ -164,6 +170,7 @@ class _Inbox:
 
 def _main(config: EngineConfig, commands: Queue[Command], events: Connection) -> None:
     set_environment(config.threads, config.dtype)
+    os.nice(YIELDS)  # before torch starts threads
     from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides

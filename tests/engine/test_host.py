@@ -14,7 +14,7 @@ import pytest
 from engine_driver import PATIENCE_S, gather
 
 from coserve_engine.config import EngineConfig
-from coserve_engine.host import EngineHost
+from coserve_engine.host import YIELDS, EngineHost
 from coserve_engine.messages import (
     AddRequest,
     EngineFailed,
@@ -60,6 +60,13 @@ def ready(host: EngineHost) -> EngineReady:
     first = gather(host, bool)[0]
     assert isinstance(first, EngineReady)
     return first
+
+
+def test_it_gives_way_to_the_process_that_started_it(host: EngineHost, ready: EngineReady) -> None:
+    assert host.pid is not None
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    threads = [int(task.name) for task in Path(f"/proc/{host.pid}/task").iterdir()]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, own + YIELDS)}
 
 
 def test_ready_comes_first(ready: EngineReady) -> None:
@@ -129,7 +136,7 @@ def test_a_broken_folder_is_named(tmp_path: Path) -> None:
 PARENT = """
 import sys, time
 from coserve_engine.config import EngineConfig
-from coserve_engine.host import EngineHost
+from coserve_engine.host import YIELDS, EngineHost
 if __name__ == "__main__":
     host = EngineHost.start(EngineConfig(sys.argv[1], max_model_length=256, kv_cache_bytes=2 << 20))
     while not host.events(1.0):
