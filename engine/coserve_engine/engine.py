@@ -12,7 +12,6 @@ from coserve_engine.errors import AdapterFolderError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import (
@@ -48,6 +47,7 @@ from coserve_engine.scheduler.load import Demand, saturation_percent
 from coserve_engine.scheduler.plan import Kind, PassView, Plan, Policy, Unit, View
 from coserve_engine.scheduler.schedule import decide, gives_way
 from coserve_engine.serving.serving import Serving
+from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.training.job_table import JobTable
 from coserve_engine.training.jobs import Job
 

@@ -10,13 +10,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, LoraWeights, ScatteredRows
+from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, ScatteredRows
 from coserve_engine.latency.work import make
 from coserve_engine.model.passes import PassState
 from coserve_engine.numerics import Numerics, repeat_last
 from coserve_engine.scheduler.pages import NULL_PAGE
 from coserve_engine.scheduler.plan import Kind, Segment
 from coserve_engine.tensors.kv_cache import PageRun
+from coserve_engine.tensors.lora import LoraWeights
 
 
 class TileCall(NamedTuple):

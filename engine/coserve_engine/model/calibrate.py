@@ -12,7 +12,6 @@ from functools import partial
 from statistics import median
 
 from coserve_engine.config import LINEARS
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
@@ -22,6 +21,7 @@ from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState, pages_of_pass
 from coserve_engine.model.prior import Priors, Rates, analytic
 from coserve_engine.scheduler.plan import Kind, Segment, Unit
+from coserve_engine.tensors.lora import LoraWeights
 
 LEAST_BUDGET_S, SHARE_OF_LOADING = 5.0, 0.1
 ROUNDS = 3

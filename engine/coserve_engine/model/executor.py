@@ -16,7 +16,6 @@ from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.kernels.cpu.functional import repeat_last_row
 from coserve_engine.kernels.cpu.linears import LinearChoice
-from coserve_engine.kernels.cpu.lora import LoraLayout, LoraWeights
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head
@@ -29,6 +28,7 @@ from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
 from coserve_engine.tensors.kv_cache import KVCache
+from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

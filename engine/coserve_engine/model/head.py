@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from coserve_engine.kernels.cpu.functional import repeat_last_row, rms_norm, rms_norm_backward
-from coserve_engine.kernels.cpu.linears import FrozenLinear
 from coserve_engine.model.passes import PassState
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.weights import FrozenLinear
 
 
 def logits(hidden: torch.Tensor, norm: torch.Tensor, head: FrozenLinear, eps: float) -> torch.Tensor:

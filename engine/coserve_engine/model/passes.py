@@ -13,7 +13,7 @@ import torch
 
 from coserve_engine.config import ModelConfig
 from coserve_engine.kernels.cpu.dropout import row_keys
-from coserve_engine.kernels.cpu.lora import LoraLayout, LoraWeights, RowDropout
+from coserve_engine.kernels.cpu.lora import RowDropout
 from coserve_engine.messages import Pass, PassMode
 from coserve_engine.model.losses import LossTerms
 from coserve_engine.numerics import Numerics
@@ -21,6 +21,7 @@ from coserve_engine.scheduler.plan import PassShape
 from coserve_engine.tensors.buffers import Buffers
 from coserve_engine.tensors.kept import plan_kept
 from coserve_engine.tensors.kv_cache import PageRun
+from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
 
 @dataclass(frozen=True, slots=True)

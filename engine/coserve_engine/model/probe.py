@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from coserve_engine.kernels.cpu.attention import Mask
 from coserve_engine.kernels.cpu.functional import rms_norm
-from coserve_engine.kernels.cpu.linears import PROBED_ROWS, FrozenLinear, PackedLinear, differing_rows, probed_rows
+from coserve_engine.kernels.cpu.linears import PROBED_ROWS, PackedLinear, differing_rows, probed_rows
 from coserve_engine.model.transformer import Transformer
+from coserve_engine.tensors.weights import FrozenLinear
 
 Operation = tuple[str, tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]
 """Name, (rows to try, width of a row), what is done to rows."""

@@ -26,9 +26,9 @@ from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, linear, line
 from coserve_engine.model.batch import BoundBatch
 from coserve_engine.model.passes import PassState, TileSpan
 from coserve_engine.model.rope import rope_table
-from coserve_engine.model.weights import Weights
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.kv_cache import KVCache, Reader
+from coserve_engine.tensors.weights import Weights
 
 QKV = ("q_proj", "k_proj", "v_proj")
 Singles = Mapping[int | None, tuple[Reader, ...]]

@@ -1,9 +1,7 @@
-"""The frozen weights: what they are called in a model folder, and how they are held."""
+"""The frozen weights: what they are called in a model folder, and how they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,31 +9,11 @@ import torch
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_tensors import read_tensors
-from coserve_engine.kernels.cpu.linears import FrozenLinear, LinearChoice
+from coserve_engine.kernels.cpu.linears import LinearChoice
+from coserve_engine.tensors.weights import LayerWeights, Weights
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """`linears[name]` with their biases; norms [hidden], q_norm and k_norm [D]."""
-
-    linears: Mapping[str, FrozenLinear]
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """embed [vocab, hidden], norm [hidden], head from hidden to vocab."""
-
-    embed: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor
-    head: FrozenLinear
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

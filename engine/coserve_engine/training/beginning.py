@@ -16,8 +16,8 @@ from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.formats.adapter_config import read_adapter_config
 from coserve_engine.formats.adapter_folder import module_name, read_adapter
 from coserve_engine.job_messages import Continued, LoraSpec, StartJob
-from coserve_engine.kernels.cpu.lora import Factors, LoraLayout
 from coserve_engine.model.executor import Executor
+from coserve_engine.tensors.lora import Factors, LoraLayout
 from coserve_engine.training.checkpoint import TrainingState, load_checkpoint
 from coserve_engine.training.optim import AdamState
 

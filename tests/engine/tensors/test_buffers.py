@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import Pass, StopJob, TrainSeq
 from coserve_engine.tensors.buffers import ALIGN, Buffers
+from coserve_engine.tensors.lora import LoraLayout
 
 CPU = torch.device("cpu")
 

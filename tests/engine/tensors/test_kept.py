@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.config import ModelConfig, Rope
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.model.transformer import UnitRows
 from coserve_engine.tensors.kept import levels, plan_kept, row_values
+from coserve_engine.tensors.lora import LoraLayout
 
 
 def config(layers: int, *, qk_norm: bool) -> ModelConfig:
