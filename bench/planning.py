@@ -50,7 +50,8 @@ MODEL: tuple[tuple[Any, str], ...] = (
     (jobs.Job, "_optimize"),
 )
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("batch of the forward", executor_module, "bind"),
+    ("layout of the forward", executor_module, "lay_out"),
+    ("its tensors", executor_module, "bind"),
     ("jobs", JobTable, "advance"),
     ("room for requests", Serving, "make_room"),
     ("view", Engine, "_view"),

@@ -15,11 +15,12 @@ from coserve_engine.config import LINEARS
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.messages import LoraSpec, Pass, TrainSeq
-from coserve_engine.model.batch import SequenceRows
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.passes import PassState, pages_of_pass
+from coserve_engine.model.passes import PassState
 from coserve_engine.model.prior import Priors, Rates, analytic
+from coserve_engine.model.sequences import SequenceRows
 from coserve_engine.scheduler.plan import Kind, Segment, Unit
 from coserve_engine.tensors.lora import LoraWeights
 

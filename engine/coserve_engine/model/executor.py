@@ -14,14 +14,16 @@ import torch
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
+from coserve_engine.kernels.cpu.bound import bind
 from coserve_engine.kernels.cpu.functional import repeat_last_row
 from coserve_engine.kernels.cpu.linears import LinearChoice
 from coserve_engine.latency.work import mean_reaches
+from coserve_engine.layout.batch import lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head
-from coserve_engine.model.batch import Bindable, bind
 from coserve_engine.model.losses import LOSSES, LossTerms
 from coserve_engine.model.passes import PassState
+from coserve_engine.model.sequences import Computable
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.model.weights import load_weights
 from coserve_engine.scheduler.pages import PageLedger
@@ -89,7 +91,7 @@ class Executor:
         self,
         work: Pass,
         weights: LoraWeights,
-        layout: LoraLayout,
+        lora: LoraLayout,
         pages: tuple[int, ...],
         seed: int = 0,
         loss: LossName = LossName.CROSS_ENTROPY,
@@ -99,7 +101,7 @@ class Executor:
         """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
         terms = LossTerms(LOSSES[loss], work, self.numerics, self.dtype, self.device, want_logprobs=want_logprobs)
         state = PassState(
-            work, weights, layout, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
+            work, weights, lora, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
         )
         self.passes[work.id] = state
         return state
@@ -107,7 +109,7 @@ class Executor:
     def close_pass(self, pass_id: int) -> None:
         """Forget a live pass; its pages and buffers are the next one's."""
         state = self.passes.pop(pass_id)
-        pages = tuple(page for table in state.page_tables for page in table)
+        pages = tuple(page for table in state.layout.tables for page in table)
         if not torch.isfinite(state.final).all():
             self.cache.scrub(pages)
         self.ledger.free(f"pass:{pass_id}")
@@ -116,21 +118,23 @@ class Executor:
     def forward(
         self,
         segments: tuple[Segment, ...],
-        sequences: Mapping[int, Bindable],
+        sequences: Mapping[int, Computable],
         goes_on: Callable[[int], bool] = lambda layer: True,
     ) -> Forwarded | None:
         """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
-        batch = bind(segments, sequences, self.passes, self.numerics, self.device)
+        passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
+        layout = lay_out(segments, sequences, passes, self.numerics)
+        batch = bind(layout, sequences, self.passes, self.numerics, self.device)
         hidden = self.transformer.forward(batch, self.cache, goes_on)
         if hidden is None:
             return None
-        for rows in batch.kept:
-            done = rows.first + rows.stop - rows.start
-            rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)
-        count = len(batch.sample_slots)
+        for pass_id, start, stop, first in layout.windows:
+            state = self.passes[pass_id]
+            state.fwd_tile = sum(span.stop <= first + stop - start for span in state.spans)
+        count = len(layout.sample_slots)
         if count == 0:
             return Forwarded((), hidden[:0], hidden)
-        return Forwarded(batch.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
+        return Forwarded(layout.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
 
     def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from coserve_engine.config import ModelConfig
 from coserve_engine.kernels.cpu.attention import Attention, Mask
+from coserve_engine.kernels.cpu.bound import BoundBatch
+from coserve_engine.kernels.cpu.dropout import dropout
 from coserve_engine.kernels.cpu.functional import (
     encode_heads,
     encode_heads_backward,
@@ -22,55 +24,16 @@ from coserve_engine.kernels.cpu.functional import (
     rms_norm_backward,
     swiglu_backward,
 )
-from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, linear, linear_backward
-from coserve_engine.model.batch import BoundBatch
-from coserve_engine.model.passes import PassState, TileSpan
+from coserve_engine.kernels.cpu.lora import AdapterRows, linear, linear_backward, unit_adapters
 from coserve_engine.model.rope import rope_table
 from coserve_engine.numerics import Numerics
-from coserve_engine.tensors.kv_cache import KVCache, Reader
+from coserve_engine.tensors.kv_cache import KVCache, PageRun, Reader
+from coserve_engine.tensors.passes import PassTensors, UnitRows
 from coserve_engine.tensors.weights import Weights
 
 QKV = ("q_proj", "k_proj", "v_proj")
 Singles = Mapping[int | None, tuple[Reader, ...]]
 """A mask's reach -> readers of the decode rows' keys and values."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnitRows:
-    """The rows of a pass that one unit of backward takes through one layer."""
-
-    state: PassState
-    layer: int
-    spans: tuple[TileSpan, ...]
-    """Last tile first: the order of every sum over positions."""
-
-    @property
-    def start(self) -> int:
-        return self.spans[-1].start
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.spans[0].stop)
-
-    @property
-    def tiles(self) -> tuple[tuple[int, int], ...]:
-        """Row ranges of the tiles, counted from the unit's first row."""
-        return tuple((span.start - self.start, span.stop - self.start) for span in self.spans)
-
-    @property
-    def stored(self) -> Mapping[str, torch.Tensor]:
-        """What forward kept of this layer."""
-        return self.state.kept[self.layer]
-
-    def kept(self, name: str) -> torch.Tensor:
-        """What forward kept of these rows."""
-        return self.stored[name][self.rows]
-
-    @property
-    def adapters(self) -> AdapterRows:
-        """The adapter of these rows, for what is computed again."""
-        rows = slice(0, self.rows.stop - self.rows.start)
-        return (LoraGroup(self.state.weights, rows, self.state.drop(self.rows)),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +88,8 @@ class Transformer:
 
     def _readers(self, mask: Mask, batch: BoundBatch, cache: KVCache) -> tuple[Reader, ...]:
         """What decode rows see of the cache, in the layers with this mask."""
-        return tuple(cache.reader(c.pages, mask.first_key(c.kv_length), c.kv_length) for c in batch.singles)
+        calls = zip(batch.layout.singles, batch.singles, strict=True)
+        return tuple(cache.reader(run, mask.first_key(call.tile_end), call.tile_end) for call, run in calls)
 
     def _layer(
         self,
@@ -139,7 +103,7 @@ class Transformer:
     ) -> torch.Tensor:
         w, adapters, eps = self.weights.layers[layer], batch.adapters, self.config.rms_eps
         q, k, v = self._project(layer, x, adapters)
-        cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
+        cache.write(layer, batch.write, encode_heads(k, w.k_norm, eps, cos, sin), v)
         o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache, singles)
         x2 = self._linear(layer, "o_proj", o.flatten(1), adapters).add_(x)
         gate, up = self._gate_up(layer, x2, adapters)
@@ -170,10 +134,10 @@ class Transformer:
         mask, o, lse = self.masks[layer], torch.zeros_like(q), q.new_zeros(q.shape[:2])
         if batch.singles:
             keys = [read(layer) for read in singles[mask.reach]]
-            firsts = tuple(call.first for call in batch.singles)
+            firsts = tuple(call.first for call in batch.layout.singles)
             o[: len(keys)] = self.attention.attend_singles(q[: len(keys)], keys, mask, firsts)
-        for call in batch.calls:
-            k, v = cache.read(layer, call.pages, mask.first_key(call.kv_length), call.kv_length)
+        for call, run in zip(batch.layout.calls, batch.calls, strict=True):
+            k, v = cache.read(layer, run, mask.first_key(call.tile_end), call.tile_end)
             rows = slice(call.start, call.stop)
             o[rows], sums = self.attention.attend(q[rows], k, v, mask, call.first)
             if call.want_lse:
@@ -182,11 +146,11 @@ class Transformer:
 
     # ---- backward ----
 
-    def backward(self, state: PassState, layer: int, first: int, end: int, cache: KVCache) -> None:
+    def backward(self, state: PassTensors, layer: int, first: int, end: int, cache: KVCache) -> None:
         """Backward of tiles [first, end) of `layer`; turns state.dx of their rows from d(output) into d(input)."""
-        if end == len(state.spans):
+        if end == len(state.layout.spans):
             state.dkv.zero_()
-        unit = UnitRows(state, layer, tuple(reversed(state.spans[first:end])))
+        unit = UnitRows.of(state, layer, first, end)
         dx2 = self._mlp_block_backward(unit, state.dx[unit.rows])
         dx = self._attention_block_backward(unit, dx2, cache)
         if dx is not None:
@@ -198,7 +162,7 @@ class Transformer:
         state, weight = unit.state, self.weights.layers[unit.layer].linears[name]
         pair, grads = state.weights.layers[unit.layer].get(name), state.grad_views[unit.layer].get(name)
         mask = state.drop(unit.rows)
-        drop = None if mask is None else partial(mask, layer=unit.layer, name=name)
+        drop = None if mask is None else partial(dropout, rows=mask.keys, layer=unit.layer, linear=name, p=mask.p)
         return linear_backward(dy, x, weight, pair, grads, unit.tiles, drop, need_dx=need_dx)
 
     def _mlp_block_backward(self, unit: UnitRows, dy: torch.Tensor) -> torch.Tensor:
@@ -207,7 +171,7 @@ class Transformer:
         if "gate" in unit.stored:
             gate, up = unit.kept("gate"), unit.kept("up")
         else:
-            gate, up = self._gate_up(unit.layer, x2, unit.adapters)
+            gate, up = self._gate_up(unit.layer, x2, unit_adapters(unit))
         silu = functional.silu(gate)
         dh = _sum(self._linear_backward(unit, "down_proj", dy, silu * up))
         dgate, dup = swiglu_backward(dh, gate, up, silu)
@@ -220,7 +184,7 @@ class Transformer:
         """The input of the MLP's half, kept or computed again."""
         if "x2" in unit.stored:
             return unit.kept("x2")
-        adapters = unit.adapters
+        adapters = unit_adapters(unit)
         return self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), adapters).add_(unit.kept("x"))
 
     def _queries_keys(self, unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -229,7 +193,7 @@ class Transformer:
         if "q" in unit.stored:
             return unit.kept("q"), unit.kept("k") if wants_k else None
         names = ("q_proj", "k_proj") if wants_k else ("q_proj",)
-        q, *k = self._project(unit.layer, unit.kept("x"), unit.adapters, names)
+        q, *k = self._project(unit.layer, unit.kept("x"), unit_adapters(unit), names)
         return q, k[0] if k else None
 
     def _attention_block_backward(self, unit: UnitRows, dx2: torch.Tensor, cache: KVCache) -> torch.Tensor | None:
@@ -253,10 +217,10 @@ class Transformer:
         """dq [R, heads, D] of encoded queries; adds to state.dkv, encoded keys and values, tile by tile."""
         state, mask, dq = unit.state, self.masks[unit.layer], torch.empty_like(do)
         o, lse = unit.kept("o"), unit.kept("lse")
-        for span, (start, stop) in zip(unit.spans, unit.tiles, strict=True):
+        for span, pages, (start, stop) in zip(unit.spans, unit.pages, unit.tiles, strict=True):
             tile_end = (span.index + 1) * self.numerics.tile
             first_key = mask.first_key(tile_end)
-            k, v = cache.read(unit.layer, state.runs[span], first_key, tile_end)
+            k, v = cache.read(unit.layer, PageRun.of(pages, q.device), first_key, tile_end)
             dk, dv = state.dkv[:, :, span.base + first_key : span.stop]
             rows = slice(start, stop)
             part = (do[rows], q[rows], o[rows], lse[rows])
@@ -267,7 +231,7 @@ class Transformer:
 def _keep(layer: int, batch: BoundBatch, values: Mapping[str, torch.Tensor]) -> None:
     """Copy what passes of this batch keep of `values` [T, ...]."""
     for rows in batch.kept:
-        if rows.state.training:
+        if rows.state.layout.training:
             for name, store in rows.state.kept[layer].items():
                 store[rows.first : rows.first + rows.stop - rows.start] = values[name][rows.start : rows.stop]
 

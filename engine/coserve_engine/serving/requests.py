@@ -75,6 +75,11 @@ class Request:
         return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
 
     @property
+    def adapter(self) -> int | None:
+        """An id that requests of one adapter share, whatever its version is called."""
+        return None if self.weights is None else id(self.weights)
+
+    @property
     def adapter_order(self) -> tuple[str, int]:
         """Sorts requests by adapter version, those without one first."""
         adapter = self.command.adapter

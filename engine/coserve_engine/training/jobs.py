@@ -34,8 +34,9 @@ from coserve_engine.job_messages import (
     StopJob,
     StreamCommand,
 )
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.passes import PassState, pages_of_pass
+from coserve_engine.model.passes import PassState
 from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.training.beginning import Beginning
 from coserve_engine.training.checkpoint import Best, TrainingState, save_checkpoint

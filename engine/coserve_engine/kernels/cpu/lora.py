@@ -13,19 +13,8 @@ import torch
 from coserve_engine.kernels.cpu.dropout import dropout
 from coserve_engine.numerics import repeat_last
 from coserve_engine.tensors.lora import AB, LoraWeights, Pair
+from coserve_engine.tensors.passes import RowDropout, UnitRows
 from coserve_engine.tensors.weights import FrozenLinear
-
-
-@dataclass(frozen=True, slots=True)
-class RowDropout:
-    """Dropout of the inputs of A for rows with these `keys` [R] (`dropout.row_keys`), of probability `p`."""
-
-    keys: torch.Tensor
-    p: float
-
-    def __call__(self, x: torch.Tensor, layer: int, name: str) -> torch.Tensor:
-        """x [R, in] with what this linear drops; also its own derivative."""
-        return dropout(x, self.keys, layer, name, self.p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +34,7 @@ class LoraGroup:
         if pair is not None:
             rows = x[self.rows]
             if self.drop is not None:
-                rows = self.drop(rows, layer, name)
+                rows = dropout(rows, self.drop.keys, layer, name, self.drop.p)
             _add(y[self.rows], rows, pair)
 
 
@@ -104,6 +93,12 @@ class ScatteredRows:
 
 AdapterRows = tuple[LoraGroup | ScatteredRows, ...]
 """Which rows of a batch use which adapter."""
+
+
+def unit_adapters(unit: UnitRows) -> AdapterRows:
+    """The adapter of a unit's rows, for what is computed again."""
+    rows = slice(0, unit.rows.stop - unit.rows.start)
+    return (LoraGroup(unit.state.weights, rows, unit.state.drop(unit.rows)),)
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair) -> None:
