@@ -92,12 +92,12 @@ class Engine:
         e = self.executor
         calibrated = calibrate(e, self.cost, self._clock, budget_s(self._loading_s))
         started = self._clock()
-        odd = probe_row_invariance(e.transformer, backward=self.config.finetuning)
+        odd = probe_row_invariance(e.transformer, backward=self.config.finetuning) if e.kernels.exact else ()
         tried_s = self._clock() - started
         notes = (f"loaded in {self._loading_s:.1f} s", *calibrated, f"tried rows of products in {tried_s:.1f} s")
         if odd:
             notes += (f"rows of {', '.join(odd)} depend on their batch: results are not bit-exact on this machine",)
-        notes += (*e.linears.notes(), f"attention by {e.transformer.attention.name}")
+        notes += tuple(e.kernels.notes())
         return EngineReady(e.model.vocab_size, self.config.max_model_length, e.ledger.total, e.numerics.page, notes)
 
     @property

@@ -8,21 +8,23 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.bound import bind
 from coserve_engine.kernels.cpu.functional import repeat_last_row
-from coserve_engine.kernels.cpu.linears import LinearChoice
+from coserve_engine.kernels.cpu.table import CpuKernels
+from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head
 from coserve_engine.model.losses import LOSSES, LossTerms
 from coserve_engine.model.passes import PassState
+from coserve_engine.model.rope import rope_table
 from coserve_engine.model.sequences import Computable
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.model.weights import load_weights
@@ -68,10 +70,11 @@ class Executor:
             )
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
-        self.linears = LinearChoice(self.device, self.dtype, self.numerics, backward=config.finetuning)
-        weights = load_weights(folder, self.model, self.dtype, self.device, self.linears)
         positions = self.numerics.pad(config.max_model_length)
-        self.transformer = Transformer.create(self.model, weights, self.numerics, positions)
+        rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtype, self.device)
+        self.kernels: Kernels[Any, Any] = CpuKernels.create(self.model, self.numerics, rope, backward=config.finetuning)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels.frozen)
+        self.transformer = Transformer(self.model, weights, self.kernels)
         pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
         if pages <= self.numerics.pages(positions):
             raise ModelFolderError(
@@ -124,7 +127,7 @@ class Executor:
         """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
         passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
         layout = lay_out(segments, sequences, passes, self.numerics)
-        batch = bind(layout, sequences, self.passes, self.numerics, self.device)
+        batch = self.kernels.bind(layout, sequences, self.passes)
         hidden = self.transformer.forward(batch, self.cache, goes_on)
         if hidden is None:
             return None
@@ -134,7 +137,7 @@ class Executor:
         count = len(layout.sample_slots)
         if count == 0:
             return Forwarded((), hidden[:0], hidden)
-        return Forwarded(layout.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
+        return Forwarded(layout.sample_slots, self._logits(self.kernels.sampled(batch, hidden))[:count], hidden)
 
     def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
@@ -146,7 +149,7 @@ class Executor:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights
-        return head.logits(hidden, weights.norm, weights.head, self.model.rms_eps)
+        return head.logits(hidden, weights.norm, weights.head, self.kernels)
 
     def backward(self, unit: Unit) -> None:
         """Run one unit and advance its pass."""
@@ -155,8 +158,7 @@ class Executor:
             raise ValueError(f"{unit} does not go on from layer {state.layer}, tile {state.end_tile}")
         weights = self.transformer.weights
         if unit.layer == self.model.layers:
-            eps = self.model.rms_eps
-            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, eps, self.numerics)
+            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, self.kernels, self.numerics)
         else:
             self.transformer.backward(state, unit.layer, unit.first, unit.end, self.cache)
         state.end_tile = unit.first

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from coserve_engine.kernels.cpu.bound import Adapted
+from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import Placed
 from coserve_engine.tensors.lora import LoraWeights
 

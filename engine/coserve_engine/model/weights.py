@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ import torch
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_tensors import read_tensors
-from coserve_engine.kernels.cpu.linears import LinearChoice
-from coserve_engine.tensors.weights import LayerWeights, Weights
+from coserve_engine.tensors.weights import FrozenLinear, LayerWeights, Weights
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
+
+
+Frozen = Callable[[torch.Tensor, torch.Tensor | None], FrozenLinear]
+"""A linear of weight [out, in] and bias [out]."""
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -49,9 +53,9 @@ def _head_norm(layer: int, name: str) -> str:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, choice: LinearChoice
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, frozen: Frozen
 ) -> Weights:
-    """Read every tensor of `config` from `folder` as `dtype` on `device`; `choice` makes the linears.
+    """Read every tensor of `config` from `folder` as `dtype` on `device`; `frozen` makes the linears.
 
     Raises:
         ModelFolderError: as `read_tensors`, or a tensor is missing, or a tied model has a head that is no embedding.
@@ -71,7 +75,7 @@ def load_weights(
 
     def layer(index: int) -> LayerWeights:
         return LayerWeights(
-            linears={n: choice.make(tensors.pop(_weight(index, n)), tensors.get(_bias(index, n))) for n in LINEARS},
+            linears={n: frozen(tensors.pop(_weight(index, n)), tensors.get(_bias(index, n))) for n in LINEARS},
             input_norm=tensors[_layernorm(index, "input")],
             post_norm=tensors[_layernorm(index, "post_attention")],
             q_norm=tensors.get(_head_norm(index, "q")),
@@ -80,4 +84,4 @@ def load_weights(
 
     embed = tensors[EMBED]
     layers = tuple(layer(index) for index in range(config.layers))
-    return Weights(embed, layers, tensors[NORM], choice.make(embed if config.tied else tensors.pop(HEAD)))
+    return Weights(embed, layers, tensors[NORM], frozen(embed if config.tied else tensors.pop(HEAD), None))

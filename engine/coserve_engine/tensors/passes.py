@@ -70,7 +70,7 @@ class PassTensors:
         return None if self.row_keys is None else RowDropout(self.row_keys[rows], self.lora.spec.dropout)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UnitRows:
     """The rows of a pass that one unit of backward takes through one layer."""
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.config import ModelConfig, Rope
+from coserve_engine.kernels.cpu.bound import BoundUnit
 from coserve_engine.messages import Pass, TrainSeq
-from coserve_engine.model import transformer
 from coserve_engine.tensors.kept import levels, plan_kept, row_values
 from coserve_engine.tensors.lora import LoraLayout
 
@@ -68,5 +68,5 @@ def test_computing_again_without_the_adapter_shows(
     rig: Any, model_path: Any, draw_tokens: Any, random_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gradient(rig, model_path("plain"), draw_tokens, random_adapter, None)
-    monkeypatch.setattr(transformer, "unit_adapters", lambda unit: ())
+    monkeypatch.setattr(BoundUnit, "adapters", ())
     assert not torch.equal(gradient(rig, model_path("plain"), draw_tokens, random_adapter, 0.5), whole)

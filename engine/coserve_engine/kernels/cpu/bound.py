@@ -5,29 +5,22 @@ one adapter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, ScatteredRows
+from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
-from coserve_engine.tensors.kv_cache import PageRun
+from coserve_engine.tensors.kv_cache import PageRun, Reader
 from coserve_engine.tensors.lora import LoraWeights
-from coserve_engine.tensors.passes import PassTensors
+from coserve_engine.tensors.passes import PassTensors, UnitRows
 
 
-class Adapted(Protocol):
-    """What binding must know of a running request."""
-
-    @property
-    def weights(self) -> LoraWeights | None:
-        """Of its adapter."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeptRows:
+class KeptRows(NamedTuple):
     """Rows [start, stop) of the batch are rows [first, ...) of a pass."""
 
     state: PassTensors
@@ -36,7 +29,7 @@ class KeptRows:
     first: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BoundBatch:
     """`layout` as the tensors that its T rows are computed with.
 
@@ -44,6 +37,8 @@ class BoundBatch:
         tokens, positions, write: [T].
         singles, calls: the pages of each of the layout's.
         sample_rows: [padded number of rows to sample].
+        rope: `rope_table`.
+        readers: by a mask's reach, of the decode rows' keys and values; made when first asked for.
     """
 
     layout: BatchLayout
@@ -55,6 +50,37 @@ class BoundBatch:
     adapters: AdapterRows
     kept: tuple[KeptRows, ...]
     sample_rows: torch.Tensor
+    rope: torch.Tensor
+    readers: dict[int | None, tuple[Reader, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, 1, D]."""
+        cos, sin = self.rope[:, self.positions].unsqueeze(2)
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class BoundUnit(UnitRows):
+    """A unit's rows with what its words share."""
+
+    rope: torch.Tensor
+
+    @classmethod
+    def of_unit(cls, unit: UnitRows, rope: torch.Tensor) -> BoundUnit:
+        return cls(unit.state, unit.layer, unit.spans, unit.pages, rope)
+
+    @property
+    def adapters(self) -> AdapterRows:
+        """The adapter of these rows, for what is computed again."""
+        rows = slice(0, self.rows.stop - self.rows.start)
+        return (LoraGroup(self.state.weights, rows, self.state.drop(self.rows)),)
+
+    @cached_property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [R, 1, D]."""
+        cos, sin = self.rope[:, self.state.positions[self.rows]].unsqueeze(2)
+        return cos, sin
 
 
 def bind(
@@ -62,9 +88,10 @@ def bind(
     sequences: Mapping[int, Adapted],
     passes: Mapping[int, PassTensors],
     numerics: Numerics,
-    device: torch.device,
+    rope: torch.Tensor,
 ) -> BoundBatch:
     """`sequences` and `passes`: those that the layout names."""
+    device = rope.device
     count, rows = layout.request_rows, layout.rows
     parts = [_places(layout, 0, count, device)]
     tuned: list[LoraGroup] = []
@@ -92,6 +119,7 @@ def bind(
         adapters=(*_adapters(adapted, numerics, device), *tuned),
         kept=tuple(kept),
         sample_rows=torch.tensor(layout.sample_rows, dtype=torch.int64, device=device),
+        rope=rope,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from coserve_engine.kernels.cpu.dropout import dropout
 from coserve_engine.numerics import repeat_last
 from coserve_engine.tensors.lora import AB, LoraWeights, Pair
-from coserve_engine.tensors.passes import RowDropout, UnitRows
+from coserve_engine.tensors.passes import RowDropout
 from coserve_engine.tensors.weights import FrozenLinear
 
 
@@ -93,12 +93,6 @@ class ScatteredRows:
 
 AdapterRows = tuple[LoraGroup | ScatteredRows, ...]
 """Which rows of a batch use which adapter."""
-
-
-def unit_adapters(unit: UnitRows) -> AdapterRows:
-    """The adapter of a unit's rows, for what is computed again."""
-    rows = slice(0, unit.rows.stop - unit.rows.start)
-    return (LoraGroup(unit.state.weights, rows, unit.state.drop(unit.rows)),)
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair) -> None:
