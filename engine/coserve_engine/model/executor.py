@@ -15,8 +15,8 @@ import torch
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.functional import repeat_last_row
 from coserve_engine.kernels.cpu.table import CpuKernels
+from coserve_engine.kernels.functional import repeat_last_row
 from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import lay_out

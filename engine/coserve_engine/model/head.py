@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from coserve_engine.kernels.cpu.functional import repeat_last_row
+from coserve_engine.kernels.functional import repeat_last_row
 from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.model.passes import PassState
 from coserve_engine.numerics import Numerics

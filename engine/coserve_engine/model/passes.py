@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from coserve_engine.config import ModelConfig
-from coserve_engine.kernels.cpu.dropout import row_keys
+from coserve_engine.kernels.dropout import row_keys
 from coserve_engine.layout.passes import PassLayout, TileSpan
 from coserve_engine.messages import Pass, PassMode
 from coserve_engine.model.losses import LossTerms

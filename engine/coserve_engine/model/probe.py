@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from coserve_engine.kernels.cpu.attention import Mask
-from coserve_engine.kernels.cpu.functional import rms_norm
+from coserve_engine.kernels.attention import Mask
 from coserve_engine.kernels.cpu.linears import PROBED_ROWS, PackedLinear, differing_rows, probed_rows
 from coserve_engine.kernels.cpu.table import CpuKernels
+from coserve_engine.kernels.functional import rms_norm
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.tensors.weights import FrozenLinear
 

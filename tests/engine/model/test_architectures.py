@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from coserve_engine.kernels.cpu import functional
+from coserve_engine.kernels import functional
+from coserve_engine.kernels.attention import Mask
 from coserve_engine.kernels.cpu import table as cpu_table
-from coserve_engine.kernels.cpu.attention import Mask
 from coserve_engine.kernels.cpu.linears import PlainLinear
 from coserve_engine.messages import AddRequest, Pass, SamplingParams, TrainSeq
 from coserve_engine.model import executor

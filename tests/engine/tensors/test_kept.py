@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.config import ModelConfig, Rope
-from coserve_engine.kernels.cpu.bound import BoundUnit
+from coserve_engine.kernels.bound import BoundUnit
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.tensors.kept import levels, plan_kept, row_values
 from coserve_engine.tensors.lora import LoraLayout

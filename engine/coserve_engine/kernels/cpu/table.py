@@ -10,19 +10,19 @@ import torch
 from torch.nn import functional
 
 from coserve_engine.config import ModelConfig
-from coserve_engine.kernels.cpu import bound
-from coserve_engine.kernels.cpu.attention import Attention, Mask
-from coserve_engine.kernels.cpu.bound import BoundBatch, BoundUnit
-from coserve_engine.kernels.cpu.dropout import dropout
-from coserve_engine.kernels.cpu.functional import (
+from coserve_engine.kernels import bound
+from coserve_engine.kernels.attention import Attention, Mask
+from coserve_engine.kernels.bound import BoundBatch, BoundUnit
+from coserve_engine.kernels.cpu.linears import LinearChoice
+from coserve_engine.kernels.dropout import dropout
+from coserve_engine.kernels.functional import (
     encode_heads,
     encode_heads_backward,
     rms_norm,
     rms_norm_backward,
     swiglu_backward,
 )
-from coserve_engine.kernels.cpu.linears import LinearChoice
-from coserve_engine.kernels.cpu.lora import linear, linear_backward
+from coserve_engine.kernels.lora import linear, linear_backward
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, ScatteredRows
+from coserve_engine.kernels.lora import AdapterRows, LoraGroup, ScatteredRows
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics

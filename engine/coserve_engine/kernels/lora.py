@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.kernels.cpu.dropout import dropout
+from coserve_engine.kernels.dropout import dropout
 from coserve_engine.numerics import repeat_last
 from coserve_engine.tensors.lora import AB, LoraWeights, Pair
 from coserve_engine.tensors.passes import RowDropout
