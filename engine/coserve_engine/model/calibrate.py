@@ -22,7 +22,6 @@ from coserve_engine.model.passes import PassState
 from coserve_engine.model.prior import Priors, Rates, analytic
 from coserve_engine.model.sequences import SequenceRows
 from coserve_engine.scheduler.plan import Kind, Segment, Unit
-from coserve_engine.tensors.lora import LoraWeights
 
 LEAST_BUDGET_S, SHARE_OF_LOADING = 5.0, 0.1
 ROUNDS = 3
@@ -171,7 +170,7 @@ class _Run:
         tokens = tuple(draw.randrange(executor.model.vocab_size) for _ in range(length))
         work = Pass(PASS_ID, "calibration", 0, 0, (TrainSeq(0, tokens, (1.0,) * length),))
         pages = executor.ledger.reserve(f"pass:{PASS_ID}", pages_of_pass((length,), executor.numerics))
-        weights = LoraWeights.trained(layout, layout.fresh(0, executor.dtype, executor.device))
+        weights = executor.trained(layout, layout.fresh(0, executor.dtypes.lora, executor.device))
         state = executor.open_pass(work, weights, layout, pages)
         now = self._clock()
         self._advance(state, now + (self._end - now) / 2)

@@ -8,16 +8,14 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.table import CpuKernels
 from coserve_engine.kernels.functional import repeat_last_row
-from coserve_engine.kernels.protocol import Kernels
+from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
@@ -31,10 +29,9 @@ from coserve_engine.model.weights import load_weights
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.lora import LoraLayout, LoraWeights
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +66,35 @@ class Executor:
                 f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
             )
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
-        self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
+        self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
         positions = self.numerics.pad(config.max_model_length)
-        rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtype, self.device)
-        self.kernels: Kernels[Any, Any] = CpuKernels.create(self.model, self.numerics, rope, backward=config.finetuning)
+        rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
+        self.kernels = select(self.model, self.numerics, self.dtypes, rope, backward=config.finetuning)
         weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels.frozen)
         self.transformer = Transformer(self.model, weights, self.kernels)
-        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
+        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtypes.cache)
         if pages <= self.numerics.pages(positions):
             raise ModelFolderError(
                 f"kvCacheMemory of {config.kv_cache_bytes} bytes holds {pages} pages of {self.numerics.page} tokens, "
                 f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
             )
-        self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
+        self.cache = KVCache(self.model, pages, self.numerics, self.dtypes.cache, self.device)
         self.ledger = PageLedger(pages, self.cache.scrub)
-        self.buffers = Buffers(self.dtype, self.device)
+        self.buffers = Buffers(self.device)
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights and hidden rows are."""
+        return self.dtypes.compute
+
     def layout(self, spec: LoraSpec) -> LoraLayout:
         return LoraLayout(self.model, spec)
+
+    def trained(self, layout: LoraLayout, param: torch.Tensor) -> LoraWeights:
+        """To compute with parameters [layout.size] that a job changes."""
+        return LoraWeights.trained(layout, param, self.dtypes.compute)
 
     def open_pass(
         self,
@@ -102,9 +108,21 @@ class Executor:
         want_logprobs: bool = False,
     ) -> PassState:
         """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
-        terms = LossTerms(LOSSES[loss], work, self.numerics, self.dtype, self.device, want_logprobs=want_logprobs)
+        terms = LossTerms(
+            LOSSES[loss], work, self.numerics, self.dtypes.accumulate, self.device, want_logprobs=want_logprobs
+        )
         state = PassState(
-            work, weights, lora, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
+            work,
+            weights,
+            lora,
+            pages,
+            self.model,
+            self.numerics,
+            self.dtypes,
+            self.buffers,
+            terms,
+            seed,
+            self.config.pass_bytes,
         )
         self.passes[work.id] = state
         return state

@@ -16,6 +16,7 @@ from coserve_engine.model.losses import LossTerms
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.plan import PassShape
 from coserve_engine.tensors.buffers import Buffers
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 from coserve_engine.tensors.passes import PassTensors
 
@@ -34,6 +35,7 @@ class PassState(PassTensors):
         pages: tuple[int, ...],
         config: ModelConfig,
         numerics: Numerics,
+        dtypes: Dtypes,
         buffers: Buffers,
         terms: LossTerms,
         seed: int,
@@ -45,7 +47,7 @@ class PassState(PassTensors):
         self.work, self.terms = work, terms
         self.training = work.mode is PassMode.TRAIN
         layout = PassLayout.of([seq.tokens for seq in work.seqs], pages, numerics, training=self.training)
-        super().__init__(work.id, layout, weights, lora, config, buffers, kept_bytes)
+        super().__init__(work.id, layout, weights, lora, config, dtypes, buffers, kept_bytes)
         self.layers = config.layers
         targets: list[int] = []
         row_weights: list[float] = []
@@ -54,7 +56,7 @@ class PassState(PassTensors):
             targets += [*seq.tokens[1:], *([0] * (pad + 1))]
             row_weights += [*seq.weights[1:], *([0.0] * (pad + 1))]
         self.targets = torch.tensor(targets, dtype=torch.int64, device=buffers.device)
-        self.row_weights = torch.tensor(row_weights, dtype=buffers.dtype, device=buffers.device)
+        self.row_weights = torch.tensor(row_weights, dtype=dtypes.accumulate, device=buffers.device)
         tiles = tuple((span.stop - span.start, (span.index + 1) * numerics.tile) for span in layout.spans)
         self.shape = PassShape(work.id, tiles, config.layers, self.training, numerics.reaches(config.windows))
         """The pass as planning sees it."""

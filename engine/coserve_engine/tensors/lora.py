@@ -127,6 +127,8 @@ class LoraWeights:
 
     layers: tuple[Mapping[str, Pair], ...]
     load: int = 0
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Where another dtype computes than is trained: the parameters [size], and what was made of them."""
 
     @classmethod
     def served(cls, layers: Iterable[Mapping[str, Factors]], load: int = 0) -> LoraWeights:
@@ -134,16 +136,23 @@ class LoraWeights:
         return cls(tuple({name: Pair.served(factors) for name, factors in layer.items()} for layer in layers), load)
 
     @classmethod
-    def trained(cls, layout: LoraLayout, flat: torch.Tensor) -> LoraWeights:
-        """Of parameters `flat` [layout.size] that change; to be renewed when they did."""
-        layers = zip(layout.views(flat), layout.turned(flat), strict=True)
+    def trained(cls, layout: LoraLayout, flat: torch.Tensor, dtype: torch.dtype | None = None) -> LoraWeights:
+        """Of parameters `flat` [layout.size] that change, to compute with as `dtype` (None: theirs); to be renewed when
+        they did.
+        """
+        used = flat.to(dtype or flat.dtype)
+        layers = zip(layout.views(used), layout.turned(used), strict=True)
         scale = layout.spec.scale
         return cls(
-            tuple({name: Pair(*ab, *turned[name], scale) for name, ab in layer.items()} for layer, turned in layers)
+            tuple({name: Pair(*ab, *turned[name], scale) for name, ab in layer.items()} for layer, turned in layers),
+            copied=None if used is flat else (flat, used),
         )
 
     def renew(self) -> None:
-        """Take over A and B, which an optimizer changed, into `down` and `up`."""
+        """Take over the parameters, which an optimizer changed."""
+        if self.copied is not None:
+            master, used = self.copied
+            used.copy_(master)
         for layer in self.layers:
             for pair in layer.values():
                 pair.down.copy_(pair.a.t())

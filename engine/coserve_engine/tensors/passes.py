@@ -9,7 +9,8 @@ import torch
 
 from coserve_engine.config import ModelConfig
 from coserve_engine.layout.passes import PassLayout, TileSpan
-from coserve_engine.tensors.buffers import Buffers
+from coserve_engine.tensors.buffers import Buffers, Shape
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept
 from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
@@ -35,23 +36,28 @@ class PassTensors:
         weights: LoraWeights,
         lora: LoraLayout,
         config: ModelConfig,
+        dtypes: Dtypes,
         buffers: Buffers,
         kept_bytes: int | None,
     ) -> None:
         """`buffers` are leased to `owner`; `kept_bytes` bounds what is kept for backward (None: everything is)."""
-        dtype, device = buffers.dtype, buffers.device
         self.layout, self.weights, self.lora = layout, weights, lora
         rows, training = layout.rows, layout.training
         columns = [layout.tokens, layout.positions, layout.write]
-        self.places = torch.tensor(columns, dtype=torch.int64, device=device)
+        self.places = torch.tensor(columns, dtype=torch.int64, device=buffers.device)
         """[3, rows]: token, position in the sequence, and place in the pool."""
         self.row_keys: torch.Tensor | None = None
         """[rows], where training drops inputs."""
-        plan = plan_kept(config, rows * dtype.itemsize, kept_bytes) if training else ()
-        shapes: list[tuple[int, ...]] = [(rows, config.hidden)]
+        compute, wide = dtypes.compute, dtypes.accumulate
+        wider = rows * config.heads * config.layers * (wide.itemsize - compute.itemsize)
+        limit = None if kept_bytes is None else kept_bytes - wider
+        plan = plan_kept(config, rows * compute.itemsize, limit) if training else ()
+        shapes: list[Shape] = [((rows, config.hidden), compute)]
         if training:
-            shapes += [(rows, config.hidden), (2, config.kv_heads, rows, config.head_size), (lora.size,)]
-        shapes += [(rows, *shape) for layer in plan for shape in layer.values()]
+            dkv = (2, config.kv_heads, rows, config.head_size)
+            shapes += [((rows, config.hidden), compute), (dkv, wide), ((lora.size,), dtypes.lora)]
+        for layer in plan:
+            shapes += [((rows, *shape), wide if name == "lse" else compute) for name, shape in layer.items()]
         self.final, *leased = buffers.lease(owner, shapes)
         """[rows, hidden], after the last layer."""
         if training:

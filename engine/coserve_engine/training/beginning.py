@@ -39,7 +39,7 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
         CheckpointError: the checkpoint is corrupt or of another run.
         AdapterFolderError: the adapter to go on from cannot be read, or trained here, or is not what the job says.
     """
-    lora, dtype, device = command.lora, executor.dtype, executor.device
+    lora, dtype, device = command.lora, executor.dtypes.lora, executor.device
     if command.resume is not None:
 
         def layout_of(found: LoraSpec) -> LoraLayout:

@@ -22,42 +22,29 @@ from coserve_engine.kernels.functional import (
     rms_norm_backward,
     swiglu_backward,
 )
-from coserve_engine.kernels.lora import linear, linear_backward
+from coserve_engine.kernels.lora import linear_backward
+from coserve_engine.kernels.plain import PlainKernels, layer_masks
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
-from coserve_engine.tensors.kv_cache import KVCache, PageRun, Reader
-from coserve_engine.tensors.passes import PassTensors, UnitRows
+from coserve_engine.tensors.kv_cache import KVCache, Reader
+from coserve_engine.tensors.passes import PassTensors
 from coserve_engine.tensors.weights import FrozenLinear, LayerWeights
 
 
-@dataclass(frozen=True, slots=True)
-class CpuKernels:
-    """`Kernels` in float32 or float64. `masks`: one a layer; `rope`: `rope_table`."""
+@dataclass(frozen=True)
+class CpuKernels(PlainKernels[BoundBatch]):
+    """`Kernels` in float32 or float64."""
 
-    config: ModelConfig
-    numerics: Numerics
     linears: LinearChoice
-    attention: Attention
-    masks: tuple[Mask, ...]
-    rope: torch.Tensor
     exact: bool = True
 
     @classmethod
     def create(cls, config: ModelConfig, numerics: Numerics, rope: torch.Tensor, *, backward: bool) -> CpuKernels:
         """`rope` covers the longest sequence, padding included; `backward`: whether there will be any."""
-        dtype, device, positions = rope.dtype, rope.device, rope.shape[1]
-        windows = tuple(None if window is None or window >= positions else window for window in config.windows)
-        group = config.heads // config.kv_heads
-        masks = {w: Mask.create(numerics, group, positions, w, dtype, device) for w in set(windows)}
-        return cls(
-            config,
-            numerics,
-            LinearChoice(device, dtype, numerics, backward=backward),
-            Attention.select(numerics, device),
-            tuple(masks[window] for window in windows),
-            rope,
-        )
+        linears = LinearChoice(rope.device, rope.dtype, numerics, backward=backward)
+        masks = layer_masks(config, numerics, rope)
+        return cls(config, numerics, Attention.select(numerics, rope.device), masks, rope, linears)
 
     def notes(self) -> Iterator[str]:
         yield f"kernels: cpu, {self.rope.dtype}".replace("torch.", "")
@@ -74,23 +61,12 @@ class CpuKernels:
     ) -> BoundBatch:
         return bound.bind(layout, sequences, passes, self.numerics, self.rope)
 
-    def embed(self, table: torch.Tensor, b: BoundBatch) -> torch.Tensor:
-        return table[b.tokens]
-
     def norm(
         self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if residual is not None:
             x = x.add_(residual)
         return (x, *rms_norm(x, weight, self.config.rms_eps))
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return x.add_(residual)
-
-    def linear(
-        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: BoundBatch
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple([linear(x, w.linears[name], b.adapters, layer, name) for name in group])
 
     def encode(
         self,
@@ -106,19 +82,10 @@ class CpuKernels:
         cache.write(layer, b.write, encode_heads(k, w.k_norm, eps, cos, sin), v)
         return encode_heads(q, w.q_norm, eps, cos, sin)
 
-    def attend(self, layer: int, q: torch.Tensor, b: BoundBatch, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, o, lse = self.masks[layer], torch.zeros_like(q), q.new_zeros(q.shape[:2])
-        if b.singles:
-            keys = [read(layer) for read in self._readers(mask, b, cache)]
-            firsts = tuple(call.first for call in b.layout.singles)
-            o[: len(keys)] = self.attention.attend_singles(q[: len(keys)], keys, mask, firsts)
-        for call, run in zip(b.layout.calls, b.calls, strict=True):
-            k, v = cache.read(layer, run, mask.first_key(call.tile_end), call.tile_end)
-            rows = slice(call.start, call.stop)
-            o[rows], sums = self.attention.attend(q[rows], k, v, mask, call.first)
-            if call.want_lse:
-                lse[rows] = sums
-        return o, lse
+    def _attend_singles(self, layer: int, q: torch.Tensor, b: BoundBatch, cache: KVCache) -> torch.Tensor:
+        mask = self.masks[layer]
+        keys = [read(layer) for read in self._readers(mask, b, cache)]
+        return self.attention.attend_singles(q, keys, mask, tuple(call.first for call in b.layout.singles))
 
     def _readers(self, mask: Mask, b: BoundBatch, cache: KVCache) -> tuple[Reader, ...]:
         """What decode rows see of the cache, in all layers with this mask."""
@@ -132,26 +99,10 @@ class CpuKernels:
     def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.silu(gate).mul_(up)
 
-    def keep(self, layer: int, b: BoundBatch, values: Mapping[str, torch.Tensor]) -> None:
-        for state, start, stop, first in b.kept:
-            if state.layout.training:
-                for name, store in state.kept[layer].items():
-                    store[first : first + stop - start] = values[name][start:stop]
-
-    def keep_final(self, b: BoundBatch, x: torch.Tensor) -> None:
-        for state, start, stop, first in b.kept:
-            state.final[first : first + stop - start] = x[start:stop]
-
-    def sampled(self, b: BoundBatch, x: torch.Tensor) -> torch.Tensor:
-        return x[b.sample_rows]
-
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         return head.forward(x)
 
     # ---- backward of a unit ----
-
-    def bind_unit(self, state: PassTensors, layer: int, first: int, end: int) -> BoundUnit:
-        return BoundUnit.of_unit(UnitRows.of(state, layer, first, end), self.rope)
 
     def logits_backward(self, dlogits: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         return head.backward(dlogits)
@@ -167,30 +118,6 @@ class CpuKernels:
         dx = rms_norm_backward(dy, x, rstd, weight)
         return dx if residual is None else dx.add_(residual)
 
-    def linear_again(
-        self, w: LayerWeights, group: tuple[str, ...], x: torch.Tensor, unit: BoundUnit
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple([linear(x, w.linears[name], unit.adapters, unit.layer, name) for name in group])
-
-    def linear_backward(
-        self,
-        w: LayerWeights,
-        group: tuple[str, ...],
-        dys: tuple[torch.Tensor, ...],
-        x: torch.Tensor,
-        unit: BoundUnit,
-        *,
-        need_dx: bool = True,
-    ) -> torch.Tensor | None:
-        total: torch.Tensor | None = None
-        for name, dy in zip(group, dys, strict=True):
-            part = self._linear_backward(w, name, dy, x, unit, need_dx=need_dx)
-            if total is None:
-                total = part
-            elif part is not None:
-                total += part
-        return total
-
     def _linear_backward(
         self, w: LayerWeights, name: str, dy: torch.Tensor, x: torch.Tensor, unit: BoundUnit, *, need_dx: bool
     ) -> torch.Tensor | None:
@@ -202,19 +129,6 @@ class CpuKernels:
 
     def encode_again(self, w: LayerWeights, q: torch.Tensor, unit: BoundUnit) -> torch.Tensor:
         return encode_heads(q, w.q_norm, self.config.rms_eps, *unit.angles)
-
-    def attend_backward(self, q: torch.Tensor, do: torch.Tensor, unit: BoundUnit, cache: KVCache) -> torch.Tensor:
-        state, mask, dq = unit.state, self.masks[unit.layer], torch.empty_like(do)
-        o, lse = unit.kept("o"), unit.kept("lse")
-        for span, pages, (start, stop) in zip(unit.spans, unit.pages, unit.tiles, strict=True):
-            tile_end = (span.index + 1) * self.numerics.tile
-            first_key = mask.first_key(tile_end)
-            k, v = cache.read(unit.layer, PageRun.of(pages, q.device), first_key, tile_end)
-            dk, dv = state.dkv[:, :, span.base + first_key : span.stop]
-            rows = slice(start, stop)
-            part = (do[rows], q[rows], o[rows], lse[rows])
-            dq[rows] = self.attention.attend_backward(*part, k, v, mask, dk, dv)
-        return dq
 
     def encode_backward(
         self, w: LayerWeights, dq: torch.Tensor, q: torch.Tensor, k: torch.Tensor | None, unit: BoundUnit
