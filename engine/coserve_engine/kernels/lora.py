@@ -103,9 +103,14 @@ def _add(y: torch.Tensor, x: torch.Tensor, pair: Pair) -> None:
 def linear(x: torch.Tensor, weight: FrozenLinear, adapters: AdapterRows, layer: int, name: str) -> torch.Tensor:
     """x [T, in] -> [T, out]: one GEMM for all rows, then each adapter's two small ones for its rows."""
     y = weight.forward(x)
+    add_adapters(x, y, adapters, layer, name)
+    return y
+
+
+def add_adapters(x: torch.Tensor, y: torch.Tensor, adapters: AdapterRows, layer: int, name: str) -> None:
+    """Add the products of each adapter's rows of x [T, in] to those of y [T, out]."""
     for rows in adapters:
         rows.add(x, y, layer, name)
-    return y
 
 
 def linear_backward(

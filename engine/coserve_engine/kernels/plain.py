@@ -11,11 +11,9 @@ import torch
 from coserve_engine.config import ModelConfig
 from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.kernels.bound import BoundBatch, BoundUnit
-from coserve_engine.kernels.lora import linear
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.kv_cache import KVCache, PageRun
 from coserve_engine.tensors.passes import PassTensors, UnitRows
-from coserve_engine.tensors.weights import LayerWeights
 
 B = TypeVar("B", bound=BoundBatch)
 
@@ -50,11 +48,6 @@ class PlainKernels(Generic[B]):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return x.add_(residual)
-
-    def linear(
-        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: B
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple([linear(x, w.linears[name], b.adapters, layer, name) for name in group])
 
     def attend(self, layer: int, q: torch.Tensor, b: B, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         mask, o = self.masks[layer], torch.zeros_like(q)
@@ -91,36 +84,6 @@ class PlainKernels(Generic[B]):
 
     def bind_unit(self, state: PassTensors, layer: int, first: int, end: int) -> BoundUnit:
         return BoundUnit.of_unit(UnitRows.of(state, layer, first, end), self.rope)
-
-    def linear_again(
-        self, w: LayerWeights, group: tuple[str, ...], x: torch.Tensor, unit: BoundUnit
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple([linear(x, w.linears[name], unit.adapters, unit.layer, name) for name in group])
-
-    def linear_backward(
-        self,
-        w: LayerWeights,
-        group: tuple[str, ...],
-        dys: tuple[torch.Tensor, ...],
-        x: torch.Tensor,
-        unit: BoundUnit,
-        *,
-        need_dx: bool = True,
-    ) -> torch.Tensor | None:
-        total: torch.Tensor | None = None
-        for name, dy in zip(group, dys, strict=True):
-            part = self._linear_backward(w, name, dy, x, unit, need_dx=need_dx)
-            if total is None:
-                total = part
-            elif part is not None:
-                total += part
-        return total
-
-    def _linear_backward(
-        self, w: LayerWeights, name: str, dy: torch.Tensor, x: torch.Tensor, unit: BoundUnit, *, need_dx: bool
-    ) -> torch.Tensor | None:
-        """`linear_backward` of one of the group."""
-        raise NotImplementedError
 
     def attend_backward(self, q: torch.Tensor, do: torch.Tensor, unit: BoundUnit, cache: KVCache) -> torch.Tensor:
         state, mask = unit.state, self.masks[unit.layer]

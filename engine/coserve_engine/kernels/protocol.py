@@ -40,6 +40,10 @@ class Kernels(Protocol[B, U]):
     def exact(self) -> bool:
         """Whether a row's bits are to depend on its sequence alone: worth probing."""
 
+    @property
+    def fused(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of linears whose weights are to be one."""
+
     def notes(self) -> Iterator[str]:
         """Lines for the log: what was chosen and why."""
 

@@ -45,7 +45,7 @@ class TileCall(NamedTuple):
     """Whether a pass keeps the log-sum-exp of these rows."""
 
 
-class AdapterRows(NamedTuple):
+class AdapterGroup(NamedTuple):
     """Rows of requests that use one adapter, in the batch's order; it is that of the request in `slot`."""
 
     slot: int
@@ -78,7 +78,7 @@ class BatchLayout:
     write: tuple[int, ...]
     singles: tuple[TileCall, ...]
     calls: tuple[TileCall, ...]
-    adapters: tuple[AdapterRows, ...]
+    adapters: tuple[AdapterGroup, ...]
     windows: tuple[Window, ...]
     sample_rows: tuple[int, ...]
     sample_slots: tuple[int, ...]
@@ -104,7 +104,7 @@ def lay_out(
     calls: list[TileCall] = []
     sample_rows: list[int] = []
     sample_slots: list[int] = []
-    adapters: dict[int, AdapterRows] = {}
+    adapters: dict[int, AdapterGroup] = {}
     windows: list[Window] = []
     row, page, tile = 0, numerics.page, numerics.tile
     for kind, slot, begin, length, sample in segments:
@@ -133,7 +133,7 @@ def lay_out(
         if adapter is not None:
             group = adapters.get(adapter)
             if group is None:
-                group = adapters[adapter] = AdapterRows(slot, [])
+                group = adapters[adapter] = AdapterGroup(slot, [])
             group.rows.extend(range(row, row + length))
         row += length
         if sample:

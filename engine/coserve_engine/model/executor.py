@@ -20,12 +20,12 @@ from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head
+from coserve_engine.model.loading import load_weights
 from coserve_engine.model.losses import LOSSES, LossTerms
 from coserve_engine.model.passes import PassState
 from coserve_engine.model.rope import rope_table
 from coserve_engine.model.sequences import Computable
 from coserve_engine.model.transformer import Transformer
-from coserve_engine.model.weights import load_weights
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
@@ -70,7 +70,7 @@ class Executor:
         positions = self.numerics.pad(config.max_model_length)
         rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
         self.kernels = select(self.model, self.numerics, self.dtypes, rope, backward=config.finetuning)
-        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels.frozen)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels)
         self.transformer = Transformer(self.model, weights, self.kernels)
         pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtypes.cache)
         if pages <= self.numerics.pages(positions):

@@ -21,13 +21,16 @@ class FrozenLinear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """`linears[name]` with their biases; norms [hidden], q_norm and k_norm [D]."""
+    """`linears[name]` with their biases; norms [hidden], q_norm and k_norm [D]. `fused`: groups of linears that a table
+    has in one weight, the outputs of one linear after another's; the linears are views of it then.
+    """
 
     linears: Mapping[str, FrozenLinear]
     input_norm: torch.Tensor
     post_norm: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    fused: Mapping[tuple[str, ...], FrozenLinear]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_engine.layout.batch import AdapterRows, BatchLayout, lay_out
+from coserve_engine.layout.batch import AdapterGroup, BatchLayout, lay_out
 from coserve_engine.layout.passes import PassLayout, pages_of_pass
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.pages import NULL_PAGE
@@ -163,7 +163,7 @@ BREAKS: dict[str, Callable[[BatchLayout], BatchLayout]] = {
     "calls": lambda b: replace(b, calls=(b.calls[0]._replace(stop=b.calls[0].stop - 1), *b.calls[1:])),
     "log-sum-exp": lambda b: replace(b, calls=(*b.calls[:-1], b.calls[-1]._replace(want_lse=False))),
     "decode first": lambda b: replace(b, singles=b.singles[1:], calls=(*b.calls, b.singles[0])),
-    "adapters": lambda b: replace(b, adapters=(AdapterRows(0, [*b.adapters[0].rows, 1]), *b.adapters[1:])),
+    "adapters": lambda b: replace(b, adapters=(AdapterGroup(0, [*b.adapters[0].rows, 1]), *b.adapters[1:])),
     "windows": lambda b: replace(b, windows=(b.windows[0]._replace(first=64),)),
     "samples": lambda b: replace(b, sample_rows=(b.sample_rows[0] + 1, *b.sample_rows[1:])),
     "padding": lambda b: replace(b, write=(*b.write[:-1], 64)),

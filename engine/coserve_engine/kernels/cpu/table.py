@@ -22,7 +22,7 @@ from coserve_engine.kernels.functional import (
     rms_norm_backward,
     swiglu_backward,
 )
-from coserve_engine.kernels.lora import linear_backward
+from coserve_engine.kernels.lora import linear, linear_backward
 from coserve_engine.kernels.plain import PlainKernels, layer_masks
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
@@ -38,6 +38,7 @@ class CpuKernels(PlainKernels[BoundBatch]):
 
     linears: LinearChoice
     exact: bool = True
+    fused: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def create(cls, config: ModelConfig, numerics: Numerics, rope: torch.Tensor, *, backward: bool) -> CpuKernels:
@@ -67,6 +68,11 @@ class CpuKernels(PlainKernels[BoundBatch]):
         if residual is not None:
             x = x.add_(residual)
         return (x, *rms_norm(x, weight, self.config.rms_eps))
+
+    def linear(
+        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: BoundBatch
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple([linear(x, w.linears[name], b.adapters, layer, name) for name in group])
 
     def encode(
         self,
@@ -117,6 +123,30 @@ class CpuKernels(PlainKernels[BoundBatch]):
     ) -> torch.Tensor:
         dx = rms_norm_backward(dy, x, rstd, weight)
         return dx if residual is None else dx.add_(residual)
+
+    def linear_again(
+        self, w: LayerWeights, group: tuple[str, ...], x: torch.Tensor, unit: BoundUnit
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple([linear(x, w.linears[name], unit.adapters, unit.layer, name) for name in group])
+
+    def linear_backward(
+        self,
+        w: LayerWeights,
+        group: tuple[str, ...],
+        dys: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        unit: BoundUnit,
+        *,
+        need_dx: bool = True,
+    ) -> torch.Tensor | None:
+        total: torch.Tensor | None = None
+        for name, dy in zip(group, dys, strict=True):
+            part = self._linear_backward(w, name, dy, x, unit, need_dx=need_dx)
+            if total is None:
+                total = part
+            elif part is not None:
+                total += part
+        return total
 
     def _linear_backward(
         self, w: LayerWeights, name: str, dy: torch.Tensor, x: torch.Tensor, unit: BoundUnit, *, need_dx: bool

@@ -55,6 +55,7 @@ class FakeKernels:
     device: torch.device
     launches: Counter[str] = field(default_factory=Counter)
     exact: bool = False
+    fused: tuple[tuple[str, ...], ...] = ()
 
     def notes(self) -> Iterator[str]:
         yield "kernels: fake, nothing is computed"

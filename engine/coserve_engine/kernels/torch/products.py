@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from coserve_engine.tensors.lora import AB, Pair
-from coserve_engine.tensors.weights import FrozenLinear
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -32,27 +31,22 @@ class TorchLinear:
         return dy @ self.weight
 
 
-def linear_backward(
+def adapter_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    weight: FrozenLinear,
-    pair: Pair | None,
-    grads: AB | None,
+    pair: Pair,
+    grads: AB,
     drop: Callable[[torch.Tensor], torch.Tensor] | None,
-    *,
-    need_dx: bool,
-) -> torch.Tensor | None:
-    """dx [R, in] of rows of one pass, or None where it is not needed; gradients of A and B are added in their dtype,
-    all rows at once.
+    dx: torch.Tensor | None,
+) -> None:
+    """What one adapter adds to the gradients of its A and B, in their dtype, and to dx [R, in] where that is there, for
+    dy [R, out] and x [R, in] of all rows at once. `drop`: dropout of the inputs to A.
     """
-    dx = weight.backward(dy) if need_dx else None
-    if pair is not None and grads is not None:
-        x = x if drop is None else drop(x)
-        low = torch.mm(x, pair.down).mul_(pair.scale)
-        dlow = (dy @ pair.b).mul_(pair.scale)
-        grads[0].add_(wide_product(dlow.t(), x, grads[0].dtype))
-        grads[1].add_(wide_product(dy.t(), low, grads[1].dtype))
-        if dx is not None:
-            back = dlow @ pair.a
-            dx.add_(back if drop is None else drop(back))
-    return dx
+    x = x if drop is None else drop(x)
+    low = torch.mm(x, pair.down).mul_(pair.scale)
+    dlow = (dy @ pair.b).mul_(pair.scale)
+    grads[0].add_(wide_product(dlow.t(), x, grads[0].dtype))
+    grads[1].add_(wide_product(dy.t(), low, grads[1].dtype))
+    if dx is not None:
+        back = dlow @ pair.a
+        dx.add_(back if drop is None else drop(back))

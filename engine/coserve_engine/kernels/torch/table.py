@@ -23,10 +23,11 @@ from coserve_engine.kernels.functional import (
     rms_norm_backward,
     swiglu_backward,
 )
+from coserve_engine.kernels.lora import AdapterRows, add_adapters, linear
 from coserve_engine.kernels.plain import PlainKernels, layer_masks, layer_windows
-from coserve_engine.kernels.protocol import Adapted
+from coserve_engine.kernels.protocol import GATE_UP, QKV, Adapted
 from coserve_engine.kernels.torch.attention import attend_rows, hidden_keys
-from coserve_engine.kernels.torch.products import TorchLinear, linear_backward, wide_product
+from coserve_engine.kernels.torch.products import TorchLinear, adapter_backward, wide_product
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.pages import NULL_PAGE
@@ -53,6 +54,7 @@ class TorchKernels(PlainKernels[DecodedBatch]):
     dtypes: Dtypes
     windows: tuple[int | None, ...]
     exact: bool = False
+    fused: tuple[tuple[str, ...], ...] = (QKV, GATE_UP)
 
     @classmethod
     def create(cls, config: ModelConfig, numerics: Numerics, dtypes: Dtypes, rope: torch.Tensor) -> TorchKernels:
@@ -105,6 +107,24 @@ class TorchKernels(PlainKernels[DecodedBatch]):
         normed, rstd = rms_norm(self._wide(x), weight, self.config.rms_eps)
         return x, self._narrow(normed), rstd
 
+    def linear(
+        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: DecodedBatch
+    ) -> tuple[torch.Tensor, ...]:
+        return self._linear(w, layer, group, x, b.adapters)
+
+    def _linear(
+        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, adapters: AdapterRows
+    ) -> tuple[torch.Tensor, ...]:
+        """One product for the group, where its weights are one."""
+        fused = w.fused.get(group)
+        if fused is None:
+            return tuple([linear(x, w.linears[name], adapters, layer, name) for name in group])
+        outs = [self.config.linear_shape(name)[0] for name in group]
+        parts = torch.split(fused.forward(x), outs, -1)
+        for name, part in zip(group, parts, strict=True):
+            add_adapters(x, part, adapters, layer, name)
+        return parts
+
     def encode(
         self,
         w: LayerWeights,
@@ -151,14 +171,38 @@ class TorchKernels(PlainKernels[DecodedBatch]):
         dx = rms_norm_backward(self._wide(dy), self._wide(x), rstd, weight)
         return self._narrow(dx if residual is None else dx.add_(residual))
 
-    def _linear_backward(
-        self, w: LayerWeights, name: str, dy: torch.Tensor, x: torch.Tensor, unit: BoundUnit, *, need_dx: bool
+    def linear_again(
+        self, w: LayerWeights, group: tuple[str, ...], x: torch.Tensor, unit: BoundUnit
+    ) -> tuple[torch.Tensor, ...]:
+        return self._linear(w, unit.layer, group, x, unit.adapters)
+
+    def linear_backward(
+        self,
+        w: LayerWeights,
+        group: tuple[str, ...],
+        dys: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        unit: BoundUnit,
+        *,
+        need_dx: bool = True,
     ) -> torch.Tensor | None:
+        dys = tuple(self._narrow(dy) for dy in dys)
+        whole = w.fused.get(group, w.linears[group[0]])
+        dx = whole.backward(dys[0] if len(dys) == 1 else torch.cat(dys, -1)) if need_dx else None
+        for name, dy in zip(group, dys, strict=True):
+            self._adapter_backward(name, dy, x, unit, dx)
+        return dx
+
+    def _adapter_backward(
+        self, name: str, dy: torch.Tensor, x: torch.Tensor, unit: BoundUnit, dx: torch.Tensor | None
+    ) -> None:
+        """Adds to the adapter's gradients and, where it is wanted, to dx."""
         state, layer = unit.state, unit.layer
         pair, grads = state.weights.layers[layer].get(name), state.grad_views[layer].get(name)
-        mask = state.drop(unit.rows)
-        drop = None if mask is None else partial(dropout, rows=mask.keys, layer=layer, linear=name, p=mask.p)
-        return linear_backward(self._narrow(dy), x, w.linears[name], pair, grads, drop, need_dx=need_dx)
+        if pair is not None and grads is not None:
+            mask = state.drop(unit.rows)
+            drop = None if mask is None else partial(dropout, rows=mask.keys, layer=layer, linear=name, p=mask.p)
+            adapter_backward(dy, x, pair, grads, drop, dx)
 
     def encode_again(self, w: LayerWeights, q: torch.Tensor, unit: BoundUnit) -> torch.Tensor:
         return self._narrow(encode_heads(self._wide(q), w.q_norm, self.config.rms_eps, *unit.angles))

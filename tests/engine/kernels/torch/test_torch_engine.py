@@ -132,6 +132,15 @@ def test_a_key_too_many_shows(busy: Callable[..., Run], monkeypatch: pytest.Monk
     assert busy().tokens != expected.tokens
 
 
+def test_it_serves_and_trains_in_bfloat16(busy: Callable[..., Run]) -> None:
+    """As many tokens of each request, and losses that are float32's to a hundredth."""
+    expected, found = busy(), busy(dtype="bfloat16", kv_cache_bytes=45 * 4096)
+    assert found.dropped and found.preempted
+    lengths = ({name: len(said) for name, said in run.tokens.items()} for run in (expected, found))
+    assert next(lengths) == next(lengths)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
+
+
 def test_a_job_in_bfloat16_keeps_its_state_wide(driver: Any, training: Any, start_job: Any, tmp_path: Any) -> None:
     """Parameters, moments and losses stay float32 and are near those of float32; a checkpoint gives them back."""
     wide, d = driver(), driver(dtype="bfloat16")
