@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple
 
 from coserve_engine.layout.pages import covering, write_places
-from coserve_engine.numerics import Numerics
+from coserve_engine.numerics import Numerics, repeat_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,30 @@ def tile_spans(lengths: tuple[int, ...], numerics: Numerics) -> tuple[TileSpan, 
             spans.append(TileSpan(seq, index, base, base + start, base + min(start + numerics.tile, padded)))
         base += padded
     return tuple(spans)
+
+
+class TileRows(NamedTuple):
+    """Rows of a pass in one tile that carry weight are [first, stop) of a list of rows; with the last of them repeated
+    up to the row multiple they are [first, end).
+    """
+
+    first: int
+    stop: int
+    end: int
+
+
+def weighted_rows(
+    spans: Sequence[TileSpan], weights: Sequence[float], numerics: Numerics
+) -> tuple[list[int], tuple[TileRows, ...]]:
+    """The list of rows and, for each of the `spans`, where in it its own are; `weights` are of all rows of the pass."""
+    rows: list[int] = []
+    tiles = []
+    for span in spans:
+        found = list(compress(range(span.start, span.stop), weights[span.start : span.stop]))
+        padded = repeat_last(found, numerics.row_multiple)
+        tiles.append(TileRows(len(rows), len(rows) + len(found), len(rows) + len(padded)))
+        rows += padded
+    return rows, tuple(tiles)
 
 
 def pages_of_pass(lengths: tuple[int, ...], numerics: Numerics) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from coserve_engine.config import EngineConfig, ModelConfig
+from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.kernels.functional import repeat_last_row
@@ -67,6 +68,8 @@ class Executor:
             )
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
+        self.copies = device_of(self.device)
+        """Between host and device."""
         positions = self.numerics.pad(config.max_model_length)
         rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
         self.kernels = select(self.model, self.numerics, self.dtypes, rope, backward=config.finetuning)
@@ -109,7 +112,7 @@ class Executor:
     ) -> PassState:
         """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
         terms = LossTerms(
-            LOSSES[loss], work, self.numerics, self.dtypes.accumulate, self.device, want_logprobs=want_logprobs
+            LOSSES[loss], work, self.numerics, self.dtypes.accumulate, self.copies, want_logprobs=want_logprobs
         )
         state = PassState(
             work,
@@ -119,6 +122,7 @@ class Executor:
             self.model,
             self.numerics,
             self.dtypes,
+            self.copies,
             self.buffers,
             terms,
             seed,
@@ -131,7 +135,7 @@ class Executor:
         """Forget a live pass; its pages and buffers are the next one's."""
         state = self.passes.pop(pass_id)
         pages = tuple(page for table in state.layout.tables for page in table)
-        if not torch.isfinite(state.final).all():
+        if not state.finite(self.copies):
             self.cache.scrub(pages)
         self.ledger.free(f"pass:{pass_id}")
         self.buffers.release(pass_id)
@@ -176,9 +180,11 @@ class Executor:
             raise ValueError(f"{unit} does not go on from layer {state.layer}, tile {state.end_tile}")
         weights = self.transformer.weights
         if unit.layer == self.model.layers:
-            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, self.kernels, self.numerics)
+            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, self.kernels)
         else:
             self.transformer.backward(state, unit.layer, unit.first, unit.end, self.cache)
         state.end_tile = unit.first
         if unit.first == 0:
             state.layer, state.end_tile = unit.layer - 1, len(state.spans)
+            if unit.layer == self.model.layers:
+                state.fetch(self.copies)

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from coserve_engine.kernels.functional import repeat_last_row
 from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.model.passes import PassState
-from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.weights import FrozenLinear
 
 
@@ -38,19 +36,18 @@ def head_unit(
     norm: torch.Tensor,
     head: FrozenLinear,
     kernels: Kernels[Any, Any],
-    numerics: Numerics,
 ) -> None:
     """Loss of tiles [first, end) of a pass and, when training, its gradient into state.dx."""
     for index in reversed(range(first, end)):
         span = state.spans[index]
-        rows = torch.arange(span.start, span.stop, device=state.final.device)
+        from_row, stop_row, end_row = state.head_tiles[index]
+        count = stop_row - from_row
         if state.training:
-            state.dx[span.start : span.stop] = 0
-        picked = rows[state.row_weights[span.start : span.stop] != 0]
-        count = picked.shape[0]
+            state.dx[span.start : span.stop].zero_()
         if count == 0:
             continue
-        padded = repeat_last_row(picked, numerics.row_multiple)
+        padded = state.head_rows[from_row:end_row]
+        picked = padded[:count]
         x, xn, rstd = kernels.norm(state.final[padded], norm)
         logp = log_probabilities(kernels.logits(xn, head))
         targets = state.targets[padded].unsqueeze(1)
@@ -59,7 +56,7 @@ def head_unit(
         loss, slope = state.terms.loss.coefficient(target_logp, weights, state.terms.inputs[:, padded])
         if state.terms.logp is not None:
             state.terms.logp[picked] = target_logp[:count]
-        state.losses[index] = float(loss[:count].double().sum())
+        state.losses[index] = loss[:count].double().sum()
         if state.training:
             # d logp[target] / d logits = onehot(target) - softmax
             slope = slope.unsqueeze(1)

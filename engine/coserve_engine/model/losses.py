@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from coserve_engine.device.protocol import Device, Pending
 from coserve_engine.errors import JobError
 from coserve_engine.job_messages import LossName, Pass, TrainSeq
 from coserve_engine.numerics import Numerics
@@ -73,7 +74,7 @@ class LossTerms:
         work: Pass,
         numerics: Numerics,
         dtype: torch.dtype,
-        device: torch.device,
+        device: Device,
         *,
         want_logprobs: bool,
     ) -> None:
@@ -86,15 +87,26 @@ class LossTerms:
                 row += [*getattr(seq, name)[1:], *([0.0] * (numerics.pad(length) - length + 1))]
             rows.append(row)
         total = sum(numerics.pad(len(seq.tokens)) for seq in work.seqs)
-        self.inputs = torch.tensor(rows, dtype=dtype, device=device).view(len(loss.fields), total)
-        self.logp = torch.zeros(total, dtype=dtype, device=device) if want_logprobs else None
+        self.inputs = device.stage(rows, dtype).view(len(loss.fields), total)
+        self.logp = torch.zeros(total, dtype=dtype, device=device.device) if want_logprobs else None
+        self._fetched: Pending | None = None
         self._work, self._numerics = work, numerics
 
+    def fetch(self, device: Device) -> None:
+        """Begin to fetch what is wanted of it; the head is done."""
+        if self.logp is not None:
+            self._fetched = device.fetch(self.logp)
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is fetched is there."""
+        return self._fetched is None or self._fetched.ready()
+
     def logprobs(self) -> tuple[tuple[float | None, ...], ...] | None:
-        """Per sequence and token, None where none was computed; None where they are not wanted."""
-        if self.logp is None:
+        """Per sequence and token, None where none was computed; None where they are not wanted. To be fetched first."""
+        if self._fetched is None:
             return None
-        values, base, found = self.logp.tolist(), 0, []
+        values, base, found = self._fetched.get(), 0, []
         for seq in self._work.seqs:
             kept = (values[base + n] if weight != 0 else None for n, weight in enumerate(seq.weights[1:]))
             found.append((None, *kept))

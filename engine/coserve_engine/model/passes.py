@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device, Pending
 from coserve_engine.kernels.dropout import row_keys
-from coserve_engine.layout.passes import PassLayout, TileSpan
+from coserve_engine.layout.passes import PassLayout, TileSpan, weighted_rows
 from coserve_engine.messages import Pass, PassMode
 from coserve_engine.model.losses import LossTerms
 from coserve_engine.numerics import Numerics
@@ -36,6 +37,7 @@ class PassState(PassTensors):
         config: ModelConfig,
         numerics: Numerics,
         dtypes: Dtypes,
+        device: Device,
         buffers: Buffers,
         terms: LossTerms,
         seed: int,
@@ -47,7 +49,7 @@ class PassState(PassTensors):
         self.work, self.terms = work, terms
         self.training = work.mode is PassMode.TRAIN
         layout = PassLayout.of([seq.tokens for seq in work.seqs], pages, numerics, training=self.training)
-        super().__init__(work.id, layout, weights, lora, config, dtypes, buffers, kept_bytes)
+        super().__init__(work.id, layout, weights, lora, config, dtypes, device, buffers, kept_bytes)
         self.layers = config.layers
         targets: list[int] = []
         row_weights: list[float] = []
@@ -55,8 +57,11 @@ class PassState(PassTensors):
             pad = rows - len(seq.tokens)
             targets += [*seq.tokens[1:], *([0] * (pad + 1))]
             row_weights += [*seq.weights[1:], *([0.0] * (pad + 1))]
-        self.targets = torch.tensor(targets, dtype=torch.int64, device=buffers.device)
-        self.row_weights = torch.tensor(row_weights, dtype=dtypes.accumulate, device=buffers.device)
+        self.targets = device.stage(targets, torch.int64)
+        self.row_weights = device.stage(row_weights, dtypes.accumulate)
+        weighted, self.head_tiles = weighted_rows(layout.spans, row_weights, numerics)
+        self.head_rows = device.stage(weighted, torch.int64)
+        """Rows that meet the head; of each tile its `head_tiles`."""
         tiles = tuple((span.stop - span.start, (span.index + 1) * numerics.tile) for span in layout.spans)
         self.shape = PassShape(work.id, tiles, config.layers, self.training, numerics.reaches(config.windows))
         """The pass as planning sees it."""
@@ -66,7 +71,9 @@ class PassState(PassTensors):
         """Where backward stands: `layers` is the head, then layers - 1 down to 0, then -1 when done."""
         self.end_tile = len(self.spans)
         """Backward of tiles [end_tile, all) of `layer` is done."""
-        self.losses = [0.0] * len(self.spans)
+        self.losses = torch.zeros(len(self.spans), dtype=torch.float64, device=device.device)
+        """[tiles], on the device until the head is done."""
+        self._outcome: Pending | None = None
         if self.training and lora.spec.dropout > 0.0:
             self.row_keys = self._hashed(seed)
 
@@ -93,9 +100,29 @@ class PassState(PassTensors):
         """Backward (for evaluation: the head) has reached its end."""
         return self.layer < (0 if self.training else self.layers)
 
+    def fetch(self, device: Device) -> None:
+        """Begin to fetch what came of it: the head is done, and says all."""
+        self._outcome = device.fetch(torch.cat([self._finite(), self.losses]))
+        self.terms.fetch(device)
+
+    @property
+    def fetched(self) -> bool:
+        """Whether what came of it is there."""
+        return self._outcome is not None and self._outcome.ready() and self.terms.ready
+
+    def _finite(self) -> torch.Tensor:
+        """[1]: whether all hidden rows are finite."""
+        return torch.isfinite(self.final).all().unsqueeze(0)
+
+    def finite(self, device: Device) -> bool:
+        """Whether all hidden rows are finite; waits where the head is not done."""
+        outcome = self._outcome or device.fetch(self._finite())
+        return bool(outcome.get()[0])
+
     def loss_sum(self) -> float:
-        """Sum of weight * -log p, tile by tile in order."""
-        return sum(self.losses)
+        """Sum of weight * -log p, tile by tile in order; the head is done."""
+        assert self._outcome is not None
+        return sum(self._outcome.get()[1:])
 
     def weight_sum(self) -> float:
         return sum(weight for seq in self.work.seqs for weight in seq.weights[1:])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device
 from coserve_engine.layout.passes import PassLayout, TileSpan
 from coserve_engine.tensors.buffers import Buffers, Shape
 from coserve_engine.tensors.dtypes import Dtypes
@@ -37,6 +38,7 @@ class PassTensors:
         lora: LoraLayout,
         config: ModelConfig,
         dtypes: Dtypes,
+        device: Device,
         buffers: Buffers,
         kept_bytes: int | None,
     ) -> None:
@@ -44,7 +46,7 @@ class PassTensors:
         self.layout, self.weights, self.lora = layout, weights, lora
         rows, training = layout.rows, layout.training
         columns = [layout.tokens, layout.positions, layout.write]
-        self.places = torch.tensor(columns, dtype=torch.int64, device=buffers.device)
+        self.places = device.stage(columns, torch.int64)
         """[3, rows]: token, position in the sequence, and place in the pool."""
         self.row_keys: torch.Tensor | None = None
         """[rows], where training drops inputs."""

@@ -135,8 +135,11 @@ class JobTable:
                 may_open = False
 
     def passes(self) -> tuple[PassState, ...]:
-        """Live passes in the order in which they are to be served: by claim of the job, then oldest first."""
-        return tuple(state for name in self._by_claim() for _, state in self.running[name].live.values())
+        """Live passes with work left, in the order in which they are to be served: by claim of the job, then oldest
+        first.
+        """
+        live = (state for name in self._by_claim() for _, state in self.running[name].live.values())
+        return tuple(state for state in live if not state.done)  # what came of one may be on its way
 
     def charge(self, pass_id: int, work: float) -> None:
         """`work` rows x layers were computed for a live pass."""

@@ -123,7 +123,7 @@ class Job:
         """Commit finished passes, then start what can start. `may_open`: pages may be taken for new passes."""
         events: list[JobEvent] = []
         for pass_id, (finished, state) in list(self.live.items()):
-            if not state.done:
+            if not (state.done and state.fetched):
                 break
             events.append(self._commit(finished, state))
             del self.live[pass_id]

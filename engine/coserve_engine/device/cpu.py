@@ -1,0 +1,35 @@
+"""A CPU computes at once: whatever is fetched is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from coserve_engine.device.protocol import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Numbers that the host has."""
+
+    numbers: list[float]
+
+    def ready(self) -> bool:
+        return True
+
+    def get(self) -> list[float]:
+        return self.numbers
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDevice:
+    """`Device` without one."""
+
+    device: torch.device
+
+    def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    def fetch(self, values: torch.Tensor) -> Here:
+        return Here(values.tolist())
