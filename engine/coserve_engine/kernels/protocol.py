@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from coserve_engine.layout.batch import BatchLayout
+from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -151,3 +152,11 @@ class Kernels(Protocol[B, U]):
         self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, saved: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(dgate, dup); uses `saved` up."""
+
+    # ---- optimizer ----
+
+    def optimize(self, param: torch.Tensor, grad: torch.Tensor, state: AdamState, how: AdamW) -> torch.Tensor:
+        """One update of `param` [size] in place, unless `grad` [size] is not finite; uses it up.
+
+        Returns [2]: the gradient's norm before clipping, and 1 where there was an update, else 0.
+        """

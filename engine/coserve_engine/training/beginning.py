@@ -9,17 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
-
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.formats.adapter_config import read_adapter_config
 from coserve_engine.formats.adapter_folder import module_name, read_adapter
 from coserve_engine.job_messages import Continued, LoraSpec, StartJob
 from coserve_engine.model.executor import Executor
+from coserve_engine.tensors.adam import AdamState
 from coserve_engine.tensors.lora import Factors, LoraLayout
 from coserve_engine.training.checkpoint import TrainingState, load_checkpoint
-from coserve_engine.training.optim import AdamState
 
 T = TypeVar("T")
 
@@ -59,8 +57,7 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
             raise AdapterFolderError(f"{folder}: {wrong}")
         layout = executor.layout(spec)
         param = layout.flat(layers, dtype, device)
-    adam = AdamState(torch.zeros_like(param), torch.zeros_like(param))
-    return Beginning(layout, TrainingState(param, adam, 0, 0), {})
+    return Beginning(layout, TrainingState(param, AdamState.zeros(param), 0, 0), {})
 
 
 def _check_resumed(lora: LoraSpec | Continued, found: LoraSpec) -> None:

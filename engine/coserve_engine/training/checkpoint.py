@@ -22,8 +22,8 @@ from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import LoraSpec
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.adam import AdamState, counted
 from coserve_engine.tensors.lora import LoraLayout
-from coserve_engine.training.optim import AdamState
 
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
@@ -48,8 +48,7 @@ class TrainingState:
     best: Best | None = None
 
     def copy(self) -> TrainingState:
-        adam = AdamState(self.adam.m.clone(), self.adam.v.clone(), self.adam.updates)
-        return replace(self, param=self.param.clone(), adam=adam)
+        return replace(self, param=self.param.clone(), adam=self.adam.copy())
 
 
 def save_checkpoint(
@@ -61,7 +60,7 @@ def save_checkpoint(
         "version": 1,
         "step": state.step,
         "seq_no": state.seq_no,
-        "updates": state.adam.updates,
+        "updates": int(state.adam.updates),
         "lora": asdict(layout.spec),
         "numerics": asdict(numerics),
         "files": sorted(files),
@@ -111,7 +110,7 @@ def load_checkpoint(
             raise CheckpointError(f"{path / STATE}: updates, step or seq_no is below 0: {updates}, {step}, {seq_no}")
         best = _best(path, facts, param)
         files = {name: (path / name).read_text() for name in facts["files"]}
-        return layout, TrainingState(param, AdamState(m, v, updates), step, seq_no, best), files
+        return layout, TrainingState(param, AdamState(m, v, counted(updates, device)), step, seq_no, best), files
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterFolderError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this job ({error})") from error
 

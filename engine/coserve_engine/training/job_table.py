@@ -59,6 +59,8 @@ class JobTable:
                 message = f"job {command.job} does not run here"
                 self._say(JobFailed(command.job, "invalid_command", message))
             elif isinstance(command, StopJob):
+                for event in job.settle():
+                    self._say(event)
                 self._forget(command.job)
                 self._write(command.job, job.stop(command))
             else:

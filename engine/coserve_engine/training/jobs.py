@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from coserve_engine.device.protocol import Pending
 from coserve_engine.errors import OutOfPagesError
 from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.job_messages import (
@@ -37,10 +38,10 @@ from coserve_engine.job_messages import (
 from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
+from coserve_engine.tensors.adam import AdamW
 from coserve_engine.training.beginning import Beginning
 from coserve_engine.training.checkpoint import Best, TrainingState, save_checkpoint
 from coserve_engine.training.job_limits import check_pass, check_step, refused
-from coserve_engine.training.optim import adamw
 
 Defer = Callable[[str, Callable[[], JobEvent]], None]
 """Run a function that touches only files in another thread, on behalf of a job; its event is emitted when
@@ -64,6 +65,8 @@ class Job:
         self._finite = True
         """Whether every loss of the running step is; a gradient may be finite where its loss is not."""
         self._queue: deque[StreamCommand] = deque()
+        self._stepped: Pending | None = None
+        """What comes of the step that heads the queue, once that was enqueued."""
         self._seen = self._state.seq_no
         self._keeps_best = self._state.best is not None
         """Whether weights are kept once all that is queued is done."""
@@ -135,7 +138,11 @@ class Job:
             elif self.live:
                 break
             elif isinstance(command, OptimStep):
-                events.append(self._optimize(command))
+                if self._stepped is None:
+                    self._stepped = self._optimize(command)
+                if not self._stepped.ready():
+                    break
+                events.append(self._step_done(command))
             elif isinstance(command, KeepBest):
                 events.append(self._keep(command))
             else:
@@ -184,26 +191,31 @@ class Job:
         tokens = sum(len(seq.tokens) for seq in command.work.seqs)
         return PassDone(self.id, command.seq_no, mode, loss, state.weight_sum(), tokens, logprobs)
 
-    def _optimize(self, c: OptimStep) -> JobEvent:
-        norm, changed = math.nan, False
+    def _optimize(self, c: OptimStep) -> Pending:
+        """Enqueue a step, which counts from now on; whether it changed anything is for its event alone."""
+        e, outcome = self._executor, torch.tensor([math.nan, 0.0])
         if self._finite:
-            norm, changed = adamw(
-                self._state.param,
-                self._grad,
-                self._state.adam,
-                c.lr,
-                c.beta1,
-                c.beta2,
-                c.eps,
-                c.weight_decay,
-                c.max_grad_norm,
-            )
-        if changed:
+            how = AdamW(c.lr, c.beta1, c.beta2, c.eps, c.weight_decay, c.max_grad_norm)
+            outcome = e.kernels.optimize(self._state.param, self._grad, self._state.adam, how)
             self.weights.renew()
         self._grad.zero_()
         self._summed, self._finite = False, True
         self._done(c, steps=1)
-        return StepDone(self.id, c.seq_no, self.step, norm, not changed)
+        return e.copies.fetch(outcome)
+
+    def _step_done(self, command: OptimStep) -> JobEvent:
+        assert self._stepped is not None  # it was enqueued
+        norm, changed = self._stepped.get()
+        self._stepped = None
+        return StepDone(self.id, command.seq_no, self.step, norm, not changed)
+
+    def settle(self) -> list[JobEvent]:
+        """The event of a step that was enqueued, which this waits for."""
+        if self._stepped is None:
+            return []
+        command = self._queue.popleft()
+        assert isinstance(command, OptimStep)
+        return [self._step_done(command)]
 
     def _keep(self, command: KeepBest) -> JobEvent:
         self._state = replace(self._state, best=Best(self.step, self._state.param.clone()))

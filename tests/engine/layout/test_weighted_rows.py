@@ -14,7 +14,7 @@ from coserve_engine.numerics import Numerics
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_rows_that_meet_the_head(lengths: list[int], draw: random.Random) -> None:
-    """Of each tile those that carry weight, in order, the last repeated up to the row multiple; none where none does."""
+    """Of each tile those that carry weight, in order, the last repeated up to the row multiple."""
     numerics = Numerics()
     spans = tile_spans(tuple(lengths), numerics)
     share = draw.choice((0.0, 0.1, 0.5, 1.0))

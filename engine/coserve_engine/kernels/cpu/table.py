@@ -14,6 +14,7 @@ from coserve_engine.kernels import bound
 from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.kernels.bound import BoundBatch, BoundUnit
 from coserve_engine.kernels.cpu.linears import LinearChoice
+from coserve_engine.kernels.cpu.optim import adamw
 from coserve_engine.kernels.dropout import dropout
 from coserve_engine.kernels.functional import (
     encode_heads,
@@ -27,6 +28,7 @@ from coserve_engine.kernels.plain import PlainKernels, layer_masks
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.kv_cache import KVCache, Reader
 from coserve_engine.tensors.passes import PassTensors
 from coserve_engine.tensors.weights import FrozenLinear, LayerWeights
@@ -176,3 +178,9 @@ class CpuKernels(PlainKernels[BoundBatch]):
         self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, saved: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return swiglu_backward(dh, gate, up, saved)
+
+    # ---- optimizer ----
+
+    def optimize(self, param: torch.Tensor, grad: torch.Tensor, state: AdamState, how: AdamW) -> torch.Tensor:
+        norm, changed = adamw(param, grad, state, how)
+        return torch.tensor([norm, float(changed)], dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch
 from coserve_engine.config import ModelConfig
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
+from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -193,3 +194,10 @@ class FakeKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.launches["gate_backward"] += 1
         return dh, dh
+
+    # ---- optimizer ----
+
+    def optimize(self, param: torch.Tensor, grad: torch.Tensor, state: AdamState, how: AdamW) -> torch.Tensor:
+        """Norm and clipping, then the update."""
+        self.launches["optimize"] += 2
+        return torch.ones(2, device=self.device)

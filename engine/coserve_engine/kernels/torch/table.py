@@ -27,10 +27,12 @@ from coserve_engine.kernels.lora import AdapterRows, add_adapters, linear
 from coserve_engine.kernels.plain import PlainKernels, layer_masks, layer_windows
 from coserve_engine.kernels.protocol import GATE_UP, QKV, Adapted
 from coserve_engine.kernels.torch.attention import attend_rows, hidden_keys
+from coserve_engine.kernels.torch.optim import adamw
 from coserve_engine.kernels.torch.products import TorchLinear, adapter_backward, wide_product
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.pages import NULL_PAGE
+from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors
@@ -225,3 +227,8 @@ class TorchKernels(PlainKernels[DecodedBatch]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dgate, dup = swiglu_backward(self._wide(dh), self._wide(gate), self._wide(up), saved)
         return self._narrow(dgate), self._narrow(dup)
+
+    # ---- optimizer ----
+
+    def optimize(self, param: torch.Tensor, grad: torch.Tensor, state: AdamState, how: AdamW) -> torch.Tensor:
+        return adamw(param, grad, state, how)
