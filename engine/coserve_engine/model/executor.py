@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from coserve_engine.config import EngineConfig, ModelConfig
+from coserve_engine.device.protocol import Device
 from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
@@ -68,7 +69,7 @@ class Executor:
             )
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
-        self.copies = device_of(self.device)
+        self.copies: Device = device_of(self.device)
         """Between host and device."""
         positions = self.numerics.pad(config.max_model_length)
         rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
