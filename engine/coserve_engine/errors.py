@@ -5,6 +5,10 @@ class EngineError(Exception):
     """Base of everything the engine raises on purpose."""
 
 
+class EngineConfigError(EngineError):
+    """A setting that an engine cannot run with."""
+
+
 class ModelFolderError(EngineError):
     """A model folder that is missing, broken or not supported."""
 
