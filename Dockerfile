@@ -32,7 +32,7 @@ CMD ["python", "-m", "coserve_operator.main"]
 
 FROM base AS agent
 # Triton compiles its launchers at run time, against Python's headers and the driver's library, and keeps them where it
-# may write. The driver is mounted at run time: where the loader looks (NVIDIA's toolkit), or to /usr/local/nvidia (GKE).
+# may write. The driver is mounted then: where the loader looks (NVIDIA's toolkit), or to /usr/local/nvidia (GKE).
 ENV TRITON_CACHE_DIR=/tmp/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib64 LIBRARY_PATH=/usr/local/nvidia/lib64
 RUN apt-get update \

@@ -278,6 +278,8 @@ class AgentStatus(StatusModel):
     """Its pod."""
     node: Annotated[str, Field(max_length=253)] = ""
     """Its node."""
+    device: Annotated[str, Field(max_length=253)] = ""
+    """What its engine computes on; empty while it loads."""
     jobs: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
     """Names of the FinetuneJobs it runs."""
 

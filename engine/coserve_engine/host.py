@@ -186,12 +186,11 @@ def _main(config: EngineConfig, choice: DeviceChoice | None, commands: Queue[Com
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        notes: tuple[str, ...] = ()
-        if choice is not None:
-            config, notes = startup.prepare(config, choice)
+        chosen = startup.Chosen(config) if choice is None else startup.prepare(config, choice)
+        config = chosen.config
         engine = Engine(config, paused=PauseClock(alone=config.threads == 1 and config.device == "cpu"))
         ready = engine.ready()
-        ready = replace(ready, notes=(*notes, *ready.notes))
+        ready = replace(ready, notes=(*chosen.notes, *ready.notes), device=chosen.device)
         settle()
         events.send([ready])
         _serve(engine, commands, events)

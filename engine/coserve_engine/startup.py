@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,18 @@ LARGE_GPU_BYTES = 70 << 30
 CPU_KV_BYTES = 256 << 20
 
 
-def prepare(config: EngineConfig, choice: DeviceChoice) -> tuple[EngineConfig, tuple[str, ...]]:
-    """`config` with all that `choice` leaves open, and lines for the log that say what was chosen and why. The plan of
-    the memory is logged at once: loading may be what fails.
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How the engine runs on this machine, what computes, and lines for the log that say why."""
+
+    config: EngineConfig
+    device: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def prepare(config: EngineConfig, choice: DeviceChoice) -> Chosen:
+    """`config` with all that `choice` leaves open. It is logged at once, with the plan of the memory: loading may be
+    what fails.
 
     Raises:
         EngineConfigError: this machine has not what is asked for.
@@ -43,7 +52,7 @@ def prepare(config: EngineConfig, choice: DeviceChoice) -> tuple[EngineConfig, t
     notes = (f"device {hardware}: {why}", *notes)
     for line in (*notes, *(f"memory: {line}" for line in plan.lines())):
         log.info("engine: %s", line)
-    return replace(settled, kv_cache_bytes=plan.kv_bytes), notes
+    return Chosen(replace(settled, kv_cache_bytes=plan.kv_bytes), hardware.name, notes)
 
 
 def choose_device(choice: DeviceChoice, gpu: Hardware | str, cpu: Hardware) -> tuple[Hardware, str]:

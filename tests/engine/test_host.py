@@ -140,6 +140,7 @@ def test_what_the_device_decides_is_settled_in_its_process(plain: str, capfd: py
         ready = gather(started, bool)[0]
         assert isinstance(ready, EngineReady)
         assert ready.kv_total_pages == (2 << 20) // 32768 - 1
+        assert ready.device == "cpu"
         assert ready.notes[0].startswith("device cpu")
         assert any("calibrated" in note for note in ready.notes)
     finally:

@@ -191,10 +191,10 @@ def test_a_start_says_its_plan_before_anything_is_read(
 ) -> None:
     (tmp_path / "config.json").write_bytes((Path(plain) / "config.json").read_bytes())
     with caplog.at_level(logging.INFO, "coserve_engine"):
-        config, notes = prepare(EngineConfig(str(tmp_path), max_model_length=256), DeviceChoice("cpu"))
-    assert config == EngineConfig(str(tmp_path), max_model_length=256)
-    assert notes[0].startswith("device cpu (")
-    assert notes[0].endswith("engine.device is cpu")
+        chosen = prepare(EngineConfig(str(tmp_path), max_model_length=256), DeviceChoice("cpu"))
+    assert (chosen.config, chosen.device) == (EngineConfig(str(tmp_path), max_model_length=256), "cpu")
+    assert chosen.notes[0].startswith("device cpu (")
+    assert chosen.notes[0].endswith("engine.device is cpu")
     assert f"memory: weights: {4 * weight_values(read_model_config(tmp_path)):,} bytes" in caplog.text
     assert f"memory: KV cache (8192 pages): {256 << 20:,} bytes" in caplog.text
 
