@@ -25,6 +25,7 @@ from coserve_engine import engine as engine_module
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
+from coserve_engine.kernels.cpu.table import CpuKernels
 from coserve_engine.messages import AddRequest, IterationDone, LoraSpec, SamplingParams, StartJob
 from coserve_engine.model import executor as executor_module
 from coserve_engine.model.executor import Executor
@@ -50,7 +51,8 @@ MODEL: tuple[tuple[Any, str], ...] = (
     (jobs.Job, "_optimize"),
 )
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("batch of the forward", executor_module, "bind"),
+    ("layout of the forward", executor_module, "lay_out"),
+    ("its tensors", CpuKernels, "bind"),
     ("jobs", JobTable, "advance"),
     ("room for requests", Serving, "make_room"),
     ("view", Engine, "_view"),

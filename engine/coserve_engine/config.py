@@ -111,7 +111,7 @@ class EngineConfig:
         max_slowdown_percent: with finetuning an iteration may take so much longer than it is predicted to take
             without; None: only the promise limits it.
         end_tokens: what ends an answer; None: config.json's eos_token_id.
-        dtype: "float32" or "float64" (tests).
+        dtype: "float32", "bfloat16" (adapters that train and all sums stay float32), or "float64" (tests).
     """
 
     model_path: str

@@ -12,7 +12,6 @@ from coserve_engine.errors import AdapterFolderError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import (
@@ -48,6 +47,7 @@ from coserve_engine.scheduler.load import Demand, saturation_percent
 from coserve_engine.scheduler.plan import Kind, PassView, Plan, Policy, Unit, View
 from coserve_engine.scheduler.schedule import decide, gives_way
 from coserve_engine.serving.serving import Serving
+from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.training.job_table import JobTable
 from coserve_engine.training.jobs import Job
 
@@ -92,12 +92,12 @@ class Engine:
         e = self.executor
         calibrated = calibrate(e, self.cost, self._clock, budget_s(self._loading_s))
         started = self._clock()
-        odd = probe_row_invariance(e.transformer, backward=self.config.finetuning)
+        odd = probe_row_invariance(e.transformer, backward=self.config.finetuning) if e.kernels.exact else ()
         tried_s = self._clock() - started
         notes = (f"loaded in {self._loading_s:.1f} s", *calibrated, f"tried rows of products in {tried_s:.1f} s")
         if odd:
             notes += (f"rows of {', '.join(odd)} depend on their batch: results are not bit-exact on this machine",)
-        notes += (*e.linears.notes(), f"attention by {e.transformer.attention.name}")
+        notes += tuple(e.kernels.notes())
         return EngineReady(e.model.vocab_size, self.config.max_model_length, e.ledger.total, e.numerics.page, notes)
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coserve_agent.passes import PassBounds, split_passes, to_seqs, weight_sum
 from coserve_api.shards import Sample
-from coserve_engine.model.passes import pages_of_pass
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.numerics import Numerics
 
 

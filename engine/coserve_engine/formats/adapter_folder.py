@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.errors import AdapterFolderError
 from coserve_engine.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
-from coserve_engine.kernels.cpu.lora import Factors
+from coserve_engine.tensors.lora import Factors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

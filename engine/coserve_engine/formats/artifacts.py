@@ -17,7 +17,7 @@ from coserve_engine.formats.adapter_config import ADAPTER_CONFIG
 from coserve_engine.formats.adapter_folder import ADAPTER_WEIGHTS, module_name, tensor_name
 from coserve_engine.formats.folders import MANIFEST, digest, replace_folder
 from coserve_engine.formats.peft_config import config_text
-from coserve_engine.kernels.cpu.lora import LoraLayout
+from coserve_engine.tensors.lora import LoraLayout
 
 
 def _sync(path: Path) -> None:

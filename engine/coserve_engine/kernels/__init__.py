@@ -1,1 +1,1 @@
-"""Arithmetic on tensors, one room for each way to do it."""
+"""Arithmetic on tensors: the words that a model is computed in, and one room for each table of them."""

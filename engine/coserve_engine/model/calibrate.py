@@ -12,15 +12,15 @@ from functools import partial
 from statistics import median
 
 from coserve_engine.config import LINEARS
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.messages import LoraSpec, Pass, TrainSeq
-from coserve_engine.model.batch import SequenceRows
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.passes import PassState, pages_of_pass
+from coserve_engine.model.passes import PassState
 from coserve_engine.model.prior import Priors, Rates, analytic
+from coserve_engine.model.sequences import SequenceRows
 from coserve_engine.scheduler.plan import Kind, Segment, Unit
 
 LEAST_BUDGET_S, SHARE_OF_LOADING = 5.0, 0.1
@@ -170,7 +170,7 @@ class _Run:
         tokens = tuple(draw.randrange(executor.model.vocab_size) for _ in range(length))
         work = Pass(PASS_ID, "calibration", 0, 0, (TrainSeq(0, tokens, (1.0,) * length),))
         pages = executor.ledger.reserve(f"pass:{PASS_ID}", pages_of_pass((length,), executor.numerics))
-        weights = LoraWeights.trained(layout, layout.fresh(0, executor.dtype, executor.device))
+        weights = executor.trained(layout, layout.fresh(0, executor.dtypes.lora, executor.device))
         state = executor.open_pass(work, weights, layout, pages)
         now = self._clock()
         self._advance(state, now + (self._end - now) / 2)

@@ -14,23 +14,24 @@ import torch
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.functional import repeat_last_row
-from coserve_engine.kernels.cpu.linears import LinearChoice
-from coserve_engine.kernels.cpu.lora import LoraLayout, LoraWeights
+from coserve_engine.kernels.functional import repeat_last_row
+from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
+from coserve_engine.layout.batch import lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head
-from coserve_engine.model.batch import Bindable, bind
+from coserve_engine.model.loading import load_weights
 from coserve_engine.model.losses import LOSSES, LossTerms
 from coserve_engine.model.passes import PassState
+from coserve_engine.model.rope import rope_table
+from coserve_engine.model.sequences import Computable
 from coserve_engine.model.transformer import Transformer
-from coserve_engine.model.weights import load_weights
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +66,41 @@ class Executor:
                 f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
             )
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
-        self.dtype, self.device = DTYPES[config.dtype], torch.device(config.device)
-        self.linears = LinearChoice(self.device, self.dtype, self.numerics, backward=config.finetuning)
-        weights = load_weights(folder, self.model, self.dtype, self.device, self.linears)
+        self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
         positions = self.numerics.pad(config.max_model_length)
-        self.transformer = Transformer.create(self.model, weights, self.numerics, positions)
-        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtype)
+        rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
+        self.kernels = select(self.model, self.numerics, self.dtypes, rope, backward=config.finetuning)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels)
+        self.transformer = Transformer(self.model, weights, self.kernels)
+        pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtypes.cache)
         if pages <= self.numerics.pages(positions):
             raise ModelFolderError(
                 f"kvCacheMemory of {config.kv_cache_bytes} bytes holds {pages} pages of {self.numerics.page} tokens, "
                 f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
             )
-        self.cache = KVCache(self.model, pages, self.numerics, self.dtype, self.device)
+        self.cache = KVCache(self.model, pages, self.numerics, self.dtypes.cache, self.device)
         self.ledger = PageLedger(pages, self.cache.scrub)
-        self.buffers = Buffers(self.dtype, self.device)
+        self.buffers = Buffers(self.device)
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights and hidden rows are."""
+        return self.dtypes.compute
+
     def layout(self, spec: LoraSpec) -> LoraLayout:
         return LoraLayout(self.model, spec)
+
+    def trained(self, layout: LoraLayout, param: torch.Tensor) -> LoraWeights:
+        """To compute with parameters [layout.size] that a job changes."""
+        return LoraWeights.trained(layout, param, self.dtypes.compute)
 
     def open_pass(
         self,
         work: Pass,
         weights: LoraWeights,
-        layout: LoraLayout,
+        lora: LoraLayout,
         pages: tuple[int, ...],
         seed: int = 0,
         loss: LossName = LossName.CROSS_ENTROPY,
@@ -97,9 +108,21 @@ class Executor:
         want_logprobs: bool = False,
     ) -> PassState:
         """Make a pass live; its pages were reserved as `pass:<id>`, `seed` is its job's."""
-        terms = LossTerms(LOSSES[loss], work, self.numerics, self.dtype, self.device, want_logprobs=want_logprobs)
+        terms = LossTerms(
+            LOSSES[loss], work, self.numerics, self.dtypes.accumulate, self.device, want_logprobs=want_logprobs
+        )
         state = PassState(
-            work, weights, layout, pages, self.model, self.numerics, self.buffers, terms, seed, self.config.pass_bytes
+            work,
+            weights,
+            lora,
+            pages,
+            self.model,
+            self.numerics,
+            self.dtypes,
+            self.buffers,
+            terms,
+            seed,
+            self.config.pass_bytes,
         )
         self.passes[work.id] = state
         return state
@@ -107,7 +130,7 @@ class Executor:
     def close_pass(self, pass_id: int) -> None:
         """Forget a live pass; its pages and buffers are the next one's."""
         state = self.passes.pop(pass_id)
-        pages = tuple(page for table in state.page_tables for page in table)
+        pages = tuple(page for table in state.layout.tables for page in table)
         if not torch.isfinite(state.final).all():
             self.cache.scrub(pages)
         self.ledger.free(f"pass:{pass_id}")
@@ -116,21 +139,23 @@ class Executor:
     def forward(
         self,
         segments: tuple[Segment, ...],
-        sequences: Mapping[int, Bindable],
+        sequences: Mapping[int, Computable],
         goes_on: Callable[[int], bool] = lambda layer: True,
     ) -> Forwarded | None:
         """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
-        batch = bind(segments, sequences, self.passes, self.numerics, self.device)
+        passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
+        layout = lay_out(segments, sequences, passes, self.numerics)
+        batch = self.kernels.bind(layout, sequences, self.passes)
         hidden = self.transformer.forward(batch, self.cache, goes_on)
         if hidden is None:
             return None
-        for rows in batch.kept:
-            done = rows.first + rows.stop - rows.start
-            rows.state.fwd_tile = sum(span.stop <= done for span in rows.state.spans)
-        count = len(batch.sample_slots)
+        for pass_id, start, stop, first in layout.windows:
+            state = self.passes[pass_id]
+            state.fwd_tile = sum(span.stop <= first + stop - start for span in state.spans)
+        count = len(layout.sample_slots)
         if count == 0:
             return Forwarded((), hidden[:0], hidden)
-        return Forwarded(batch.sample_slots, self._logits(hidden[batch.sample_rows])[:count], hidden)
+        return Forwarded(layout.sample_slots, self._logits(self.kernels.sampled(batch, hidden))[:count], hidden)
 
     def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
@@ -142,7 +167,7 @@ class Executor:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights
-        return head.logits(hidden, weights.norm, weights.head, self.model.rms_eps)
+        return head.logits(hidden, weights.norm, weights.head, self.kernels)
 
     def backward(self, unit: Unit) -> None:
         """Run one unit and advance its pass."""
@@ -151,8 +176,7 @@ class Executor:
             raise ValueError(f"{unit} does not go on from layer {state.layer}, tile {state.end_tile}")
         weights = self.transformer.weights
         if unit.layer == self.model.layers:
-            eps = self.model.rms_eps
-            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, eps, self.numerics)
+            head.head_unit(state, unit.first, unit.end, weights.norm, weights.head, self.kernels, self.numerics)
         else:
             self.transformer.backward(state, unit.layer, unit.first, unit.end, self.cache)
         state.end_tile = unit.first

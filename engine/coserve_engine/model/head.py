@@ -6,17 +6,20 @@ head gets no gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from coserve_engine.kernels.cpu.functional import repeat_last_row, rms_norm, rms_norm_backward
-from coserve_engine.kernels.cpu.linears import FrozenLinear
+from coserve_engine.kernels.functional import repeat_last_row
+from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.model.passes import PassState
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.weights import FrozenLinear
 
 
-def logits(hidden: torch.Tensor, norm: torch.Tensor, head: FrozenLinear, eps: float) -> torch.Tensor:
+def logits(hidden: torch.Tensor, norm: torch.Tensor, head: FrozenLinear, kernels: Kernels[Any, Any]) -> torch.Tensor:
     """hidden [N, H] -> [N, vocab]."""
-    return head.forward(rms_norm(hidden, norm, eps)[0])
+    return kernels.logits(kernels.norm(hidden, norm)[1], head)
 
 
 def log_probabilities(scores: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,7 @@ def head_unit(
     end: int,
     norm: torch.Tensor,
     head: FrozenLinear,
-    eps: float,
+    kernels: Kernels[Any, Any],
     numerics: Numerics,
 ) -> None:
     """Loss of tiles [first, end) of a pass and, when training, its gradient into state.dx."""
@@ -48,9 +51,8 @@ def head_unit(
         if count == 0:
             continue
         padded = repeat_last_row(picked, numerics.row_multiple)
-        x = state.final[padded]
-        xn, rstd = rms_norm(x, norm, eps)
-        logp = log_probabilities(head.forward(xn))
+        x, xn, rstd = kernels.norm(state.final[padded], norm)
+        logp = log_probabilities(kernels.logits(xn, head))
         targets = state.targets[padded].unsqueeze(1)
         weights = state.row_weights[padded]
         target_logp = logp.gather(1, targets).squeeze(1)
@@ -62,4 +64,4 @@ def head_unit(
             # d logp[target] / d logits = onehot(target) - softmax
             slope = slope.unsqueeze(1)
             dlogits = logp.exp_().mul_(-slope).scatter_add_(1, targets, slope)
-            state.dx[picked] = rms_norm_backward(head.backward(dlogits), x, rstd, norm)[:count]
+            state.dx[picked] = kernels.norm_backward(kernels.logits_backward(dlogits, head), x, rstd, norm)[:count]

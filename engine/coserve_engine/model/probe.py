@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from coserve_engine.kernels.cpu.attention import Mask
-from coserve_engine.kernels.cpu.functional import rms_norm
-from coserve_engine.kernels.cpu.linears import PROBED_ROWS, FrozenLinear, PackedLinear, differing_rows, probed_rows
+from coserve_engine.kernels.attention import Mask
+from coserve_engine.kernels.cpu.linears import PROBED_ROWS, PackedLinear, differing_rows, probed_rows
+from coserve_engine.kernels.cpu.table import CpuKernels
+from coserve_engine.kernels.functional import rms_norm
 from coserve_engine.model.transformer import Transformer
+from coserve_engine.tensors.weights import FrozenLinear
 
 Operation = tuple[str, tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]
 """Name, (rows to try, width of a row), what is done to rows."""
@@ -32,10 +34,13 @@ def probe_row_invariance(transformer: Transformer, *, backward: bool) -> tuple[s
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
+    kernels = transformer.kernels
+    if not isinstance(kernels, CpuKernels):
+        raise TypeError(f"only the CPU's kernels promise a row's bits, not {type(kernels).__name__}")
     operations = (*_products(transformer, draw, backward=backward), *_rowwise(transformer))
-    numerics = transformer.numerics
+    numerics = kernels.numerics
     odd = tuple(name for name, shape, operation in operations if differing_rows(operation, draw(*shape), numerics))
-    return (*odd, "attention") if _attention_differs(transformer, draw) else odd
+    return (*odd, "attention") if _attention_differs(kernels, draw) else odd
 
 
 def _products(transformer: Transformer, draw: Callable[..., torch.Tensor], *, backward: bool) -> Iterator[Operation]:
@@ -82,9 +87,9 @@ def _rowwise(transformer: Transformer) -> Iterator[Operation]:
     yield "silu backward", (most, config.intermediate), lambda x: torch.ops.aten.silu_backward(x, x)
 
 
-def _attention_differs(transformer: Transformer, draw: Callable[..., torch.Tensor]) -> bool:
+def _attention_differs(kernels: CpuKernels, draw: Callable[..., torch.Tensor]) -> bool:
     """Rows of a tile, one and some, against the whole tile."""
-    config, numerics, attention = transformer.config, transformer.numerics, transformer.attention
+    config, numerics, attention = kernels.config, kernels.numerics, kernels.attention
     tile, keys = numerics.tile, 5 * numerics.tile
     q = draw(tile, config.heads, config.head_size)
     k, v = (draw(config.kv_heads, keys, config.head_size) for _ in range(2))

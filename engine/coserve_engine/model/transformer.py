@@ -1,4 +1,4 @@
-"""One layer, forward for a flat batch and backward for a unit of a pass, without autograd.
+"""One layer, forward for a flat batch and backward for a unit of a pass, without autograd, in the words of `Kernels`.
 
 Forward keeps of finetuning rows what `kept` plans; backward rebuilds the rest (norms, rotated queries, the LoRA
 inputs, silu(gate) * up) and never computes a gradient of a frozen weight or bias (FlexLLM's graph pruning).
@@ -6,275 +6,126 @@ inputs, silu(gate) * up) and never computes a gradient of a frozen weight or bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
-from torch.nn import functional
 
 from coserve_engine.config import ModelConfig
-from coserve_engine.kernels.cpu.attention import Attention, Mask
-from coserve_engine.kernels.cpu.functional import (
-    encode_heads,
-    encode_heads_backward,
-    rms_norm,
-    rms_norm_backward,
-    swiglu_backward,
-)
-from coserve_engine.kernels.cpu.lora import AdapterRows, LoraGroup, linear, linear_backward
-from coserve_engine.model.batch import BoundBatch
-from coserve_engine.model.passes import PassState, TileSpan
-from coserve_engine.model.rope import rope_table
-from coserve_engine.model.weights import Weights
-from coserve_engine.numerics import Numerics
-from coserve_engine.tensors.kv_cache import KVCache, Reader
-
-QKV = ("q_proj", "k_proj", "v_proj")
-Singles = Mapping[int | None, tuple[Reader, ...]]
-"""A mask's reach -> readers of the decode rows' keys and values."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnitRows:
-    """The rows of a pass that one unit of backward takes through one layer."""
-
-    state: PassState
-    layer: int
-    spans: tuple[TileSpan, ...]
-    """Last tile first: the order of every sum over positions."""
-
-    @property
-    def start(self) -> int:
-        return self.spans[-1].start
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.spans[0].stop)
-
-    @property
-    def tiles(self) -> tuple[tuple[int, int], ...]:
-        """Row ranges of the tiles, counted from the unit's first row."""
-        return tuple((span.start - self.start, span.stop - self.start) for span in self.spans)
-
-    @property
-    def stored(self) -> Mapping[str, torch.Tensor]:
-        """What forward kept of this layer."""
-        return self.state.kept[self.layer]
-
-    def kept(self, name: str) -> torch.Tensor:
-        """What forward kept of these rows."""
-        return self.stored[name][self.rows]
-
-    @property
-    def adapters(self) -> AdapterRows:
-        """The adapter of these rows, for what is computed again."""
-        rows = slice(0, self.rows.stop - self.rows.start)
-        return (LoraGroup(self.state.weights, rows, self.state.drop(self.rows)),)
+from coserve_engine.kernels.protocol import DOWN, GATE_UP, OUTPUT, QKV, Kernels
+from coserve_engine.tensors.kv_cache import KVCache
+from coserve_engine.tensors.passes import PassTensors, UnitRows
+from coserve_engine.tensors.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """The model's arithmetic. Stateless but for the KV cache that is passed in.
-
-    Args:
-        masks: one a layer.
-        rope: `rope_table`.
-    """
+    """The model's arithmetic. Stateless but for the KV cache that is passed in."""
 
     config: ModelConfig
     weights: Weights
-    numerics: Numerics
-    attention: Attention
-    masks: tuple[Mask, ...]
-    rope: torch.Tensor
-
-    @classmethod
-    def create(cls, config: ModelConfig, weights: Weights, numerics: Numerics, positions: int) -> Transformer:
-        """`positions`: the longest sequence, padding included."""
-        dtype, device = weights.embed.dtype, weights.embed.device
-        windows = tuple(None if window is None or window >= positions else window for window in config.windows)
-        group = config.heads // config.kv_heads
-        masks = {w: Mask.create(numerics, group, positions, w, dtype, device) for w in set(windows)}
-        attention = Attention.select(numerics, device)
-        rope = rope_table(config.rope, config.head_size, positions, dtype, device)
-        return cls(config, weights, numerics, attention, tuple(masks[window] for window in windows), rope)
+    kernels: Kernels[Any, Any]
 
     # ---- forward ----
 
     def forward(
-        self, batch: BoundBatch, cache: KVCache, goes_on: Callable[[int], bool] = lambda layer: True
+        self, batch: Any, cache: KVCache, goes_on: Callable[[int], bool] = lambda layer: True
     ) -> torch.Tensor | None:
         """All layers for every row: keys and values to the cache, kept tensors to their passes.
 
         Args:
+            batch: bound by the same kernels.
             goes_on: asked before each layer but the first; False ends the forward. The same forward may be begun again.
 
         Returns hidden [T, H], or None where it was ended.
         """
-        x = self.weights.embed[batch.tokens]
-        cos, sin = self.rope[:, batch.positions].unsqueeze(2)
-        singles = {reach: self._readers(mask, batch, cache) for reach, mask in {m.reach: m for m in self.masks}.items()}
+        x, residual = self.kernels.embed(self.weights.embed, batch), None
         for layer in range(self.config.layers):
             if layer > 0 and not goes_on(layer):
                 return None
-            x = self._layer(layer, x, batch, cache, singles, cos, sin)
-        for rows in batch.kept:
-            rows.state.final[rows.first : rows.first + rows.stop - rows.start] = x[rows.start : rows.stop]
+            x, residual = self._layer(layer, x, residual, batch, cache)
+        if residual is not None:
+            x = self.kernels.add(x, residual)
+        self.kernels.keep_final(batch, x)
         return x
 
-    def _readers(self, mask: Mask, batch: BoundBatch, cache: KVCache) -> tuple[Reader, ...]:
-        """What decode rows see of the cache, in the layers with this mask."""
-        return tuple(cache.reader(c.pages, mask.first_key(c.kv_length), c.kv_length) for c in batch.singles)
-
     def _layer(
-        self,
-        layer: int,
-        x: torch.Tensor,
-        batch: BoundBatch,
-        cache: KVCache,
-        singles: Singles,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> torch.Tensor:
-        w, adapters, eps = self.weights.layers[layer], batch.adapters, self.config.rms_eps
-        q, k, v = self._project(layer, x, adapters)
-        cache.write(layer, batch.write_index, encode_heads(k, w.k_norm, eps, cos, sin), v)
-        o, lse = self._attention(layer, encode_heads(q, w.q_norm, eps, cos, sin), batch, cache, singles)
-        x2 = self._linear(layer, "o_proj", o.flatten(1), adapters).add_(x)
-        gate, up = self._gate_up(layer, x2, adapters)
-        y = self._linear(layer, "down_proj", functional.silu(gate).mul_(up), adapters).add_(x2)
-        _keep(layer, batch, {"x": x, "q": q, "k": k, "o": o, "lse": lse, "x2": x2, "gate": gate, "up": up})
-        return y
-
-    def _linear(self, layer: int, name: str, x: torch.Tensor, adapters: AdapterRows) -> torch.Tensor:
-        return linear(x, self.weights.layers[layer].linears[name], adapters, layer, name)
-
-    def _project(
-        self, layer: int, x: torch.Tensor, adapters: AdapterRows, names: tuple[str, ...] = QKV
-    ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values [R, heads, D] of x [R, H], before their norms and rotation."""
-        xn, _ = rms_norm(x, self.weights.layers[layer].input_norm, self.config.rms_eps)
-        parts = (self._linear(layer, name, xn, adapters) for name in names)
-        return tuple(part.view(x.shape[0], -1, self.config.head_size) for part in parts)
-
-    def _gate_up(self, layer: int, x2: torch.Tensor, adapters: AdapterRows) -> tuple[torch.Tensor, ...]:
-        """gate and up [R, I] of x2 [R, H]."""
-        xn2, _ = rms_norm(x2, self.weights.layers[layer].post_norm, self.config.rms_eps)
-        return tuple(self._linear(layer, name, xn2, adapters) for name in ("gate_proj", "up_proj"))
-
-    def _attention(
-        self, layer: int, q: torch.Tensor, batch: BoundBatch, cache: KVCache, singles: Singles
+        self, layer: int, x: torch.Tensor, residual: torch.Tensor | None, batch: Any, cache: KVCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """o [T, heads, D] of encoded queries, and the log-sum-exp [T, heads] of rows that a pass keeps."""
-        mask, o, lse = self.masks[layer], torch.zeros_like(q), q.new_zeros(q.shape[:2])
-        if batch.singles:
-            keys = [read(layer) for read in singles[mask.reach]]
-            firsts = tuple(call.first for call in batch.singles)
-            o[: len(keys)] = self.attention.attend_singles(q[: len(keys)], keys, mask, firsts)
-        for call in batch.calls:
-            k, v = cache.read(layer, call.pages, mask.first_key(call.kv_length), call.kv_length)
-            rows = slice(call.start, call.stop)
-            o[rows], sums = self.attention.attend(q[rows], k, v, mask, call.first)
-            if call.want_lse:
-                lse[rows] = sums
-        return o, lse
+        """What the layer adds to its second half's input, and that input; x + residual is the layer's own."""
+        kernels, w = self.kernels, self.weights.layers[layer]
+        x, xn, _ = kernels.norm(x, w.input_norm, residual)
+        q, k, v = self._heads(kernels.linear(w, layer, QKV, xn, batch))
+        o, lse = kernels.attend(layer, kernels.encode(w, layer, q, k, v, batch, cache), batch, cache)
+        (x2,) = kernels.linear(w, layer, OUTPUT, o.flatten(1), batch)
+        x2, xn2, _ = kernels.norm(x2, w.post_norm, x)
+        gate, up = kernels.linear(w, layer, GATE_UP, xn2, batch)
+        (y,) = kernels.linear(w, layer, DOWN, kernels.gate(gate, up), batch)
+        kernels.keep(layer, batch, {"x": x, "q": q, "k": k, "o": o, "lse": lse, "x2": x2, "gate": gate, "up": up})
+        return y, x2
+
+    def _heads(self, parts: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """[R, heads * D] -> [R, heads, D] of each."""
+        return [part.view(part.shape[0], -1, self.config.head_size) for part in parts]
 
     # ---- backward ----
 
-    def backward(self, state: PassState, layer: int, first: int, end: int, cache: KVCache) -> None:
+    def backward(self, state: PassTensors, layer: int, first: int, end: int, cache: KVCache) -> None:
         """Backward of tiles [first, end) of `layer`; turns state.dx of their rows from d(output) into d(input)."""
-        if end == len(state.spans):
+        if end == len(state.layout.spans):
             state.dkv.zero_()
-        unit = UnitRows(state, layer, tuple(reversed(state.spans[first:end])))
+        unit = self.kernels.bind_unit(state, layer, first, end)
         dx2 = self._mlp_block_backward(unit, state.dx[unit.rows])
         dx = self._attention_block_backward(unit, dx2, cache)
         if dx is not None:
             state.dx[unit.rows] = dx
 
-    def _linear_backward(
-        self, unit: UnitRows, name: str, dy: torch.Tensor, x: torch.Tensor, *, need_dx: bool = True
-    ) -> torch.Tensor | None:
-        state, weight = unit.state, self.weights.layers[unit.layer].linears[name]
-        pair, grads = state.weights.layers[unit.layer].get(name), state.grad_views[unit.layer].get(name)
-        mask = state.drop(unit.rows)
-        drop = None if mask is None else partial(mask, layer=unit.layer, name=name)
-        return linear_backward(dy, x, weight, pair, grads, unit.tiles, drop, need_dx=need_dx)
-
     def _mlp_block_backward(self, unit: UnitRows, dy: torch.Tensor) -> torch.Tensor:
         """dx2 of y = x2 + down(silu(gate) * up)."""
-        norm, x2 = self.weights.layers[unit.layer].post_norm, self._middle(unit)
+        kernels, w = self.kernels, self.weights.layers[unit.layer]
+        x2, xn2, rstd = kernels.norm(self._middle(unit), w.post_norm)
         if "gate" in unit.stored:
             gate, up = unit.kept("gate"), unit.kept("up")
         else:
-            gate, up = self._gate_up(unit.layer, x2, unit.adapters)
-        silu = functional.silu(gate)
-        dh = _sum(self._linear_backward(unit, "down_proj", dy, silu * up))
-        dgate, dup = swiglu_backward(dh, gate, up, silu)
-        xn2, rstd = rms_norm(x2, norm, self.config.rms_eps)
-        ends = (("gate_proj", dgate), ("up_proj", dup))
-        dxn2 = _sum(*(self._linear_backward(unit, name, d, xn2) for name, d in ends))
-        return rms_norm_backward(dxn2, x2, rstd, norm).add_(dy)
+            gate, up = kernels.linear_again(w, GATE_UP, xn2, unit)
+        h, saved = kernels.gate_again(gate, up)
+        dh = _there(kernels.linear_backward(w, DOWN, (dy,), h, unit))
+        dgate_up = kernels.gate_backward(dh, gate, up, saved)
+        dxn2 = _there(kernels.linear_backward(w, GATE_UP, dgate_up, xn2, unit))
+        return kernels.norm_backward(dxn2, x2, rstd, w.post_norm, dy)
 
     def _middle(self, unit: UnitRows) -> torch.Tensor:
         """The input of the MLP's half, kept or computed again."""
         if "x2" in unit.stored:
             return unit.kept("x2")
-        adapters = unit.adapters
-        return self._linear(unit.layer, "o_proj", unit.kept("o").flatten(1), adapters).add_(unit.kept("x"))
+        w = self.weights.layers[unit.layer]
+        (x2,) = self.kernels.linear_again(w, OUTPUT, unit.kept("o").flatten(1), unit)
+        return self.kernels.add(x2, unit.kept("x"))
 
-    def _queries_keys(self, unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries, and keys where they are normalised, before norm and rotation, kept or computed again."""
+    def _queries_keys(self, unit: UnitRows, xn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries, and keys where they are normalised, before norm and rotation, kept or computed again of xn."""
         wants_k = self.config.qk_norm
         if "q" in unit.stored:
             return unit.kept("q"), unit.kept("k") if wants_k else None
         names = ("q_proj", "k_proj") if wants_k else ("q_proj",)
-        q, *k = self._project(unit.layer, unit.kept("x"), unit.adapters, names)
+        q, *k = self._heads(self.kernels.linear_again(self.weights.layers[unit.layer], names, xn, unit))
         return q, k[0] if k else None
 
     def _attention_block_backward(self, unit: UnitRows, dx2: torch.Tensor, cache: KVCache) -> torch.Tensor | None:
         """dx of x2 = x + o_proj(attention); None in the first layer, below which nothing learns."""
-        w, state, eps = self.weights.layers[unit.layer], unit.state, self.config.rms_eps
-        x, o = unit.kept("x"), unit.kept("o")
-        q, k = self._queries_keys(unit)
-        cos, sin = self.rope[:, state.positions[unit.rows]].unsqueeze(2)
-        do = _sum(self._linear_backward(unit, "o_proj", dx2, o.flatten(1))).view_as(o)
-        dq = self._attention_backward(unit, encode_heads(q, w.q_norm, eps, cos, sin), do, cache)
-        dk, dv = (part[:, unit.rows].transpose(0, 1) for part in state.dkv)
-        dq = encode_heads_backward(dq, q, w.q_norm, eps, cos, sin)
-        dk = encode_heads_backward(dk, k, w.k_norm, eps, cos, sin)
-        xn, rstd = rms_norm(x, w.input_norm, eps)
-        below = unit.layer > 0
-        ends = (("q_proj", dq), ("k_proj", dk), ("v_proj", dv))
-        parts = [self._linear_backward(unit, name, d.flatten(1), xn, need_dx=below) for name, d in ends]
-        return rms_norm_backward(_sum(*parts), x, rstd, w.input_norm).add_(dx2) if below else None
-
-    def _attention_backward(self, unit: UnitRows, q: torch.Tensor, do: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """dq [R, heads, D] of encoded queries; adds to state.dkv, encoded keys and values, tile by tile."""
-        state, mask, dq = unit.state, self.masks[unit.layer], torch.empty_like(do)
-        o, lse = unit.kept("o"), unit.kept("lse")
-        for span, (start, stop) in zip(unit.spans, unit.tiles, strict=True):
-            tile_end = (span.index + 1) * self.numerics.tile
-            first_key = mask.first_key(tile_end)
-            k, v = cache.read(unit.layer, state.runs[span], first_key, tile_end)
-            dk, dv = state.dkv[:, :, span.base + first_key : span.stop]
-            rows = slice(start, stop)
-            part = (do[rows], q[rows], o[rows], lse[rows])
-            dq[rows] = self.attention.attend_backward(*part, k, v, mask, dk, dv)
-        return dq
+        kernels, w, below = self.kernels, self.weights.layers[unit.layer], unit.layer > 0
+        o = unit.kept("o")
+        x, xn, rstd = kernels.norm(unit.kept("x"), w.input_norm)
+        q, k = self._queries_keys(unit, xn)
+        do = _there(kernels.linear_backward(w, OUTPUT, (dx2,), o.flatten(1), unit)).view_as(o)
+        dq = kernels.attend_backward(kernels.encode_again(w, q, unit), do, unit, cache)
+        parts = tuple(d.flatten(1) for d in kernels.encode_backward(w, dq, q, k, unit))
+        dxn = kernels.linear_backward(w, QKV, parts, xn, unit, need_dx=below)
+        return None if dxn is None else kernels.norm_backward(dxn, x, rstd, w.input_norm, dx2)
 
 
-def _keep(layer: int, batch: BoundBatch, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy what passes of this batch keep of `values` [T, ...]."""
-    for rows in batch.kept:
-        if rows.state.training:
-            for name, store in rows.state.kept[layer].items():
-                store[rows.first : rows.first + rows.stop - rows.start] = values[name][rows.start : rows.stop]
-
-
-def _sum(*parts: torch.Tensor | None) -> torch.Tensor:
-    """In the place of the first that is there."""
-    total, *rest = (part for part in parts if part is not None)
-    for part in rest:
-        total += part
-    return total
+def _there(dx: torch.Tensor | None) -> torch.Tensor:
+    """A gradient that was asked for."""
+    assert dx is not None
+    return dx

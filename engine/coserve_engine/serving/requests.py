@@ -14,7 +14,6 @@ import torch
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.work import make
 from coserve_engine.limits import check
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
@@ -24,6 +23,7 @@ from coserve_engine.scheduler.plan import SequenceView
 from coserve_engine.serving.prefix import KeyChain
 from coserve_engine.serving.processors import Processors
 from coserve_engine.serving.sampling import Choice
+from coserve_engine.tensors.lora import LoraWeights
 
 
 @dataclass(slots=True)
@@ -73,6 +73,11 @@ class Request:
         c = self.command
         promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
         return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
+
+    @property
+    def adapter(self) -> int | None:
+        """An id that requests of one adapter share, whatever its version is called."""
+        return None if self.weights is None else id(self.weights)
 
     @property
     def adapter_order(self) -> tuple[str, int]:

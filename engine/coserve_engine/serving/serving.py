@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from coserve_engine.errors import RequestError
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.latency.work import make
 from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDone, RequestFailed, Token
 from coserve_engine.model.executor import Executor, Forwarded
@@ -15,6 +14,7 @@ from coserve_engine.scheduler.plan import Kind, Segment
 from coserve_engine.serving import logprobs
 from coserve_engine.serving.requests import Request, RequestTable
 from coserve_engine.serving.sampling import choose, finite_rows
+from coserve_engine.tensors.lora import LoraWeights
 
 
 class Serving:

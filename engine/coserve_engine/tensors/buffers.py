@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-ALIGN = 16
-"""Values; every buffer begins on a cache line, as torch's own do: a product's bits can depend on addresses."""
+ALIGN = 64
+"""Bytes; every buffer begins on a cache line, as torch's own do: a product's bits can depend on addresses."""
 HEAP_BYTES = 30 << 20
 """Below 32 MiB, the most that glibc goes along with."""
 
@@ -22,8 +22,16 @@ def keep_freed_memory() -> None:
     torch.empty(HEAP_BYTES, dtype=torch.uint8)
 
 
-def _aligned(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // ALIGN) * ALIGN
+Shape = tuple[tuple[int, ...], torch.dtype]
+"""Of a buffer, and what it holds."""
+
+
+def _bytes(shape: Shape) -> int:
+    return math.prod(shape[0]) * shape[1].itemsize
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
 
 
 class Buffers:
@@ -31,17 +39,17 @@ class Buffers:
     fits, so there are never more blocks than owners at once; `clear` frees those that wait.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._free: list[torch.Tensor] = []
         self._leased: dict[int, torch.Tensor] = {}
 
-    def lease(self, owner: int, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    def lease(self, owner: int, shapes: Sequence[Shape]) -> list[torch.Tensor]:
         """Contiguous buffers of these shapes, whose values are anybody's, until `release` of the same owner."""
-        sizes = [_aligned(shape) for shape in shapes]
+        sizes = [_aligned(_bytes(shape)) for shape in shapes]
         self._leased[owner] = block = self._block(sum(sizes))
         parts = zip(torch.split(block[: sum(sizes)], sizes), shapes, strict=True)
-        return [part[: math.prod(shape)].view(shape) for part, shape in parts]
+        return [part[: _bytes(shape)].view(shape[1]).view(shape[0]) for part, shape in parts]
 
     def release(self, owner: int) -> None:
         """The owner will not touch its buffers again."""
@@ -52,16 +60,16 @@ class Buffers:
         self._free.clear()
 
     @property
-    def values(self) -> int:
-        """Values of all blocks."""
+    def bytes(self) -> int:
+        """Of all blocks."""
         return sum(block.numel() for block in (*self._free, *self._leased.values()))
 
     def _block(self, size: int) -> torch.Tensor:
-        """The smallest free block of `size` values or more; else a new one in the place of the largest."""
+        """The smallest free block of `size` bytes or more; else a new one in the place of the largest."""
         self._free.sort(key=torch.Tensor.numel)
         for at, block in enumerate(self._free):
             if block.numel() >= size:
                 return self._free.pop(at)
         if self._free:
             self._free.pop()
-        return torch.empty(size, dtype=self.dtype, device=self.device)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)

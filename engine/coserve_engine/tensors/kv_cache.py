@@ -10,7 +10,6 @@ import torch
 
 from coserve_engine.config import ModelConfig
 from coserve_engine.numerics import Numerics
-from coserve_engine.scheduler.pages import NULL_PAGE
 
 Reader = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Layer -> a sequence's keys and values [1, KVH, L, D] there."""
@@ -23,16 +22,6 @@ class PageRun:
     first: int
     index: torch.Tensor | None
     """[n], or None where the pages are first, first + 1, ..."""
-
-    @classmethod
-    def covering(cls, pages: tuple[int, ...], end: int, numerics: Numerics, device: torch.device) -> PageRun:
-        """The first of a sequence's `pages`, up to position `end`; null pages where it has none yet."""
-        need, count = numerics.pages(end), len(pages)
-        if need > count:
-            pages = (*pages, *([NULL_PAGE] * (need - count)))
-        elif need < count:
-            pages = pages[:need]
-        return cls.of(pages, device)
 
     @classmethod
     @lru_cache(maxsize=4096)

@@ -16,8 +16,8 @@ from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.formats.adapter_config import read_adapter_config
 from coserve_engine.formats.adapter_folder import module_name, read_adapter
 from coserve_engine.job_messages import Continued, LoraSpec, StartJob
-from coserve_engine.kernels.cpu.lora import Factors, LoraLayout
 from coserve_engine.model.executor import Executor
+from coserve_engine.tensors.lora import Factors, LoraLayout
 from coserve_engine.training.checkpoint import TrainingState, load_checkpoint
 from coserve_engine.training.optim import AdamState
 
@@ -39,7 +39,7 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
         CheckpointError: the checkpoint is corrupt or of another run.
         AdapterFolderError: the adapter to go on from cannot be read, or trained here, or is not what the job says.
     """
-    lora, dtype, device = command.lora, executor.dtype, executor.device
+    lora, dtype, device = command.lora, executor.dtypes.lora, executor.device
     if command.resume is not None:
 
         def layout_of(found: LoraSpec) -> LoraLayout:

@@ -20,9 +20,9 @@ from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.formats.folders import verify_folder
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.lora import LoraLayout
 from coserve_engine.training.optim import AdamState
 
 STATE = "state.json"

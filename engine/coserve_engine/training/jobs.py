@@ -34,9 +34,9 @@ from coserve_engine.job_messages import (
     StopJob,
     StreamCommand,
 )
-from coserve_engine.kernels.cpu.lora import LoraWeights
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.passes import PassState, pages_of_pass
+from coserve_engine.model.passes import PassState
 from coserve_engine.training.beginning import Beginning
 from coserve_engine.training.checkpoint import Best, TrainingState, save_checkpoint
 from coserve_engine.training.job_limits import check_pass, check_step, refused
@@ -57,7 +57,7 @@ class Job:
     def __init__(self, command: StartJob, executor: Executor, beginning: Beginning) -> None:
         self.id, self._seed, self._executor = command.job, command.seed, executor
         self.layout, self._state = beginning.layout, beginning.state
-        self.weights = LoraWeights.trained(self.layout, self._state.param)
+        self.weights = executor.trained(self.layout, self._state.param)
         self._grad = torch.zeros_like(self._state.param)
         self._summed = False
         """Whether a pass of the running step is in `_grad`, which no checkpoint holds."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from coserve_agent.chat_message import ChatMessage, StrictModel, fault, without_nulls
 from coserve_agent.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
@@ -94,7 +94,7 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(without_nulls), Field(max_length=32)] | None = None
 
     @property
     def output_logprobs(self) -> int | None:

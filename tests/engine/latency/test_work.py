@@ -65,7 +65,7 @@ def test_a_shorter_window_never_counts_for_more(layers: list[int | None], length
 @pytest.mark.parametrize("model", ("plain", "mistral", "qwen2"))
 def test_the_masks_of_a_model_read_what_is_counted(rig: Any, model_path: Callable[[str], str], model: str) -> None:
     executor = rig(model_path(model)).executor
-    masks, tile = executor.transformer.masks, executor.numerics.tile
+    masks, tile = executor.kernels.masks, executor.numerics.tile
     for end in range(tile, 8 * tile, tile):
         read = sum(end - mask.first_key(end) for mask in masks) / len(masks)
         assert keys_read(end, executor.reaches) == pytest.approx(read)

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from coserve_engine.kernels.cpu import functional
-from coserve_engine.kernels.cpu.attention import Mask
+from coserve_engine.kernels import functional
+from coserve_engine.kernels.attention import Mask
+from coserve_engine.kernels.cpu import table as cpu_table
 from coserve_engine.kernels.cpu.linears import PlainLinear
 from coserve_engine.messages import AddRequest, Pass, SamplingParams, TrainSeq
-from coserve_engine.model import transformer
+from coserve_engine.model import executor
 from coserve_engine.model.probe import probe_row_invariance
 from coserve_engine.numerics import Numerics
 
@@ -221,7 +222,9 @@ def test_a_window_off_by_one_shows(
 def test_a_window_in_every_layer_shows(rig: Any, model_path: Any, draw_tokens: Any) -> None:
     """qwen2 has one in its second layer only."""
     r = float64_rig(rig, model_path("qwen2"))
-    r.executor.transformer = replace(r.executor.transformer, masks=r.executor.transformer.masks[1:] * 2)
+    kernels = r.executor.kernels
+    second = replace(kernels, masks=kernels.masks[1:] * 2)
+    r.executor.transformer = replace(r.executor.transformer, kernels=second)
     assert logits_error(r, draw_tokens(3, LENGTH)) > 1e-6
 
 
@@ -230,8 +233,8 @@ def test_a_window_in_every_layer_shows(rig: Any, model_path: Any, draw_tokens: A
 def test_unscaled_rotary_embedding_shows(
     rig: Any, model_path: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    table = transformer.rope_table
-    monkeypatch.setattr(transformer, "rope_table", lambda rope, *rest: table(replace(rope, scaling=None), *rest))
+    table = executor.rope_table
+    monkeypatch.setattr(executor, "rope_table", lambda rope, *rest: table(replace(rope, scaling=None), *rest))
     assert logits_error(float64_rig(rig, model_path(model)), draw_tokens(3, LENGTH)) > 1e-6
 
 
@@ -256,7 +259,7 @@ def test_a_norm_left_out_of_backward_shows(
     r = float64_rig(rig, model_path("qwen3"))
     assert gradient_error(r, draw_tokens, random_adapter, reference) < 1e-10
     monkeypatch.setattr(
-        transformer, "encode_heads_backward", lambda dy, x, norm, eps, cos, sin: functional.rotate(dy, cos, -sin)
+        cpu_table, "encode_heads_backward", lambda dy, x, norm, eps, cos, sin: functional.rotate(dy, cos, -sin)
     )
     assert gradient_error(r, draw_tokens, random_adapter, reference) > 1e-6
 
@@ -275,7 +278,7 @@ def test_a_full_mask_in_backward_shows(
 
         forward = whole.forward
         weights = whole.weights
-        backward = replace(whole, masks=(full,) * 2).backward
+        backward = replace(whole, kernels=replace(whole.kernels, masks=(full,) * 2)).backward
 
     r.executor.transformer = Broken()
     assert gradient_error(r, draw_tokens, random_adapter, reference) > 1e-6

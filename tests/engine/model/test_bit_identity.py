@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coserve_engine.kernels.cpu.attention import Attention, Mask
+from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.messages import AddRequest, IterationDone, Pass, SamplingParams, TokenBatch, TrainSeq
 from coserve_engine.scheduler.plan import Kind, Segment
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from coserve_engine.config import LINEARS
-from coserve_engine.kernels.cpu import dropout as dropout_module
-from coserve_engine.kernels.cpu import lora
-from coserve_engine.kernels.cpu.dropout import dropout, row_keys
-from coserve_engine.kernels.cpu.lora import LoraLayout
+from coserve_engine.kernels import dropout as dropout_module
+from coserve_engine.kernels import lora
+from coserve_engine.kernels.dropout import dropout, row_keys
 from coserve_engine.messages import Pass, PassMode, TrainSeq
 from coserve_engine.scheduler.plan import Kind, Segment
+from coserve_engine.tensors.lora import LoraLayout
 
 P = 0.3
 

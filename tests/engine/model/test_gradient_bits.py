@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from coserve_engine.kernels.cpu import table
 from coserve_engine.messages import Pass, TrainSeq
-from coserve_engine.model import transformer
 from coserve_engine.scheduler.plan import Kind, Segment
 
 LENGTHS = (310, 70, 3, 129)
@@ -85,12 +85,12 @@ def test_requests_and_other_passes_leave_no_trace(
 def test_sums_by_unit_break_it(
     shared: Any, random_adapter: Any, work: Pass, tile_by_tile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = transformer.linear_backward
+    backward = table.linear_backward
 
     def whole(dy: torch.Tensor, x: torch.Tensor, *args: Any, need_dx: bool) -> torch.Tensor | None:
         return backward(dy, x, *args[:-2], ((0, x.shape[0]),), args[-1], need_dx=need_dx)
 
-    monkeypatch.setattr(transformer, "linear_backward", whole)
+    monkeypatch.setattr(table, "linear_backward", whole)
     adapter = random_adapter(shared.executor, rank=6)
     found = [gradient(shared, adapter, work, seed)[0] for seed in range(4)]
     assert all(torch.allclose(grads, tile_by_tile[0], rtol=1e-3, atol=1e-5) for grads in found), "it is a gradient"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine.kernels.cpu.attention import Attention
+from coserve_engine.kernels.attention import Attention
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.plan import Kind, Segment

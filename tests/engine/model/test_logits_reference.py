@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from coserve_engine.kernels.cpu import functional
+from coserve_engine.kernels import functional
 from coserve_engine.messages import AddRequest, SamplingParams
 from coserve_engine.scheduler.plan import Kind, Segment
 

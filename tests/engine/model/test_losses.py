@@ -17,9 +17,9 @@ from coserve_engine.job_messages import (
     PassMode,
     TrainSeq,
 )
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.model import executor as executor_module
 from coserve_engine.model.losses import LOSSES
-from coserve_engine.model.passes import pages_of_pass
 
 LENGTHS = (70, 5, 33)
 

@@ -11,8 +11,8 @@ import torch
 
 from coserve_engine.config import LINEARS
 from coserve_engine.formats.artifacts import peft_files, write_folder
-from coserve_engine.kernels.cpu import lora
-from coserve_engine.kernels.cpu.lora import ScatteredRows
+from coserve_engine.kernels import lora
+from coserve_engine.kernels.lora import ScatteredRows
 from coserve_engine.messages import AdapterVersion, AddRequest, LoadAdapter, SamplingParams
 from coserve_engine.scheduler.plan import Kind, Segment
 from coserve_engine.serving.requests import Request

@@ -9,9 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coserve_engine.config import LINEARS
-from coserve_engine.kernels.cpu.linears import FrozenLinear, PackedLinear
+from coserve_engine.kernels.cpu.linears import PackedLinear
 from coserve_engine.messages import Pass, TrainSeq
 from coserve_engine.scheduler.plan import Kind, Segment
+from coserve_engine.tensors.weights import FrozenLinear
 
 GEMMS = ("mm", "addmm", "linear", "bmm", "baddbmm", "matmul", "_linear_pointwise")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coserve_engine.host import on_intel
-from coserve_engine.kernels.cpu.attention import Attention, Mask
+from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.model.probe import probe_row_invariance
 from coserve_engine.model.transformer import Transformer
 

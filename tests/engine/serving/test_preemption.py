@@ -192,7 +192,7 @@ def test_outputs_in_a_tiny_pool_are_those_of_each_alone(
 
 def held_by_passes(d: Any) -> dict[str, tuple[int, ...]]:
     passes = d.engine.executor.passes
-    return {str(n): tuple(p for table in state.page_tables for p in table) for n, state in passes.items()}
+    return {str(n): tuple(p for table in state.layout.tables for p in table) for n, state in passes.items()}
 
 
 def test_keeping_the_old_keys_and_values_in_other_pages_breaks_it(

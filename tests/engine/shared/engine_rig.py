@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from peft_reference import Adapter
 
+from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.messages import (
     Pass,
 )
-from coserve_engine.model.batch import SequenceRows
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.passes import PassState, pages_of_pass
+from coserve_engine.model.passes import PassState
+from coserve_engine.model.sequences import SequenceRows
 from coserve_engine.scheduler.plan import Kind, Segment, Unit
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from coserve_engine.config import LINEARS
 from coserve_engine.formats.adapter_folder import read_adapter
-from coserve_engine.kernels.cpu.lora import LoraWeights
 from coserve_engine.scheduler.plan import Kind, Segment
+from coserve_engine.tensors.lora import LoraWeights
 
 TOLERANCE = 1e-4
 """float32 logits of a few units; what an adapter of random factors changes is above 1e-2."""

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from coserve_engine.kernels.cpu.lora import LoraLayout, LoraWeights
 from coserve_engine.messages import (
     TrainSeq,
 )
+from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, UnitWork
-from coserve_engine.model.passes import tile_spans
+from coserve_engine.layout.passes import tile_spans
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.plan import Kind, PassShape, PassView, Plan, Segment, SequenceView, View
 

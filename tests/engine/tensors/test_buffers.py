@@ -9,52 +9,54 @@ from typing import Any
 import pytest
 import torch
 
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import Pass, StopJob, TrainSeq
 from coserve_engine.tensors.buffers import ALIGN, Buffers
+from coserve_engine.tensors.lora import LoraLayout
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
 
 
 def test_buffers_have_their_shapes_apart_and_aligned() -> None:
     shapes = [(3, 5), (7,), (2, 3, 4), (0, 4)]
-    parts = Buffers(torch.float64, CPU).lease(1, shapes)
+    dtypes = (torch.float64, torch.bfloat16, torch.float32, torch.int64)
+    parts = Buffers(CPU).lease(1, list(zip(shapes, dtypes, strict=True)))
     assert [tuple(part.shape) for part in parts] == shapes
+    assert tuple(part.dtype for part in parts) == dtypes
     for number, part in enumerate(parts):
         assert part.is_contiguous()
-        assert part.storage_offset() % ALIGN == 0
+        assert part.storage_offset() * part.itemsize % ALIGN == 0
         part.fill_(number)
     assert all((part == number).all() for number, part in enumerate(parts))
 
 
 def test_a_block_is_leased_again_when_it_is_given_back() -> None:
-    buffers = Buffers(torch.float32, CPU)
-    (first,) = buffers.lease(1, [(32,)])
-    (second,) = buffers.lease(2, [(64,)])
+    buffers = Buffers(CPU)
+    (first,) = buffers.lease(1, [((32,), F32)])
+    (second,) = buffers.lease(2, [((64,), F32)])
     assert first.data_ptr() != second.data_ptr()
     for owner in (2, 1):
         buffers.release(owner)
-    (third,) = buffers.lease(3, [(16,)])
+    (third,) = buffers.lease(3, [((16,), F32)])
     assert third.data_ptr() == first.data_ptr(), "the smallest that fits"
-    (fourth,) = buffers.lease(4, [(48,)])
+    (fourth,) = buffers.lease(4, [((48,), F32)])
     assert fourth.data_ptr() == second.data_ptr()
 
 
 def test_there_are_never_more_blocks_than_owners_at_once() -> None:
-    buffers = Buffers(torch.float32, CPU)
+    buffers = Buffers(CPU)
     for owner, size in enumerate((32, 64, 48, 128, 16)):
-        buffers.lease(owner, [(size,)])
+        buffers.lease(owner, [((size,), F32)])
         buffers.release(owner)
-    assert buffers.values == 128
+    assert buffers.bytes == 4 * 128
     buffers.clear()
-    assert buffers.values == 0
+    assert buffers.bytes == 0
 
 
 def test_clear_leaves_what_is_leased() -> None:
-    buffers = Buffers(torch.float32, CPU)
-    buffers.lease(1, [(32,)])
+    buffers = Buffers(CPU)
+    buffers.lease(1, [((32,), F32)])
     buffers.clear()
-    assert buffers.values == 32
+    assert buffers.bytes == 4 * 32
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def after_another(rig: Any, draw_tokens: Any, random_adapter: Any) -> Any:
 
         r.run_pass(work(200), adapter)
         (block,) = r.executor.buffers._free
-        r.executor.buffers.lease(1, [tuple(block.shape)])[0].fill_(torch.nan)
+        r.executor.buffers.lease(1, [((block.numel() // 4,), F32)])[0].fill_(torch.nan)
         r.executor.buffers.release(1)
         state = r.run_pass(work(130), adapter)
         assert state.final.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
@@ -101,13 +103,13 @@ def test_without_clearing_the_gradient_it_does(after_another: Any, monkeypatch: 
 
 def test_the_memory_is_freed_with_the_last_job(driver: Any, training: Any, start_job: Any) -> None:
     d = driver()
-    assert d.engine.executor.buffers.values == 0, "the calibration left nothing"
+    assert d.engine.executor.buffers.bytes == 0, "the calibration left nothing"
     d.submit(start_job(), *training(steps=1))
     d.run()
-    assert d.engine.executor.buffers.values > 0
+    assert d.engine.executor.buffers.bytes > 0
     d.submit(StopJob("job"))
     d.run()
-    assert d.engine.executor.buffers.values == 0
+    assert d.engine.executor.buffers.bytes == 0
 
 
 FAULTS = """

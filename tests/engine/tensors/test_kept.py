@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.config import ModelConfig, Rope
-from coserve_engine.kernels.cpu.lora import LoraLayout
+from coserve_engine.kernels.bound import BoundUnit
 from coserve_engine.messages import Pass, TrainSeq
-from coserve_engine.model.transformer import UnitRows
 from coserve_engine.tensors.kept import levels, plan_kept, row_values
+from coserve_engine.tensors.lora import LoraLayout
 
 
 def config(layers: int, *, qk_norm: bool) -> ModelConfig:
@@ -68,5 +68,5 @@ def test_computing_again_without_the_adapter_shows(
     rig: Any, model_path: Any, draw_tokens: Any, random_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gradient(rig, model_path("plain"), draw_tokens, random_adapter, None)
-    monkeypatch.setattr(UnitRows, "adapters", ())
+    monkeypatch.setattr(BoundUnit, "adapters", ())
     assert not torch.equal(gradient(rig, model_path("plain"), draw_tokens, random_adapter, 0.5), whole)

@@ -34,8 +34,8 @@ from coserve_api.messages import Completed
 from coserve_api.shards import Sample
 from coserve_engine.config import LINEARS
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
+from coserve_engine.tensors.lora import LoraLayout
 
 pytestmark = pytest.mark.nightly
 

@@ -58,7 +58,7 @@ def ask(client: httpx.Client, **body: Any) -> httpx.Response:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(None, False), ({}, False), ({"enable_thinking": True}, True), ({"enable_thinking": False}, False)],
+    [(None, False), ({}, False), ({"enable_thinking": None}, False), ({"enable_thinking": True}, True)],
 )
 def test_a_requests_variables_come_before_the_endpoints(
     client: httpx.Client, reference: Any, given: Any, expected: bool

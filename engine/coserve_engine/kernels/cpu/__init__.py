@@ -1,1 +1,1 @@
-"""The kernels of a CPU, by torch's operators; the plain products serve any device."""
+"""The table of a CPU."""

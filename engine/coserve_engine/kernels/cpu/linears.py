@@ -7,12 +7,12 @@ product: for few rows it is about 1.4 times as fast as BLAS, and up to twice for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from coserve_engine.numerics import Numerics
+from coserve_engine.tensors.weights import FrozenLinear
 
 PACKED_ROWS = 256
 """Rows that oneDNN lays a weight out for. A layout for few rows gives other bits for more."""
@@ -23,16 +23,6 @@ CHECK_FLOPS = 1e11
 """What the check of one product may compute beyond LEAST_PROBED rows: some seconds of a slow core. Not a time: what is
 chosen must not depend on the moment.
 """
-
-
-class FrozenLinear(Protocol):
-    """A weight [out, in] that is never trained."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> [T, out], with the bias."""
-
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
-        """dy [T, out] -> dx [T, in]."""
 
 
 class PlainLinear:

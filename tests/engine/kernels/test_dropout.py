@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 
 from coserve_engine.config import LINEARS
-from coserve_engine.kernels.cpu import dropout as module
-from coserve_engine.kernels.cpu.dropout import dropout, dropout_mask, row_keys
+from coserve_engine.kernels import dropout as module
+from coserve_engine.kernels.dropout import dropout, dropout_mask, row_keys
 
 WORD = (1 << 32) - 1
 Z = 5.0

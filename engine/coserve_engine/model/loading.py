@@ -1,41 +1,20 @@
-"""The frozen weights: what they are called in a model folder, and how they are held."""
+"""The frozen weights: what they are called in a model folder, and how they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_tensors import read_tensors
-from coserve_engine.kernels.cpu.linears import FrozenLinear, LinearChoice
+from coserve_engine.kernels.protocol import Kernels
+from coserve_engine.tensors.weights import FrozenLinear, LayerWeights, Weights
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """`linears[name]` with their biases; norms [hidden], q_norm and k_norm [D]."""
-
-    linears: Mapping[str, FrozenLinear]
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """embed [vocab, hidden], norm [hidden], head from hidden to vocab."""
-
-    embed: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor
-    head: FrozenLinear
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -70,16 +49,52 @@ def _head_norm(layer: int, name: str) -> str:
     return f"model.layers.{layer}.self_attn.{name}_norm.weight"
 
 
+class _Fused:
+    """Weights, and biases where there are any, of groups of linears, into whose slices what is read goes: there is
+    never a second copy of more than the last tensors read.
+    """
+
+    def __init__(
+        self, config: ModelConfig, groups: tuple[tuple[str, ...], ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._whole: dict[tuple[int, tuple[str, ...]], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.slices: dict[str, torch.Tensor] = {}
+        """By name in the files."""
+        for layer in range(config.layers):
+            for group in groups:
+                outs, into = [config.linear_shape(name)[0] for name in group], config.linear_shape(group[0])[1]
+                weight = torch.empty(sum(outs), into, dtype=dtype, device=device)
+                self.slices |= {
+                    _weight(layer, n): part for n, part in zip(group, torch.split(weight, outs), strict=True)
+                }
+                bias = None
+                if set(group) & set(config.biased):
+                    bias = torch.zeros(sum(outs), dtype=dtype, device=device)
+                    parts = zip(group, torch.split(bias, outs), strict=True)
+                    self.slices |= {_bias(layer, name): part for name, part in parts if name in config.biased}
+                self._whole[layer, group] = weight, bias
+
+    def take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, or the slice that holds it from now on."""
+        place = self.slices.get(name)
+        return tensor if place is None else place.copy_(tensor)
+
+    def of(self, layer: int, kernels: Kernels[Any, Any]) -> dict[tuple[str, ...], FrozenLinear]:
+        """The groups of a layer."""
+        return {group: kernels.frozen(*whole) for (index, group), whole in self._whole.items() if index == layer}
+
+
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, choice: LinearChoice
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels[Any, Any]
 ) -> Weights:
-    """Read every tensor of `config` from `folder` as `dtype` on `device`; `choice` makes the linears.
+    """Read every tensor of `config` from `folder` as `dtype` on `device`; `kernels` makes the linears.
 
     Raises:
         ModelFolderError: as `read_tensors`, or a tensor is missing, or a tied model has a head that is no embedding.
     """
     shapes = tensor_shapes(config)
-    tensors = dict(read_tensors(folder, shapes, dtype, device))
+    fused = _Fused(config, kernels.fused, dtype, device)
+    tensors = {name: fused.take(name, tensor) for name, tensor in read_tensors(folder, shapes, dtype, device)}
     missing = sorted(shapes.keys() - tensors.keys() - ({HEAD} if config.tied else set()))
     if missing:
         raise ModelFolderError(
@@ -93,13 +108,14 @@ def load_weights(
 
     def layer(index: int) -> LayerWeights:
         return LayerWeights(
-            linears={n: choice.make(tensors.pop(_weight(index, n)), tensors.get(_bias(index, n))) for n in LINEARS},
+            linears={n: kernels.frozen(tensors.pop(_weight(index, n)), tensors.get(_bias(index, n))) for n in LINEARS},
             input_norm=tensors[_layernorm(index, "input")],
             post_norm=tensors[_layernorm(index, "post_attention")],
             q_norm=tensors.get(_head_norm(index, "q")),
             k_norm=tensors.get(_head_norm(index, "k")),
+            fused=fused.of(index, kernels),
         )
 
     embed = tensors[EMBED]
     layers = tuple(layer(index) for index in range(config.layers))
-    return Weights(embed, layers, tensors[NORM], choice.make(embed if config.tied else tensors.pop(HEAD)))
+    return Weights(embed, layers, tensors[NORM], kernels.frozen(embed if config.tied else tensors.pop(HEAD), None))

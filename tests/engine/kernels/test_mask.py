@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_engine.kernels.cpu.attention import Mask
+from coserve_engine.kernels.attention import Mask
 from coserve_engine.numerics import Numerics
 
 GROUP = 3

@@ -78,7 +78,8 @@ class Mask:
 def reference_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition: see `Forward`."""
+    """Attention by its definition, in the mask's dtype: see `Forward`."""
+    q, k, v = (x.to(mask.dtype) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)).mul_(1.0 / math.sqrt(q.shape[-1])).add_(mask)
     return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
 
@@ -93,6 +94,7 @@ def reference_backward(
     mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Its derivative, from the log-sum-exp: see `Backward`."""
+    do, q, k, v, o = (x.to(mask.dtype) for x in (do, q, k, v, o))
     scale = 1.0 / math.sqrt(q.shape[-1])
     p = (q @ k.transpose(-1, -2)).mul_(scale).add_(mask).sub_(lse.unsqueeze(-1)).exp_()
     delta = (do * o).sum(-1, keepdim=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coserve_engine.config import ModelConfig, Rope
-from coserve_engine.kernels.cpu.attention import (
+from coserve_engine.kernels.attention import (
     Attention,
     Mask,
     cpu_backward,

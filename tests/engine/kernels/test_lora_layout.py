@@ -11,8 +11,8 @@ import torch
 
 from coserve_engine.config import LINEARS
 from coserve_engine.formats.model_folder import read_model_config
-from coserve_engine.kernels.cpu.lora import LoraLayout
 from coserve_engine.messages import LoraSpec
+from coserve_engine.tensors.lora import LoraLayout
 
 
 @pytest.mark.parametrize(("rank", "stored"), [(1, 8), (4, 8), (5, 8), (8, 8), (9, 16), (16, 16)])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_engine.kernels.cpu.functional import repeat_last_row
+from coserve_engine.kernels.functional import repeat_last_row
 from coserve_engine.numerics import repeat_last
 
 
