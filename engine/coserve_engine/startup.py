@@ -17,8 +17,8 @@ from coserve_engine.memory import plan_memory
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-COMPUTED = ("float32", "float64")
-"""What the executor computes in."""
+COMPUTED = ("float32", "bfloat16")
+"""What an endpoint may have; float64 is for tests."""
 LARGE_GPU_BYTES = 70 << 30
 """Cards of 80 GB and more have it; those below, and slices of one, would give much of their memory to activations."""
 CPU_KV_BYTES = 256 << 20
@@ -108,7 +108,7 @@ def _dtype(wanted: str, hardware: Hardware) -> str:
     if dtype == "bfloat16" and not hardware.bfloat16:
         raise EngineConfigError(f"{said}, and {hardware} has none; set engine.dtype to float32, or use a newer GPU")
     if dtype not in COMPUTED:
-        raise EngineConfigError(f"{said}, and this engine computes in float32; set engine.dtype to float32")
+        raise EngineConfigError(f"{said}; set it to auto, {' or '.join(COMPUTED)}")
     return dtype
 
 

@@ -78,12 +78,13 @@ def test_weights_are_as_many_as_published(model: ModelConfig, values: int) -> No
     assert weight_values(model) == values
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("name", MODELS)
 def test_parts_are_what_the_engine_makes(
-    rig: Any, model_path: Any, random_adapter: Any, draw_tokens: Any, name: str
+    rig: Any, model_path: Any, random_adapter: Any, draw_tokens: Any, name: str, dtype: str
 ) -> None:
     path = model_path(name)
-    r = rig(path, max_rank=20)
+    r = rig(path, max_rank=20, dtype=dtype)
     e, model = r.executor, r.executor.model
     with (Path(path) / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

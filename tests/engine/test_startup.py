@@ -17,7 +17,7 @@ from coserve_engine.errors import EngineConfigError, ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.hardware import CPU, CUDA, Hardware, built_for, find_gpu, this_cpu
 from coserve_engine.memory import weight_values
-from coserve_engine.startup import COMPUTED, choose_device, explained, prepare, settle
+from coserve_engine.startup import choose_device, explained, prepare, settle
 
 HERE = Hardware(CPU, "cpu", 64 << 30, 64 << 30)
 H200 = Hardware(CUDA, "NVIDIA H200", 150_110_011_392, 149_000_000_000, (9, 0))
@@ -123,15 +123,9 @@ def test_code_for_a_gpu_runs_on_those_of_its_generation(
     ],
 )
 def test_the_dtype_follows_the_device_where_it_is_open(wanted: str, hardware: Hardware, dtype: str) -> None:
-    """What the engine has no arithmetic for is refused, never computed in another."""
-    choice = DeviceChoice(dtype=wanted)
-    if dtype in COMPUTED:
-        settled, notes = settle(EngineConfig(""), choice, hardware)
-        assert settled.dtype == dtype
-        assert f"dtype {dtype}: engine.dtype is {wanted}" in notes
-    else:
-        with pytest.raises(EngineConfigError, match=f"engine.dtype is {wanted}.*; set engine.dtype to float32"):
-            settle(EngineConfig(""), choice, hardware)
+    settled, notes = settle(EngineConfig(""), DeviceChoice(dtype=wanted), hardware)
+    assert settled.dtype == dtype
+    assert f"dtype {dtype}: engine.dtype is {wanted}" in notes
 
 
 @pytest.mark.parametrize("wanted", ("auto", "bfloat16"))
@@ -145,9 +139,9 @@ def test_a_gpu_without_bfloat16_is_refused(wanted: str) -> None:
     assert "set engine.dtype to float32" in message
 
 
-@pytest.mark.parametrize("wanted", ("float16", "fp8", ""))
+@pytest.mark.parametrize("wanted", ("float16", "float64", ""))
 def test_a_dtype_that_is_none_is_refused(wanted: str) -> None:
-    with pytest.raises(EngineConfigError, match=f"engine.dtype is {wanted}, and this engine computes in float32"):
+    with pytest.raises(EngineConfigError, match=f"engine.dtype is {wanted}; set it to auto, float32 or bfloat16"):
         settle(EngineConfig(""), DeviceChoice(dtype=wanted), H200)
 
 
