@@ -10,7 +10,7 @@ import torch
 
 from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.errors import EngineConfigError
-from coserve_engine.formats.model_folder import read_model_config
+from coserve_engine.formats.model_folder import check_length, read_model_config
 from coserve_engine.hardware import CPU, CUDA, Hardware, find_gpu, this_cpu
 from coserve_engine.memory import plan_memory
 
@@ -39,12 +39,14 @@ def prepare(config: EngineConfig, choice: DeviceChoice) -> Chosen:
 
     Raises:
         EngineConfigError: this machine has not what is asked for.
-        ModelFolderError: as `read_model_config`.
+        ModelFolderError: as `read_model_config` and `check_length`.
     """
     gpu = "engine.device is cpu" if choice.device == CPU else find_gpu()
     hardware, why = choose_device(choice, gpu, this_cpu())
     settled, notes = settle(config, choice, hardware)
-    model = read_model_config(Path(config.model_path))
+    folder = Path(config.model_path)
+    model = read_model_config(folder)
+    check_length(folder, model, config.max_model_length)  # or too long a one would be told to raise its cache
     kv_bytes = choice.kv_cache_bytes
     if kv_bytes is None and hardware.kind == CPU:
         kv_bytes = CPU_KV_BYTES

@@ -198,6 +198,11 @@ def test_a_folder_that_is_not_there_is_named_before_memory_is(tmp_path: Path) ->
         prepare(EngineConfig(str(tmp_path)), DeviceChoice("cpu"))
 
 
+def test_a_length_beyond_the_models_is_said_before_its_cache_is(plain: str) -> None:
+    with pytest.raises(ModelFolderError, match=r"maxModelLength is 1000000, but .* max_position_embeddings 512; lower"):
+        prepare(EngineConfig(plain, max_model_length=1_000_000), DeviceChoice("cpu"))
+
+
 def test_running_out_of_memory_is_no_riddle() -> None:
     said = explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."))
     assert said.startswith("the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
