@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import mul
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.regimes import SWEEP, TIMES, find_regime, may_have_knee
 from coserve_engine.latency.work import NO_WORK, Features, ForwardWork, UnitWork, decode_work, prefill_work
+from coserve_engine.scheduler.plan import PassShape
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.roofline import LLAMA_ON_H200
 
@@ -24,6 +27,10 @@ class Machine(Protocol):
 
     @property
     def turnaround_ms(self) -> float: ...
+
+    @property
+    def ridge_rows(self) -> float:
+        """Rows with which a weight's operations take as long as its bytes."""
 
     @property
     def fixed_s(self) -> float:
@@ -78,6 +85,11 @@ class LinearMachine:
     def forward_s(self, work: ForwardWork) -> float:
         """Seconds of a forward without noise."""
         return _seconds(self.forward, work.features())
+
+    @property
+    def ridge_rows(self) -> float:
+        """None: a row costs the same in any company."""
+        return 0.0
 
     @property
     def fixed_s(self) -> float:
@@ -166,11 +178,16 @@ def machine_of(cost: CostModel, layers: int) -> LinearMachine:
 
 def calibrated(machine: Machine, tile: int, noise: float, source: random.Random) -> CostModel:
     """A latency model after the start-up run of an engine on this machine."""
-    cost = CostModel()
 
     def error() -> float:
         return math.exp(source.gauss(0.0, noise))
 
+    ridge = machine.ridge_rows
+    sweep = _sweep(machine, tile, error) if may_have_knee(ridge, tile) else []
+    times = [(work.rows, seconds) for work, seconds, _ in sweep]
+    cost = CostModel(find_regime(times, tile, ridge) if times else None)
+    for work, seconds, units in sweep:
+        cost.observe(work, seconds, units)
     for _ in range(2):
         for work in (
             *(decode_work([at] * n, tile) for n in (1, 4, 12) for at in (48, 383)),
@@ -184,3 +201,16 @@ def calibrated(machine: Machine, tile: int, noise: float, source: random.Random)
                 cost.observe(NO_WORK, 0.0, [(unit, machine.unit_s(unit) * error())])
     cost.forget_errors()
     return cost
+
+
+def _sweep(
+    machine: Machine, tile: int, error: Callable[[], float]
+) -> list[tuple[ForwardWork, float, list[tuple[UnitWork, float]]]]:
+    """Windows of one sequence, as long as a sweep's, and a layer's and the head's unit of each, with their seconds."""
+    shape = PassShape(0, tuple((tile, (n + 1) * tile) for n in range(max(SWEEP))), machine.layers, training=True)
+    found = []
+    for tiles in SWEEP * TIMES:
+        work, units = shape.forward(0, tiles), [shape.backward(layer, 0, tiles) for layer in (0, machine.layers)]
+        times = [(unit, machine.unit_s(unit) * error()) for unit in units]
+        found.append((work, machine.forward_s(work) * error(), times))
+    return found

@@ -17,6 +17,8 @@ GRAPH_ROWS, BUCKET = 256, 8
 """Decode alone, of so many rows at most, is a graph: of 1, 2, 4 or a multiple of BUCKET rows."""
 GRAPH_LAUNCHES, DECODE_KERNELS, MIXED_KERNELS, UNIT_KERNELS, HEAD_KERNELS = 4, 10, 18, 34, 8
 """The host's launches of a forward that is graphs; kernels of a layer of decode, of one with adapters, of a unit."""
+MOST_ROWS = 8192
+"""Of a forward."""
 RANK, LORA = 16, 0.057
 """Of the job's adapter, on all linears; share of the peak that its small products reach."""
 ATTENTION, ATTENTION_BACKWARD = 0.55, 0.45
@@ -72,18 +74,28 @@ class Roofline:
         return max(device_s + kernels * d.kernel_s, kernels * d.launch_s)
 
     @property
+    def ridge_rows(self) -> float:
+        """Rows with which a weight's operations take as long as its bytes."""
+        return self.itemsize * self.device.flops_per_s / (2 * self.device.bytes_per_s)
+
+    @property
     def fixed_s(self) -> float:
-        """Of a forward, whatever rows are in it: where there are enough, reading a layer's weights costs nothing."""
-        return self._logits_s(1) + self.layers * MIXED_KERNELS * self.device.kernel_s
+        """Of a forward, besides its rows at their best: logits of one row, its kernels, and what the last wave of tiles
+        leaves idle whatever number of rows there is.
+        """
+        least_s = min(_layer_s(self, rows) - rows * self._row_s for rows in range(64, MOST_ROWS + 1, 64))
+        return self._logits_s(1) + self.layers * (least_s + MIXED_KERNELS * self.device.kernel_s)
 
     def rows_s(self, work: ForwardWork) -> float:
         """Seconds that these rows take at least in a forward that fills the device."""
-        m = self.model
-        weights = m.layers * sum(out * into for out, into in _products(m)) + m.vocab_size * m.hidden * (
-            work.decode / work.rows
-        )
-        row_s = 2 * weights / self.device.best_flops_per_s + m.layers * self._moved_s(1)
-        return work.rows * row_s + self._attention_s(work.kv_rows, work.pairs)
+        logits_s = 2 * work.decode * self.model.vocab_size * self.model.hidden / self.device.best_flops_per_s
+        return work.rows * self.layers * self._row_s + logits_s + self._attention_s(work.kv_rows, work.pairs)
+
+    @property
+    def _row_s(self) -> float:
+        """Of a row in one layer, where whole waves are full."""
+        weights = sum(out * into for out, into in _products(self.model))
+        return 2 * weights / self.device.best_flops_per_s + self._moved_s(1)
 
     def _attention_s(self, kv_rows: float, pairs: float) -> float:
         """Keys are read once a call, and most calls are decode rows, whose pairs cost nothing beside."""
