@@ -4,7 +4,6 @@ PEFT.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,17 @@ FLOAT32_BOUND = 1e-5
 """Products in TF32 would err by 5e-4."""
 LOSS_BOUND = {"bfloat16": 1e-2, "float32": 1e-5}
 STEPS = 4
-LARGE_BYTES = 16 << 20
 CPU = torch.device("cpu")
 
 
-def _settings(folder: Path, device: torch.device, dtype: str) -> dict[str, Any]:
-    """Small products take longer on several threads."""
-    large = (folder / "model.safetensors").stat().st_size > LARGE_BYTES
-    threads = (os.cpu_count() or 1) if large and device == CPU else 1
+def _settings(device: torch.device, dtype: str) -> dict[str, Any]:
     memory = {"max_model_length": 512, "kv_cache_bytes": 64 << 20}
-    return {**memory, "threads": threads, "dtype": dtype, "device": str(device)}
+    return {**memory, "dtype": dtype, "device": str(device)}
 
 
 def _computed(folder: Path, device: torch.device, dtype: str, adapter: Adapter | None = None) -> dict[str, Any]:
     """Logits, gradient and loss, by `adapter` or one that is drawn."""
-    rig = Rig(Executor(EngineConfig(str(folder), **_settings(folder, device, dtype))))
+    rig = Rig(Executor(EngineConfig(str(folder), **_settings(device, dtype))))
     drawn = adapter or rounded_adapter(rig.executor)
     kind = Computed if dtype == "bfloat16" else Adapter
     used = kind(drawn.layout, drawn.flat.to(device, rig.executor.dtypes.lora))
@@ -79,7 +74,7 @@ def _hold(figures: Figures, what: str, value: float, bound: float) -> None:
 
 def job_losses(folder: Path, device: torch.device, dtype: str) -> list[float]:
     """Of each pass of a job of STEPS optimizer steps, by the whole engine."""
-    engine = Engine(EngineConfig(str(folder), **_settings(folder, device, dtype)))
+    engine = Engine(EngineConfig(str(folder), **_settings(device, dtype)))
     engine.submit(StartJob("job", LoraSpec(4, 8.0, LINEARS), 0))
     for step in range(STEPS):
         for command in optimizer_step("job", step, [[draw_sequence(9, 90)], [draw_sequence(8, 40)]]):

@@ -18,13 +18,13 @@ from coserve_engine.model import loading
 
 SAME = {"hidden_act": "silu", "rms_norm_eps": 1e-5}
 MEDIUM: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 2048,
-    "initializer_range": 0.03,
+    "vocab_size": 1024,
+    "initializer_range": 0.04,
 }
 """Heads of 128, as large models have them."""
 LLAMA_31_8B: dict[str, Any] = {
