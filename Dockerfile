@@ -31,7 +31,10 @@ USER 65532:65532
 CMD ["python", "-m", "coserve_operator.main"]
 
 FROM base AS agent
-# Triton compiles its launchers at run time, against Python's headers
+# Triton compiles its launchers at run time, against Python's headers and the driver's library, and keeps them where it
+# may write. The driver is mounted then: where the loader looks (NVIDIA's toolkit), or to /usr/local/nvidia (GKE).
+ENV TRITON_CACHE_DIR=/tmp/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 LIBRARY_PATH=/usr/local/nvidia/lib64
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev $([ ! -x /usr/bin/python3 ] || echo python3-dev) \
     && rm -rf /var/lib/apt/lists/*

@@ -26,7 +26,16 @@ from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
 from coserve_engine.kernels.cpu.table import CpuKernels
-from coserve_engine.messages import AddRequest, IterationDone, LoraSpec, SamplingParams, StartJob
+from coserve_engine.messages import (
+    AddRequest,
+    Event,
+    IterationDone,
+    LoraSpec,
+    RequestFailed,
+    SamplingParams,
+    StartJob,
+    TokenBatch,
+)
 from coserve_engine.model import executor as executor_module
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
@@ -124,6 +133,34 @@ def busy_engine(path: Path, requests: int) -> Engine:
     return engine
 
 
+def over(events: list[Event]) -> bool:
+    """Whether a request ended: from then on fewer decode, so no iteration has them all again."""
+    tokens = (token for event in events if isinstance(event, TokenBatch) for token in event.tokens)
+    return any(isinstance(event, RequestFailed) for event in events) or any(token.finish for token in tokens)
+
+
+def full_iterations(engine: Engine, watch: Stopwatch, requests: int, wanted: int) -> list[dict[str, float]]:
+    """Seconds by name of `wanted` iterations in which all requests decode.
+
+    Raises:
+        SystemExit: a request ended before there were so many.
+    """
+    seen: list[dict[str, float]] = []
+    while len(seen) < wanted:
+        with watch.iteration():
+            events = engine.step()
+        if any(isinstance(e, IterationDone) and e.decode_tokens == requests for e in events):
+            seen.append(watch.seconds)
+        if over(events):
+            break
+    if len(seen) < wanted:
+        raise SystemExit(
+            f"--iterations is {wanted}, but only {len(seen)} had all {requests} requests decoding before the first one "
+            "ended: leave the machine to this program, or lower --iterations or --requests"
+        )
+    return seen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=32)
@@ -140,12 +177,7 @@ def main() -> None:
         engine = busy_engine(write_random_model(Path(folder), layers=12, hidden=64, intermediate=64), options.requests)
         engine._policy = watch.timed("decide", engine._policy)
         settle()
-        seen: list[dict[str, float]] = []
-        while len(seen) < options.iterations:
-            with watch.iteration():
-                events = engine.step()
-            if any(isinstance(e, IterationDone) and e.decode_tokens == options.requests for e in events):
-                seen.append(watch.seconds)
+        seen = full_iterations(engine, watch, options.requests, options.iterations)
     for part in ("decide", *(name for name, _, _ in PARTS)):
         print(f"{part:<24}{1e6 * statistics.median(s.get(part, 0.0) for s in seen):8.0f} us")
     total_us = 1e6 * statistics.median(s["sum"] for s in seen)

@@ -13,7 +13,7 @@ from coserve_engine.engine import Engine
 from coserve_engine.latency.pauses import PauseClock
 from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import Event, IterationDone, TokenBatch
-from coserve_engine.simulate.machine import ForwardCost, Machine, UnitCost, machine_of
+from coserve_engine.simulate.machine import ForwardCost, LinearMachine, UnitCost, machine_of
 from coserve_engine.simulate.pauses import Pauses as MeasuredPauses
 from coserve_engine.simulate.result import RequestTimes, Result
 
@@ -99,7 +99,7 @@ class Run:
     pauses: Pauses
     reserve: Reserve
     late: list[Late] = field(default_factory=list)
-    learned: list[Machine] = field(default_factory=list)
+    learned: list[LinearMachine] = field(default_factory=list)
     noises: list[float] = field(default_factory=list)
     reserves: list[float] = field(default_factory=list)
     """The reserve after each gap with finetuning, in seconds."""
@@ -110,7 +110,7 @@ class Run:
         return self.users.result
 
     @property
-    def machine(self) -> Machine:
+    def machine(self) -> LinearMachine:
         """The mean of what was learned."""
         forward = ForwardCost(*map(statistics.mean, zip(*(m.forward for m in self.learned), strict=True)))
         unit, head = (
@@ -118,7 +118,7 @@ class Run:
             for part in ("unit", "head")
         )
         turnaround_ms = statistics.mean(m.turnaround_ms for m in self.learned)
-        return Machine(forward, unit, head, self.learned[0].layers, turnaround_ms)
+        return LinearMachine(forward, unit, head, self.learned[0].layers, turnaround_ms)
 
     @property
     def late_alone_percent(self) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
 from coserve_engine.latency.reserve import MOST_SHARE, FixedReserve, Reserve
 from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity
-from coserve_engine.simulate.machine import read_machine
+from coserve_engine.simulate.machine import DEFAULT_SIZES, SIZES, read_machine
 from coserve_engine.simulate.pauses import read_pauses
 from coserve_engine.simulate.policies import serving_alone
 from coserve_engine.simulate.trace import Arrival, at_rate, drawn
@@ -51,14 +52,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    machine = read_machine(options.cost)
+    machine, sizes = read_machine(options.cost), SIZES.get(options.cost, DEFAULT_SIZES)._asdict()
     lengths = drawn(options.requests, 1.0, 1.0, PROMPT, OUTPUT, options.seed)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for slo_ms, load in product(options.slo_ms, options.load):
-            setup = Setup(machine, tpot_s=slo_ms / 1e3, seed=options.seed)
+            setup = Setup(machine, tpot_s=slo_ms / 1e3, seed=options.seed, **sizes)
             arrivals = at_rate(lengths, load / 100 * capacity(setup, lengths))
             for name in options.pauses:
-                paused = Setup(machine, tpot_s=slo_ms / 1e3, seed=options.seed, pauses=read_pauses(name))
+                paused = replace(setup, pauses=read_pauses(name))
                 alone = World(paused, arrivals, serving_alone, finetuning=False).run().strict_percent
                 print(f"\nSLO {slo_ms:.0f} ms, load {load:.0f} %, pauses {name}: serving alone {alone:.2f} %")
                 compare(pool, paused, arrivals)

@@ -19,6 +19,7 @@ from coserve_api.common import (
     Origin,
     Percentile,
     Rank,
+    Requests,
     SlowdownPercent,
     SpecModel,
     StatusModel,
@@ -48,6 +49,18 @@ class FinetuningPolicy(StrEnum):
 class GenerationConfig(StrEnum):
     MODEL = "Model"
     NEUTRAL = "Neutral"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 class Model(SpecModel):
@@ -144,10 +157,20 @@ class Finetuning(SpecModel):
 class Engine(SpecModel):
     """The engine in each agent: its size, and how it samples."""
 
-    max_batch_tokens: BatchTokens = 512
-    """The most tokens of one iteration."""
-    kv_cache_memory: Memory = "256Mi"
-    """Memory of the paged KV cache, of inference and finetuning together."""
+    device: Device = Device.AUTO
+    """What computes: cpu, cuda (a GPU), or auto: a GPU where the template's resources ask for one or the agent sees
+    one, else the CPU. A GPU that is asked for and is not there is an error, never a CPU."""
+    dtype: Dtype = Dtype.AUTO
+    """Of weights and KV cache: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    max_requests: Requests | None = None
+    """The most requests that run at once; more wait. Unset: by the device, 64 on a CPU, 256 on a GPU of 80 GB or more,
+    128 on a smaller one."""
+    max_batch_tokens: BatchTokens | None = None
+    """The most tokens of one iteration. Unset: by the device, 512 on a CPU, 8192 on a GPU of 80 GB or more, 2048 on a
+    smaller one."""
+    kv_cache_memory: Memory | None = None
+    """Memory of the paged KV cache, of inference and finetuning together. Unset: 256Mi on a CPU; on a GPU what weights
+    and everything else leave."""
     threads: Threads = 1
     """CPU threads of the engine."""
     generation_config: GenerationConfig = GenerationConfig.MODEL
@@ -255,6 +278,8 @@ class AgentStatus(StatusModel):
     """Its pod."""
     node: Annotated[str, Field(max_length=253)] = ""
     """Its node."""
+    device: Annotated[str, Field(max_length=253)] = ""
+    """What its engine computes on; empty while it loads."""
     jobs: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
     """Names of the FinetuneJobs it runs."""
 

@@ -94,7 +94,9 @@ class JobBeat(Part):
 
 
 class Heartbeat(Message):
-    """An agent, every second. `max_jobs`: how many jobs it can run at once; `error`: why the model is not loaded."""
+    """An agent, every second. `max_jobs`: how many jobs it can run at once; `error`: why the model is not loaded;
+    `device`: what its engine computes on, once it is.
+    """
 
     agent_id: AgentId
     pod_name: Name
@@ -105,6 +107,7 @@ class Heartbeat(Message):
     draining: bool = False
     model_loaded: bool = True
     error: Prose = ""
+    device: Annotated[str, Field(max_length=253)] = ""
     max_jobs: Annotated[int, Field(ge=0, le=64)] = 1
     load: Load = Field(default_factory=Load)
     slo: SloReport = Field(default_factory=SloReport)

@@ -139,3 +139,24 @@ class EngineConfig:
         """
         rest = min(self.numerics.tile, self.max_batch_tokens // 2)
         return max(1, min(self.max_requests, self.max_batch_tokens - rest))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceChoice:
+    """What of an EngineConfig is settled where the device is known: "auto" or None leaves it to the device.
+
+    Args:
+        device: "auto", "cpu" or "cuda". Auto takes a GPU where `gpu_resource` names one or torch sees one.
+        gpu_resource: what the pod's resources ask for, such as nvidia.com/gpu; empty: no GPU.
+        dtype: "auto", "float32" or "bfloat16".
+        max_requests, max_batch_tokens, kv_cache_bytes: as in EngineConfig.
+        max_jobs: finetuning jobs at once, for which memory is planned.
+    """
+
+    device: str = "auto"
+    gpu_resource: str = ""
+    dtype: str = "auto"
+    max_requests: int | None = None
+    max_batch_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    max_jobs: int = 1

@@ -15,13 +15,15 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coserve_engine.config import EngineConfig
+from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.errors import EngineError
 from coserve_engine.latency.pauses import PauseClock
 from coserve_engine.messages import AddRequest, Command, EngineFailed, Event, Shutdown
@@ -37,6 +39,7 @@ WAIT_S = 0.002
 """How long an engine sleeps that waits for files only."""
 PIPE_BYTES = 1 << 20
 INTEL = "GenuineIntel"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def _processor() -> str:
@@ -85,20 +88,25 @@ def settle() -> None:
 class EngineHost:
     """The parent's end. Events come in batches: an iteration's tokens when it has them, the rest at its end."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, choice: DeviceChoice | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._commands: Queue[Command] = context.Queue()
         self._events, self._engines_end = context.Pipe(duplex=False)
         with contextlib.suppress(PermissionError):  # no more than the system's limit for all pipes of a user
             fcntl.fcntl(self._events.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._process = context.Process(
-            target=_main, args=(config, self._commands, self._engines_end), name="coserve-engine", daemon=True
+            target=_main, args=(config, choice, self._commands, self._engines_end), name="coserve-engine", daemon=True
         )
 
     @classmethod
-    def start(cls, config: EngineConfig) -> EngineHost:
-        """Start the process. Its first event is EngineReady or EngineFailed."""
-        host = cls(config)
+    def start(cls, config: EngineConfig, choice: DeviceChoice | None = None) -> EngineHost:
+        """Start the process. Its first event is EngineReady or EngineFailed.
+
+        Args:
+            choice: settles what of `config` depends on the device, in the engine's process, which has torch; None:
+                `config` is taken as it is.
+        """
+        host = cls(config, choice)
         host._process.start()
         host._engines_end.close()  # or the end of the process would not be seen
         return host
@@ -168,16 +176,21 @@ class _Inbox:
         return any(isinstance(command, AddRequest) for command in self._ahead)
 
 
-def _main(config: EngineConfig, commands: Queue[Command], events: Connection) -> None:
+def _main(config: EngineConfig, choice: DeviceChoice | None, commands: Queue[Command], events: Connection) -> None:
     set_environment(config.threads, config.dtype)
     os.nice(YIELDS)  # before torch starts threads
-    from coserve_engine.engine import Engine  # noqa: PLC0415  (torch belongs to this process, not to its parent)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)  # loading takes minutes, or fails
+    from coserve_engine import startup  # noqa: PLC0415  (torch belongs to this process, not to its parent)
+    from coserve_engine.engine import Engine  # noqa: PLC0415
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
+        chosen = startup.Chosen(config) if choice is None else startup.prepare(config, choice)
+        config = chosen.config
         engine = Engine(config, paused=PauseClock(alone=config.threads == 1 and config.device == "cpu"))
         ready = engine.ready()
+        ready = replace(ready, notes=(*chosen.notes, *ready.notes), device=chosen.device)
         settle()
         events.send([ready])
         _serve(engine, commands, events)
@@ -187,7 +200,7 @@ def _main(config: EngineConfig, commands: Queue[Command], events: Connection) ->
         events.send([EngineFailed(str(error))])
     except Exception as error:
         log.exception("the engine's own mistake")
-        events.send([EngineFailed(f"the engine's own mistake: {error!r}; its log has the rest")])
+        events.send([EngineFailed(startup.explained(error))])
 
 
 def _serve(engine: Engine, commands: Queue[Command], events: Connection) -> None:

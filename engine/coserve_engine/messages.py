@@ -192,13 +192,16 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """The model is loaded and the latency model calibrated; `notes` are lines for the log (kernels, numerics probe)."""
+    """The model is loaded and the latency model calibrated; `notes` are lines for the log (device, kernels, numerics
+    probe). `device` names what computes, where the engine chose it.
+    """
 
     vocab_size: int
     max_model_length: int
     kv_total_pages: int
     page_tokens: int
     notes: tuple[str, ...]
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

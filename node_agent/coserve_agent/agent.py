@@ -28,7 +28,7 @@ from coserve_agent.slo import Slo, SloMeter
 from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
-from coserve_engine.config import EngineConfig
+from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.host import EngineHost, settle
 from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import IterationDone
@@ -65,7 +65,7 @@ class Agent:
         admin_socket = listen(settings.host, settings.admin_port, PREFIX + "ADMIN_PORT")
         self.metrics = Metrics(settings.model_name, time.monotonic)
         slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
-        self.engine_host = EngineHost.start(engine_config(settings, ends))
+        self.engine_host = EngineHost.start(engine_config(settings, ends), device_choice(settings))
         self.engine = EngineClient(self.engine_host, self._on_iteration, self.metrics.on_load)
         reserve = Reserve(slo.tpot_s, settings.slo_percentile, least_share=WAY_SHARE)
         self.pacer = Pacer(reserve, self.metrics, self.engine.submit)
@@ -236,13 +236,25 @@ def request_defaults(settings: AgentSettings) -> SamplingDefaults:
     return defaults
 
 
+def device_choice(settings: AgentSettings) -> DeviceChoice:
+    """What the engine's process settles, since only it can see the device."""
+    return DeviceChoice(
+        device=settings.device.value,
+        gpu_resource=settings.gpu_resource,
+        dtype=settings.dtype.value,
+        max_requests=settings.max_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_jobs=settings.max_concurrent_jobs,
+    )
+
+
 def engine_config(settings: AgentSettings, end_tokens: tuple[int, ...]) -> EngineConfig:
+    """All of the engine's settings but for `device_choice`."""
     return EngineConfig(
         model_path=str(settings.model_path),
         max_model_length=settings.max_model_length,
-        max_batch_tokens=settings.max_batch_tokens,
         max_waiting=settings.max_waiting,
-        kv_cache_bytes=settings.kv_cache_bytes,
         ttft_s=settings.ttft_ms / 1000,
         tpot_s=settings.tpot_ms / 1000,
         threads=settings.threads,

@@ -177,6 +177,11 @@ class EngineClient:
         return self._ready.result().vocab_size
 
     @property
+    def device(self) -> str:
+        """What the engine computes on; empty while it loads."""
+        return self._ready.result().device if self._ready.done() and not self._ready.exception() else ""
+
+    @property
     def pass_bounds(self) -> PassBounds:
         """What passes of its jobs may have at most. The model must be ready."""
         ready = self._ready.result()

@@ -57,6 +57,7 @@ class Finetuning:
         self.agent = agent_id(settings.pod_uid, boot_id)
         self._settings = settings
         self._boot_id = boot_id
+        self._engine = engine
         self._registry = registry
         self._lifecycle = lifecycle
         self._metrics = metrics
@@ -102,6 +103,7 @@ class Finetuning:
             ready=self._lifecycle.not_ready() is None,
             draining=self._lifecycle.draining,
             model_loaded=self._lifecycle.model_loaded,
+            device=self._engine.device[:253],
             max_jobs=settings.max_concurrent_jobs if settings.finetuning is FinetuningPolicy.ALLOWED else 0,
             load=Load(
                 saturation_percent=self._metrics.load_average.percent() or 0.0,

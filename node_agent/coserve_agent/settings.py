@@ -29,6 +29,7 @@ from coserve_api.common import (
     Origin,
     Percentile,
     Rank,
+    Requests,
     Seed,
     SequenceLength,
     SlowdownPercent,
@@ -38,7 +39,7 @@ from coserve_api.common import (
     Threads,
     Uid,
 )
-from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
+from coserve_api.endpoint import Device, Dtype, FinetuningPolicy, GenerationConfig
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_api.uris import DATA_ROOT, ModelUri
 
@@ -113,8 +114,12 @@ class AgentSettings(RedisSettings):
     max_concurrent_jobs: ConcurrentJobs = 1
     max_slowdown_percent: Annotated[SlowdownPercent | None, OrBlank] = None
     pass_bytes: Annotated[Bytes | None, OrBlank] = None
-    max_batch_tokens: BatchTokens = 512
-    kv_cache_bytes: Bytes = 256 << 20
+    device: Device = Device.AUTO
+    gpu_resource: str = ""
+    dtype: Dtype = Dtype.AUTO
+    max_requests: Annotated[Requests | None, OrBlank] = None
+    max_batch_tokens: Annotated[BatchTokens | None, OrBlank] = None
+    kv_cache_bytes: Annotated[Bytes | None, OrBlank] = None
     threads: Threads = 1
     generation_config: GenerationConfig = GenerationConfig.MODEL
     template_variables: Annotated[TemplateVariables, NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)

@@ -14,7 +14,8 @@ _BAD_WAITS = {
     "ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError",
     "CreateContainerError", "RunContainerError",
 }  # fmt: skip
-LONGEST_MESSAGE = 600
+LONGEST_MESSAGE = 1000
+"""A plan of memory that does not fit names every part and every remedy."""
 
 
 def pod_view(pod: Manifest) -> PodView:

@@ -17,6 +17,7 @@ from coserve_api.common import duration_ms, format_decimal, format_duration, qua
 from coserve_api.conditions import Condition, ConditionStatus, condition, find_condition, merge_conditions
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
+from coserve_api.generate import definitions
 from coserve_api.job import FinetuneJob, JobSpec
 from coserve_api.job_status import JobStatus, Progress
 from coserve_api.uris import (
@@ -135,6 +136,25 @@ def test_the_examples_are_valid_and_name_each_other() -> None:
     job = FinetuneJob.from_dict(example("job.yaml"))
     assert job.spec.endpoint_ref.name == endpoint.metadata.name == endpoint.model_name
     assert job.spec.adapter.rank <= endpoint.spec.finetuning.max_rank
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("endpoint*.yaml")), ids=lambda path: path.name)
+def test_every_example_of_an_endpoint_is_valid(path: Path) -> None:
+    InferenceEndpoint.from_dict(example(path.name))
+
+
+def test_what_the_device_decides_is_open_where_it_is_not_said() -> None:
+    """A default filled in by the API server could not be told from a choice."""
+    engine = InferenceEndpoint.from_dict(example("endpoint-gpu.yaml")).spec.engine
+    assert (engine.device, engine.dtype) == ("cuda", "auto")
+    assert (engine.max_requests, engine.max_batch_tokens, engine.kv_cache_memory) == (None, None, None)
+    schema = definitions()["inferenceendpoints.yaml"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    fields = schema["properties"]["spec"]["properties"]["engine"]["properties"]
+    assert {name for name, field in fields.items() if "default" not in field} >= {
+        "maxRequests",
+        "maxBatchTokens",
+        "kvCacheMemory",
+    }
 
 
 def test_an_unknown_field_of_a_spec_is_an_error_and_of_a_status_is_not() -> None:

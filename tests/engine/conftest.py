@@ -12,7 +12,8 @@ import torch
 from engine_driver import Driver, FakeClock
 from engine_rig import Rig
 from peft import LoraConfig, PeftModel
-from peft_reference import Adapter, Reference, wrap_in_peft
+from peft_reference import Reference, wrap_in_peft
+from random_models import MODELS, PLAIN, Adapter, draw_adapter, draw_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -36,62 +37,6 @@ from coserve_engine.messages import (
 from coserve_engine.model.executor import Executor
 from coserve_engine.serving import serving
 from coserve_engine.serving.sampling import Choice
-
-VOCAB = 128
-PLAIN: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.12,
-    "eos_token_id": 2,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
-    "wide": {"head_dim": 32, "num_key_value_heads": 1},
-    "llama31": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
-    "mistral": {"model_type": "mistral", "head_dim": 24, "sliding_window": 50},
-    "qwen2": {
-        "model_type": "qwen2",
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 70,
-        "max_window_layers": 1,
-    },
-    "qwen3": {
-        "model_type": "qwen3",
-        "head_dim": 32,
-        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    },
-    "smol": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.04,
-    },
-}
-"""plain: grouped queries, a head of its own; wide: heads * head size is not the hidden size; llama31: biases, stretched
-rotary embedding; mistral: windows shorter than a tile; qwen2: biases of q, k, v, a window in the second layer only;
-qwen3: norms of queries and keys; smol: real widths.
-"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -157,16 +102,7 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., Adapter]:
-    def make(executor: Executor, rank: int = 4, seed: int = 0, targets: tuple[str, ...] = LINEARS) -> Adapter:
-        layout = executor.layout(LoraSpec(rank, 2.0 * rank, targets))
-        flat = layout.fresh(seed, executor.dtype, executor.device)
-        generator = torch.Generator().manual_seed(seed)
-        for layer in layout.views(flat):
-            for _, b in layer.values():
-                b[:, :rank] = 0.1 * torch.randn(b.shape[0], rank, generator=generator)
-        return Adapter(layout, flat)
-
-    return make
+    return draw_adapter
 
 
 @pytest.fixture(scope="session")
@@ -234,11 +170,7 @@ def sampled_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def draw_tokens() -> Callable[[int, int], tuple[int, ...]]:
     """`count` tokens of the small vocabulary, never its end-of-text."""
 
-    def draw(seed: int, count: int) -> tuple[int, ...]:
-        source = random.Random(seed)
-        return tuple(source.randrange(3, VOCAB) for _ in range(count))
-
-    return draw
+    return draw_sequence
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from engine_driver import PATIENCE_S, gather
 
-from coserve_engine.config import EngineConfig
+from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.host import YIELDS, EngineHost
 from coserve_engine.messages import (
     AddRequest,
@@ -131,6 +131,38 @@ def test_a_broken_folder_is_named(tmp_path: Path) -> None:
         assert gone(broken.pid)
     finally:
         broken.close()
+
+
+def test_what_the_device_decides_is_settled_in_its_process(plain: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Said in what it tells the agent, and in the log before anything is read."""
+    choice = DeviceChoice("cpu", dtype="bfloat16", kv_cache_bytes=1 << 20)
+    started = EngineHost.start(EngineConfig(plain, max_model_length=256), choice)
+    try:
+        ready = gather(started, bool)[0]
+        assert isinstance(ready, EngineReady)
+        assert ready.kv_total_pages == (1 << 20) // 16384 - 1
+        assert "dtype bfloat16: engine.dtype is bfloat16" in ready.notes
+        assert ready.device == "cpu"
+        assert ready.notes[0].startswith("device cpu")
+        assert any("calibrated" in note for note in ready.notes)
+    finally:
+        started.close()
+    log = capfd.readouterr().err
+    assert log.index("memory: KV cache (64 pages): 1,048,576 bytes") < log.index("reading model.safetensors (1 of 1, ")
+
+
+def test_a_machine_without_what_is_asked_for_is_an_event(plain: str) -> None:
+    for choice, named in (
+        (DeviceChoice(dtype="float16"), "engine.dtype is float16"),
+        (DeviceChoice("cpu", kv_cache_bytes=32768), "engine.kvCacheMemory is 32,768 bytes"),
+    ):
+        refused = EngineHost.start(EngineConfig(plain, max_model_length=256), choice)
+        try:
+            (failed,) = gather(refused, bool)
+            assert isinstance(failed, EngineFailed)
+            assert named in failed.message
+        finally:
+            refused.close()
 
 
 PARENT = """

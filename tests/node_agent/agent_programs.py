@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -97,3 +98,9 @@ def when_ready(program: Program) -> AgentProcess:
                 return made
         time.sleep(0.1)
     raise TimeoutError(program.log)
+
+
+def post(http: httpx.Client, path: str, body: str | bytes) -> tuple[int, dict[str, Any]]:
+    """Status and answer of a body that is sent as it is."""
+    answer = http.post(path, content=body if isinstance(body, bytes) else body.encode())
+    return answer.status_code, answer.json()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from coserve_agent.agent import engine_config
+from coserve_agent.agent import device_choice, engine_config
 from coserve_agent.engine_client import POLL_S
 from coserve_agent.errors import StartError
 from coserve_agent.finetuning import LEAVE_S
 from coserve_agent.servers import GRACEFUL_S
 from coserve_agent.settings import AgentSettings, FeederSettings, read
+from coserve_engine.config import DeviceChoice
 from coserve_engine.host import EngineHost
 from coserve_operator.resources.agents import GRACE_S, PRE_STOP_S
 
@@ -32,13 +33,14 @@ def environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 
 
 def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    blank = {"REDIS_URL": "", "MAX_SLOWDOWN_PERCENT": "", "PASS_BYTES": ""}
+    blank = {"REDIS_URL": "", "MAX_SLOWDOWN_PERCENT": "", "PASS_BYTES": "", "KV_CACHE_BYTES": "", "MAX_REQUESTS": ""}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", "FINETUNING": "Disabled", **blank})
     settings = read(AgentSettings)
     assert settings.model_path == Path("/models/m")
     assert settings.redis_url is None
     assert settings.max_slowdown_percent is None
     assert settings.pass_bytes is None
+    assert device_choice(settings) == DeviceChoice()
     assert (settings.http_port, settings.admin_port, settings.finetuning) == (8000, 8001, "Disabled")
 
 
@@ -50,6 +52,11 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FINETUNING", "Maybe", ["COSERVE_FINETUNING", "'Maybe'", "Allowed"]),
         ("MAX_SLOWDOWN_PERCENT", "-1", ["COSERVE_MAX_SLOWDOWN_PERCENT", "greater"]),
         ("PASS_BYTES", "64Mi", ["COSERVE_PASS_BYTES", "'64Mi'", "integer"]),
+        ("DEVICE", "cuda:1", ["COSERVE_DEVICE", "'cuda:1'", "'cuda'"]),
+        ("DTYPE", "float16", ["COSERVE_DTYPE", "'float16'", "'bfloat16'"]),
+        ("MAX_REQUESTS", "0", ["COSERVE_MAX_REQUESTS", "greater"]),
+        ("MAX_BATCH_TOKENS", "64", ["COSERVE_MAX_BATCH_TOKENS", "greater"]),
+        ("KV_CACHE_BYTES", "40Gi", ["COSERVE_KV_CACHE_BYTES", "'40Gi'", "integer"]),
         ("DRAIN_S", "41", ["COSERVE_DRAIN_S is 41", "COSERVE_SHUTDOWN_S 40", "smaller"]),
         ("HTTP_PORT", "70000", ["COSERVE_HTTP_PORT", "65535"]),
         ("ENDPOINT_UID", "a b", ["COSERVE_ENDPOINT_UID", "'a b'", "letters"]),
@@ -96,9 +103,13 @@ def test_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engine_gets_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"KV_CACHE_BYTES": "4194304", "PASS_BYTES": "1048576", "MAX_SLOWDOWN_PERCENT": "50"}
+    told |= {"DEVICE": "cuda", "GPU_RESOURCE": "nvidia.com/gpu", "DTYPE": "bfloat16", "MAX_CONCURRENT_JOBS": "3"}
+    told |= {"MAX_REQUESTS": "100", "MAX_BATCH_TOKENS": "4096"}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", **told})
     config = engine_config(read(AgentSettings), (3, 5))
-    assert (config.kv_cache_bytes, config.pass_bytes, config.max_slowdown_percent) == (4 << 20, 1 << 20, 50)
+    assert (config.pass_bytes, config.max_slowdown_percent) == (1 << 20, 50)
+    choice = DeviceChoice("cuda", "nvidia.com/gpu", "bfloat16", 100, 4096, 4 << 20, 3)
+    assert device_choice(read(AgentSettings)) == choice
     assert config.end_tokens == (3, 5)
 
 

@@ -12,6 +12,8 @@ from coserve_operator.budget import PROGRESS, StatusBudget
 from coserve_operator.kube import BATCH_JOB, ENDPOINT, FINETUNE_JOB, POD, ConflictError, NotFoundError, UnavailableError
 from coserve_operator.leader import DURATION_S, Leader, LeadershipLostError, may_take, observe
 from coserve_operator.process import first_of
+from coserve_operator.reconcile.endpoint import EndpointSight, status_of
+from coserve_operator.reconcile.observed import RedisView
 from coserve_operator.resources import endpoint as owned
 from coserve_operator.views import autoscaler_report, feeder_view, pod_trouble, pod_view
 from coserve_operator.world import World
@@ -282,6 +284,13 @@ def test_a_lease_counts_from_when_we_saw_it_change_whatever_clock_wrote_it() -> 
     seen = observe(lease, None, 100.0)
     assert not may_take(seen, "a", 100.0 + DURATION_S - 1)
     assert may_take(observe(lease, seen, 200.0), "a", 200.0)
+
+
+def test_a_status_says_what_each_agent_computes_on(make) -> None:
+    beats = [make.heartbeat("p1", device="NVIDIA H200"), make.heartbeat("p2", ready=False)]
+    sight = EndpointSight(make.endpoint(), redis=RedisView("i", {beat.agent_id: beat for beat in beats}))
+    told = {agent.name: agent.device for agent in status_of(sight, make.NOW).agents}
+    assert told == {"p1": "NVIDIA H200", "p2": ""}
 
 
 # ---- process ----

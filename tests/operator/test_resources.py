@@ -64,6 +64,7 @@ def test_a_roll_out_needs_no_spare_gpu_and_a_pod_has_time_to_drain(make) -> None
 
 def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     spec = {"slo": {"timeToFirstToken": "1m30s", "timePerOutputToken": "50ms"}, "engine": {"kvCacheMemory": "2Gi"}}
+    spec["engine"] |= {"device": "cuda", "dtype": "bfloat16", "maxRequests": 32, "maxBatchTokens": 512}
     spec |= {"finetuning": {"maxSlowdownPercent": 50, "activationMemory": "64Mi"}}
     spec["cors"] = {"allowOrigins": ["https://chat.example.com", "http://localhost:3000"]}
     env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS, "digest"))
@@ -73,7 +74,10 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_TTFT_MS": "90000", "COSERVE_TPOT_MS": "50", "COSERVE_FINETUNING": "Allowed", "COSERVE_MAX_RANK": "64",
         "COSERVE_SLO_PERCENTILE": "99",
         "COSERVE_MAX_SLOWDOWN_PERCENT": "50", "COSERVE_PASS_BYTES": str(64 * 2**20),
-        "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30), "COSERVE_THREADS": "1",
+        "COSERVE_DEVICE": "cuda", "COSERVE_DTYPE": "bfloat16", "COSERVE_MAX_REQUESTS": "32",
+        "COSERVE_GPU_RESOURCE": "",
+        "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30),
+        "COSERVE_THREADS": "1",
         "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,
         "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001", "COSERVE_GENERATION_CONFIG": "Model",
         "COSERVE_CORS_ORIGINS": "https://chat.example.com,http://localhost:3000",
@@ -81,8 +85,29 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     assert expected.items() <= env.items()
     unset = env_of(agents.deployment(make.endpoint(), 1, "agent:1", REDIS, "digest"))
     assert {unset[f"COSERVE_{name}"] for name in ("MAX_SLOWDOWN_PERCENT", "PASS_BYTES", "CORS_ORIGINS")} == {""}
+    assert (unset["COSERVE_DEVICE"], unset["COSERVE_DTYPE"]) == ("auto", "auto")
+    by_device = {"COSERVE_MAX_REQUESTS", "COSERVE_MAX_BATCH_TOKENS", "COSERVE_KV_CACHE_BYTES"}
+    assert not by_device & unset.keys(), "an agent's image from before takes no blank"
     assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
     assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis", "key": "password"}}
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked"),
+    [
+        ({"limits": {"nvidia.com/gpu": 1}}, "nvidia.com/gpu"),
+        ({"limits": {"cpu": "4", "nvidia.com/mig-1g.18gb": "1"}}, "nvidia.com/mig-1g.18gb"),
+        ({"requests": {"amd.com/gpu": "1"}, "limits": {"amd.com/gpu": "1"}}, "amd.com/gpu"),
+        ({"requests": {"nvidia.com/gpu.shared": "2"}}, "nvidia.com/gpu.shared"),
+        ({"limits": {"nvidia.com/gpu": 0}}, ""),
+        ({"limits": {"nvidia.com/gpu": "0"}, "requests": {"cpu": "10"}}, ""),
+        ({"limits": {"example.com/nvidia.com": "1", "hugepages-2Mi": "1Gi"}}, ""),
+        ({}, ""),
+    ],
+)
+def test_an_agent_is_told_by_which_resource_its_pod_gets_a_gpu(make, resources, asked) -> None:
+    deployment = agents.deployment(make.endpoint(template={"resources": resources}), 1, "agent:1", REDIS, "digest")
+    assert env_of(deployment)["COSERVE_GPU_RESOURCE"] == asked
 
 
 def test_model_and_data_are_read_only_and_the_artifact_store_is_not(make) -> None:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from crd_strategies import objects
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError, field_validator
 
-from coserve_agent.agent import engine_config
+from coserve_agent.agent import device_choice, engine_config
 from coserve_agent.errors import StartError
 from coserve_agent.settings import AgentSettings, FeederSettings, read
 from coserve_api.common import duration_ms, quantity_bytes
@@ -23,11 +26,15 @@ from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_api.messages import Binding, Desired
 from coserve_api.store import JobRecord
+from coserve_engine.config import ModelConfig, Rope
+from coserve_engine.hardware import CUDA, Hardware
+from coserve_engine.memory import plan_memory, sequence_bytes
 from coserve_operator.reconcile.briefing import binding_of
 from coserve_operator.reconcile.sources import continued_from, is_uri
 from coserve_operator.resources import agents, feeder
 from coserve_operator.resources.feeder import sequence_length
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
 UIDS = st.uuids().map(str)
 ENDPOINTS = objects("inferenceendpoints.yaml", UIDS)
@@ -90,9 +97,13 @@ def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
     )
     assert (got.finetuning, got.max_rank) == (spec.finetuning.policy, spec.finetuning.max_rank)
     assert got.max_slowdown_percent == spec.finetuning.max_slowdown_percent
-    assert got.kv_cache_bytes == quantity_bytes(spec.engine.kv_cache_memory)
+    cache = spec.engine.kv_cache_memory
+    assert got.kv_cache_bytes == (None if cache is None else quantity_bytes(cache))
     assert (got.generation_config, got.cors_origins) == (spec.engine.generation_config, spec.cors.allow_origins)
-    assert engine_config(got, ()).max_batch_tokens == spec.engine.max_batch_tokens
+    choice = device_choice(got)
+    assert (choice.device, choice.dtype) == (spec.engine.device, spec.engine.dtype)
+    assert (choice.max_requests, choice.max_batch_tokens) == (spec.engine.max_requests, spec.engine.max_batch_tokens)
+    assert choice.max_jobs == spec.finetuning.max_concurrent_jobs
     assert got.template_variables == spec.engine.template_variables
 
 
@@ -113,6 +124,23 @@ def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job
     assert binding.spec.template_variables == served_with
     named = job.spec.adapter.source is not None and is_uri(job.spec.adapter.source)
     assert (binding.spec.start is not None) == (binding.spec.rank is None) == named
+
+
+@pytest.mark.parametrize("free_gb", (140, 79))
+def test_the_example_for_a_gpu_fits_its_cards(free_gb: int) -> None:
+    """An H200 and a card of 80 GB: Llama-3.1-8B by its config.json, with more than one long request in the cache."""
+    body = yaml.safe_load((EXAMPLES / "endpoint-gpu.yaml").read_text())
+    endpoint = InferenceEndpoint.from_dict(body | {"metadata": {"name": "llama", "uid": "u-1"}})
+    got = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"), "pod-1")
+    choice = device_choice(got)
+    assert (choice.device, choice.gpu_resource, choice.kv_cache_bytes) == ("cuda", "nvidia.com/gpu", None)
+    config = replace(engine_config(got, ()), dtype="bfloat16", max_requests=256, max_batch_tokens=8192)
+    windows: tuple[int | None, ...] = (None,) * 32
+    rope = Rope(5e5)
+    model = ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 1e-5, rope, 131072, (), False, windows, False, ())
+    card = Hardware(CUDA, "GPU", free_gb * 10**9, free_gb * 10**9)
+    plan = plan_memory(model, config, card, choice.kv_cache_bytes, choice.max_jobs)
+    assert plan.kv_bytes > 16 * sequence_bytes(model, config)
 
 
 def test_a_template_variable_is_what_its_author_wrote(make) -> None:

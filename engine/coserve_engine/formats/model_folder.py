@@ -173,3 +173,12 @@ def _eos(config: Fields, vocab_size: int) -> tuple[int, ...]:
             "from the same model, or set it to null",
         )
     return tuple(ids)
+
+
+def check_length(folder: Path, model: ModelConfig, length: int) -> None:
+    """Raises ModelFolderError where `model`, of `folder`, has no positions for so many tokens."""
+    if length > model.max_positions:
+        raise ModelFolderError(
+            f"maxModelLength is {length}, but {folder / 'config.json'} allows max_position_embeddings "
+            f"{model.max_positions}; lower maxModelLength"
+        )

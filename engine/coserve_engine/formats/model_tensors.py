@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coserve_engine.errors import ModelFolderError
+
+log = logging.getLogger(__name__)
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 IGNORED = ".rotary_emb.inv_freq"
@@ -22,19 +25,23 @@ def read_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value, as `dtype` on `device`, of every tensor of `folder`; `shapes` has those that may be there.
 
-    Each is a copy: what safetensors returns is the file itself, and would change with it.
+    Each is a copy: what safetensors returns is the file itself, and would change with it. It goes to the device as it
+    is stored, tensor by tensor, and is converted there: the host never holds a second copy of a shard.
 
     Raises:
         ModelFolderError: a file is missing or truncated, or a tensor has no place in the model, is there twice, is of
             another shape or type, or is not finite.
     """
     seen: set[str] = set()
-    for path in _files(folder):
+    paths = _files(folder)
+    for number, path in enumerate(paths, start=1):
+        log.info("reading %s (%d of %d, %s bytes)", path.name, number, len(paths), f"{path.stat().st_size:,}")
         for name, stored in _read(path, shapes):
             if name in seen:
                 raise ModelFolderError(f"{path}: tensor {name!r} is in another file too; copy the model folder again")
             seen.add(name)
-            tensor = stored.to(device=device, dtype=dtype, copy=True)
+            moved = stored.to(device)
+            tensor = moved.to(dtype, copy=moved is stored)
             low, high = tensor.aminmax()  # NaN if any is
             if not (low.isfinite() and high.isfinite()):
                 raise ModelFolderError(

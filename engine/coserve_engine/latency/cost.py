@@ -12,6 +12,7 @@ from operator import mul
 
 from coserve_engine.latency.errorbound import ErrorBound, Highest
 from coserve_engine.latency.fit import OnlineFit, Prior
+from coserve_engine.latency.regimes import Regime
 from coserve_engine.latency.work import Features, ForwardWork, UnitWork
 
 MISS_RATE = 5e-4
@@ -68,12 +69,22 @@ class Predictor:
 class CostModel:
     """Predicts seconds. Planning only reads it; the engine tells it what came of each plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, regime: Regime | None = None) -> None:
+        self.regime = regime
+        """Where bytes decide and where operations do; None: one line is right, as on a CPU."""
         self._forward, self._unit, self._head = Predictor(7), Predictor(4), Predictor(4)
         self._turnaround = Highest()
 
-    def begin(self, forward: Prior, unit: Prior | None = None, head: Prior | None = None) -> None:
-        """Forget all, and believe this until it is measured; units without a prior cost nothing until then."""
+    def begin(
+        self, forward: Prior, unit: Prior | None = None, head: Prior | None = None, regime: Regime | None = None
+    ) -> None:
+        """Forget all, and believe this until it is measured; units without a prior cost nothing until then. Priors are
+        of one line's features, whatever the regime.
+        """
+        self.regime = regime
+        if regime is not None:
+            forward = regime.forward_prior(forward)
+            unit, head = (prior and regime.unit_prior(prior) for prior in (unit, head))
         self._forward = Predictor(7, forward)
         self._unit, self._head = Predictor(4, unit), Predictor(4, head)
 
@@ -84,7 +95,7 @@ class CostModel:
 
     @property
     def coefficients(self) -> tuple[Features, Features, Features]:
-        """Seconds for each feature of forwards, units and head units, as of now."""
+        """Seconds for each feature (of the regime, where there is one) of forwards, units and head units, as of now."""
         return self._forward.coefficients, self._unit.coefficients, self._head.coefficients
 
     def forward_s(self, work: ForwardWork) -> float:
@@ -92,6 +103,8 @@ class CostModel:
         decode, prefill, finetune, calls, kv_rows, pairs = work
         if not (decode or prefill or finetune):
             return 0.0
+        if self.regime is not None:
+            return self._forward.seconds(self.regime.forward(work.features()))
         a, b, c, d, e, f, g = self._forward.coefficients
         # Its features times the coefficients, written out because a plan asks a dozen times.
         return a + b * decode + c * prefill + d * finetune + e * calls + f * (kv_rows / 1e3) + g * (pairs / 1e5)
@@ -113,6 +126,8 @@ class CostModel:
     def unit_s(self, work: UnitWork) -> float:
         """Seconds a unit is expected to take."""
         head, rows, tiles, pairs = work
+        if self.regime is not None:
+            return (self._head if head else self._unit).seconds(self.regime.unit(work.features()))
         a, b, c, d = (self._head if head else self._unit).coefficients
         return a + b * rows + c * tiles + d * (pairs / 1e5)
 
@@ -142,14 +157,20 @@ class CostModel:
         turnaround_s: float | None = None,
     ) -> None:
         """Learn from an outcome."""
+        regime = self.regime
         if not forward.empty:
-            self._forward.learn([(forward.features(), (forward_s,))])
+            x = forward.features() if regime is None else regime.forward(forward.features())
+            self._forward.learn([(x, (forward_s,))])
         if units:
             times: dict[UnitWork, list[float]] = {}
             for unit, seconds in units:
                 times.setdefault(unit, []).append(seconds)
             for predictor, head in ((self._unit, False), (self._head, True)):
-                samples = [(unit.features(), seconds) for unit, seconds in times.items() if unit.head is head]
+                samples = [
+                    (unit.features() if regime is None else regime.unit(unit.features()), seconds)
+                    for unit, seconds in times.items()
+                    if unit.head is head
+                ]
                 if samples:
                     predictor.learn(samples)
         if turnaround_s is not None:

@@ -14,6 +14,7 @@ from statistics import median
 from coserve_engine.config import LINEARS
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.fit import Prior
+from coserve_engine.latency.regimes import SWEEP, TIMES, Regime, find_regime, may_have_knee
 from coserve_engine.latency.work import NO_WORK, ForwardWork, UnitWork, decode_work, prefill_work
 from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.messages import LoraSpec, Pass, TrainSeq
@@ -51,15 +52,20 @@ def calibrate(
     """
     started = clock()
     finetuning = executor.config.finetuning
-    priors = analytic(executor.model, rates or Rates.measured(executor, clock), executor.dtype.itemsize)
+    rates, tile = rates or Rates.measured(executor, clock), executor.numerics.tile
+    priors = analytic(executor.model, rates, executor.dtype.itemsize)
+    ridge = rates.ridge_rows(executor.dtype.itemsize)
     run = _Run(executor, clock, started + budget, priors)
+    regime = find_regime(run.sweep(), tile, ridge) if may_have_knee(ridge, tile) else None
     for _ in range(ROUNDS):
         run.round()
     executor.buffers.clear()
-    _teach(cost, priors, run.measured, finetuning=finetuning)
+    _teach(cost, priors, regime, run.measured, finetuning=finetuning)
     decode = decode_work([256] * 8, executor.numerics.tile, executor.reaches)
     decode_ms = 1e3 * cost.forward_s(decode)
     line = f"calibrated in {clock() - started:.1f} s: 8 decode rows at context 256: {decode_ms:.1f} ms"
+    if regime is not None:
+        line += f"; operations decide from {regime.knee} rows on, {regime.full} fill the device"
     if run.cut:
         line += f"; in {budget:.1f} s there was no time for every size"
     missing = _unmeasured([work for _, work, _ in run.measured], finetuning=finetuning)
@@ -77,7 +83,9 @@ def _unmeasured(works: Sequence[ForwardWork | UnitWork], *, finetuning: bool) ->
     return [kind for kind, measured in had.items() if not measured]
 
 
-def _teach(cost: CostModel, priors: Priors, measured: Sequence[Measured], *, finetuning: bool) -> None:
+def _teach(
+    cost: CostModel, priors: Priors, regime: Regime | None, measured: Sequence[Measured], *, finetuning: bool
+) -> None:
     """Start `cost` from the priors, brought to the pace of what was measured, and let it learn that."""
     again = {work for number, work, _ in measured if number}
     counted = [(work, seconds) for number, work, seconds in measured if number or work not in again]
@@ -88,7 +96,7 @@ def _teach(cost: CostModel, priors: Priors, measured: Sequence[Measured], *, fin
         for head, prior in enumerate((priors.unit, priors.head)):
             of_kind = [(w, s) for w, s in counted if isinstance(w, UnitWork) and w.head == bool(head)]
             units[head], _ = _at_pace(prior, of_kind, pace)
-    cost.begin(forward, *units)
+    cost.begin(forward, units[0], units[1], regime)
     for work, seconds in counted:
         if isinstance(work, ForwardWork):
             cost.observe(work, seconds, ())
@@ -137,6 +145,16 @@ class _Run:
             if executor.config.finetuning:
                 self._pass(length)
         self._number += 1
+
+    def sweep(self) -> list[tuple[int, float]]:
+        """(rows, seconds) of prompts of ever more tiles, as far as a sequence goes."""
+        executor, before = self._executor, len(self.measured)
+        most = min(executor.config.max_model_length, executor.config.max_batch_tokens)
+        for rows in (tiles * executor.numerics.tile for tiles in SWEEP * TIMES):
+            if rows <= most:
+                self._forward(Kind.PREFILL, rows, 0)
+        self._number += 1
+        return [(w.prefill, seconds) for _, w, seconds in self.measured[before:] if isinstance(w, ForwardWork)]
 
     def _fits(self, expected_s: float, end: float) -> bool:
         fits = not self.measured or self._clock() + expected_s <= end

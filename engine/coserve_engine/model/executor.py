@@ -15,7 +15,7 @@ from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.device.protocol import Device
 from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
-from coserve_engine.formats.model_folder import read_model_config
+from coserve_engine.formats.model_folder import check_length, read_model_config
 from coserve_engine.kernels.functional import repeat_last_row
 from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
@@ -62,11 +62,7 @@ class Executor:
         self.model: ModelConfig = read_model_config(folder)
         if config.end_tokens is not None:
             self.model = replace(self.model, eos_token_ids=config.end_tokens)
-        if config.max_model_length > self.model.max_positions:
-            raise ModelFolderError(
-                f"maxModelLength is {config.max_model_length}, but {folder / 'config.json'} allows "
-                f"max_position_embeddings {self.model.max_positions}; lower maxModelLength"
-            )
+        check_length(folder, self.model, config.max_model_length)
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
         self.copies: Device = device_of(self.device)

@@ -16,10 +16,13 @@ from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.work import ForwardWork, UnitWork
 from coserve_engine.model.executor import Executor
+from coserve_engine.tensors.weights import FrozenLinear
 
 CALL_S = 3e-5
 """An attention call besides its keys and pairs."""
 TRIES = 3
+BYTES_BOUND, MOST_ROWS = 0.7, 4096
+"""Share of the rows of a product from which on the ridge may lie above them; rows that are tried at most."""
 LEAST_S = 1e-9
 """A clock that stands still measures nothing, and no rate is infinite."""
 TYPICAL_FORWARD = ForwardWork(decode=8, prefill=64, finetune=64, calls=10, kv_rows=2560, pairs=40960).features()
@@ -34,27 +37,41 @@ class Rates:
     bytes_per_s: float
     flops_per_s: float
 
+    def ridge_rows(self, itemsize: int) -> float:
+        """Rows with which a weight's operations take as long as its bytes."""
+        return itemsize * self.flops_per_s / (2 * self.bytes_per_s)
+
     @classmethod
     def measured(cls, executor: Executor, clock: Callable[[], float]) -> Rates:
-        """The best of TRIES with the head, which fits no cache, and with a layer's widest linear."""
-        model, numerics, weights = executor.model, executor.numerics, executor.transformer.weights
+        """The best of TRIES with the head, which fits no cache, and with a layer's widest linear: by a tile of rows,
+        and by twice as many as long as those may still take the time of the weight's bytes.
+        """
+        model, numerics, weights, itemsize = (
+            executor.model,
+            executor.numerics,
+            executor.transformer.weights,
+            executor.dtype.itemsize,
+        )
         name = max(LINEARS, key=lambda n: _size(model, n))
-        few, tile = (
-            torch.ones(rows, width, dtype=executor.dtype, device=executor.device)
-            for rows, width in ((numerics.row_multiple, model.hidden), (numerics.tile, model.linear_shape(name)[1]))
-        )
-        head_s, linear_s = [], []
-        for _ in range(TRIES):
-            begin = clock()
-            weights.head.forward(few)
-            middle = clock()
-            weights.layers[0].linears[name].forward(tile)
-            head_s.append(middle - begin)
-            linear_s.append(clock() - middle)
-        return cls(
-            model.vocab_size * model.hidden * executor.dtype.itemsize / max(LEAST_S, min(head_s)),
-            2 * numerics.tile * _size(model, name) / max(LEAST_S, min(linear_s)),
-        )
+
+        def best_s(linear: FrozenLinear, rows: int, width: int) -> float:
+            x = torch.ones(rows, width, dtype=executor.dtype, device=executor.device)
+            times = []
+            for _ in range(TRIES):
+                begin = clock()
+                linear.forward(x)
+                times.append(clock() - begin)
+            return max(LEAST_S, min(times))
+
+        head_s = best_s(weights.head, numerics.row_multiple, model.hidden)
+        bytes_per_s, rows = model.vocab_size * model.hidden * itemsize / head_s, numerics.tile
+        while True:
+            linear_s = best_s(weights.layers[0].linears[name], rows, model.linear_shape(name)[1])
+            rates = cls(bytes_per_s, 2 * rows * _size(model, name) / linear_s)
+            still = min(head_s, linear_s) <= LEAST_S
+            if still or rates.ridge_rows(itemsize) < BYTES_BOUND * rows or rows >= MOST_ROWS:
+                return rates
+            rows *= 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ their backward, so that one pass is ready for backward when the one before it is
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from coserve_engine.latency.cost import CostModel
@@ -17,7 +17,7 @@ from coserve_engine.latency.work import ForwardWork
 from coserve_engine.scheduler.plan import PassShape, PassView, Segment, Unit, View
 
 UNIT_TILES = 8
-"""Longer units gain little, and a request that comes waits for the end of one."""
+"""Longer units gain little where a row costs the same in any company; elsewhere seconds alone bound them."""
 MAX_UNITS = 256
 
 
@@ -42,11 +42,13 @@ def windows(
     """
     segments: list[Segment] = []
     after = list(view.passes)
+    gap_s = min([s.tpot_s for s in view.sequences], default=0.0) - view.reserve_s
+    rows = _window_rows(view, view.passes, cost, work, gap_s)
     for number, owner in enumerate(view.passes):
         if owner.forward_done:
             continue
         shape, first, last = owner.shape, owner.fwd_tile, len(owner.shape.tiles)
-        end = _most_tiles(shape, first, last, view.max_batch_tokens, cost, work, room)
+        end = _most_tiles(shape, first, last, rows, cost, work, room)
         if end == first and at_least_one and work.empty:
             end = first + 1
         if end > first:
@@ -71,8 +73,30 @@ def _most_tiles(
     return first + bisect_left(range(first + 1, last + 1), True, key=too_many)
 
 
+def _window_rows(view: View, passes: tuple[PassView, ...], cost: CostModel, work: ForwardWork, gap_s: float) -> int:
+    """Rows up to which windows go into the forward of `work`, of a gap of so many seconds.
+
+    Where a device has a knee, a forward is filled with windows or takes those alone that cost nothing: two half filled
+    would launch, and read, more for as many rows. It is filled as late as lets the forward of the next pass end with
+    the backward of this one.
+    """
+    regime = cost.regime
+    if regime is None or not view.sequences:
+        return view.window_limit
+    free, each = max(regime.knee, regime.launched(work.rows)), regime.full - work.rows
+    waiting, ready = [p for p in passes if not p.forward_done], [p for p in passes if p.forward_done]
+    if not waiting or each < regime.step:
+        return min(free, view.window_limit)
+    shape, first = waiting[0].shape, waiting[0].fwd_tile
+    end = max(first + 1, bisect_right(shape.starts, shape.starts[first] + each) - 1)
+    rows = sum([p.shape.rows - p.shape.starts[p.fwd_tile] for p in waiting])
+    spare_s = gap_s - cost.forward_s(work.plus(shape.forward(first, end)))
+    filled = sum([_backward_s(p, cost) for p in ready]) <= math.ceil(rows / each) * max(0.0, spare_s)
+    return min(regime.full if filled else free, view.window_limit)
+
+
 def next_windows(
-    passes: tuple[PassView, ...], cost: CostModel, decode: ForwardWork, room: Room, max_rows: int
+    view: View, passes: tuple[PassView, ...], cost: CostModel, decode: ForwardWork, room: Room
 ) -> ForwardWork:
     """The next forward: its decode rows, and as many tiles of windows as the passes need beside backward units.
 
@@ -84,6 +108,11 @@ def next_windows(
     waiting = [p for p in passes if not p.forward_done]
     if not waiting or len(waiting) == len(passes):
         return decode
+    max_rows = _window_rows(view, passes, cost, decode, room.bound_s)
+    if cost.regime is not None:
+        shape, first = waiting[0].shape, waiting[0].fwd_tile
+        end = _most_tiles(shape, first, len(shape.tiles), max_rows, cost, decode, room)
+        return decode.plus(shape.forward(first, end)) if end > first else decode
     backward_s = sum([_backward_s(p, cost) for p in passes if p.forward_done])
     if backward_s <= 0:
         return decode
@@ -108,7 +137,7 @@ def _backward_s(owner: PassView, cost: CostModel) -> float:
     shape, tiles = owner.shape, len(owner.shape.tiles)
 
     def layer_s(layer: int, end: int) -> float:
-        units = math.ceil(end / UNIT_TILES)
+        units = math.ceil(end / UNIT_TILES) if cost.regime is None else 1
         return units * cost.unit_s(shape.backward(layer, 0, max(1, end // units)))
 
     rest_s = layer_s(owner.layer, owner.end_tile) if owner.layer >= owner.last_layer else 0.0
@@ -150,7 +179,7 @@ def _largest_unit(shape: PassShape, cost: CostModel, layer: int, end: int, limit
     the limit; of one tile if none has.
     """
     ratio = cost.unit_ratio(head=layer == shape.layers)
-    low, first = max(0, end - UNIT_TILES), end - 1
+    low, first = max(0, end - UNIT_TILES) if cost.regime is None else 0, end - 1
     expected_s = cost.unit_s(shape.backward(layer, first, end))
     if expected_s * ratio > limit_s:
         low = first

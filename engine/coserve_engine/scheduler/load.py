@@ -97,9 +97,10 @@ def alone(count: int, fixed_s: float, rows_s: float, finetune_share: float) -> f
 
     By Little's law their number goes with the time between two tokens: T(n) = fixed_s + rows_s alone, T(n) / (1 - s)
     with finetuning. Alone fewer are here, and each iteration is shorter, so n' is the fixed point of
-    n' = n (1 - s) T(n') / T(n), where an iteration has at least one row.
+    n' = n (1 - s) T(n') / T(n), where an iteration has at least one row. Of iterations that are predicted to take no
+    time nothing is known.
     """
-    if count == 0 or finetune_share == 0:
+    if count == 0 or finetune_share == 0 or fixed_s + rows_s <= 0:
         return count
     left = 1.0 - finetune_share
     found = count * left * fixed_s / (fixed_s + finetune_share * rows_s) if fixed_s > 0 else 0.0

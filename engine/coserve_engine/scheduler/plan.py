@@ -238,6 +238,13 @@ class View:
     """Of the model's sliding windows."""
     reserve_s: float = 0.0
     """Seconds of each gap between two tokens that stay free for what no plan foresees."""
+    max_window_rows: int | None = None
+    """Rows of one forward beyond which no window goes; None: `max_batch_tokens`."""
+
+    @property
+    def window_limit(self) -> int:
+        """Rows of a forward with windows in it."""
+        return self.max_batch_tokens if self.max_window_rows is None else self.max_window_rows
 
 
 Policy: TypeAlias = Callable[[View, CostModel, int], Plan]

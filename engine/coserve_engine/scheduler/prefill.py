@@ -72,6 +72,7 @@ def chunks(
         room = view.max_batch_tokens - work.rows
         overdue = view.now > sequence.deadline + view.ttft_s
         length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view)
+        length = _filling(sequence.done, length, cost, work)
         if length < min(rest, CUT) and (overdue and not segments):
             length = max(length, min(rest, room, CUT))
         if length <= 0:
@@ -83,6 +84,17 @@ def chunks(
         if sequence.deadline > view.now + cost.forward_bound_s(work):
             due_s = min(due_s, sequence.deadline - view.now)
     return segments, work, True, due_s
+
+
+def _filling(done: int, length: int, cost: CostModel, work: ForwardWork) -> int:
+    """Of a prompt's next `length` rows, those with which forwards fill the device: what is a little longer would take a
+    wave of tiles for its last rows, and these help to fill the next forward instead.
+    """
+    rows = work.rows + length
+    if cost.regime is None or rows <= cost.regime.full:
+        return length
+    most = rows // cost.regime.full * cost.regime.full - work.rows
+    return (done + most) // CUT * CUT - done if most >= CUT else length
 
 
 def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, view: View) -> int:

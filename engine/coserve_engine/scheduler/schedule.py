@@ -25,6 +25,8 @@ longer, so more decode at once when a burst of prompts comes, and those need wha
 WAIT_SHARE = 0.125
 """Share of it that a request may wait for what runs when it comes to nobody: a backward unit, between which an
 iteration stops for it, or the rest of a forward, which is dropped where that is longer."""
+UNIT_SHARE = 0.25
+"""Share of the gap that a unit may take where seconds alone bound it: a request that comes waits for its end."""
 
 
 def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
@@ -87,11 +89,13 @@ def _backward(
         owner, unit = least  # or a job on a slow machine would never end
         return (unit,), 2 * cost.unit_bound_s(owner.shape.backward(*unit[1:]))
     decode = decode_work([s.known for s in view.sequences], view.tile, view.reaches)
+    if cost.regime is not None:  # no number of tiles keeps units short there
+        longest_s = min(longest_s, UNIT_SHARE * view.tpot_s)
     gap_s = min([s.tpot_s for s in view.sequences]) - view.reserve_s - cost.turnaround_s
     expected_s = inf
     if view.max_slowdown is not None:
         expected_s = (1 + view.max_slowdown) * cost.forward_s(decode) - cost.turnaround_s
-    following = finetuning.next_windows(passes, cost, decode, Room(gap_s, expected_s), view.max_batch_tokens)
+    following = finetuning.next_windows(view, passes, cost, decode, Room(gap_s, expected_s))
     following_s = cost.forward_s(following)
     budget_s = min(gap_s - following_s * cost.forward_ratio, expected_s - following_s)
     return finetuning.units(passes, cost, budget_s, longest_s), max(0.0, budget_s)

@@ -13,7 +13,7 @@ from pathlib import Path
 from coserve_engine.simulate.bound import capacity
 from coserve_engine.simulate.compare import Case, Row, table
 from coserve_engine.simulate.errors import SimulationError
-from coserve_engine.simulate.machine import read_machine
+from coserve_engine.simulate.machine import DEFAULT_SIZES, SIZES, read_machine
 from coserve_engine.simulate.pauses import NONE, read_pauses
 from coserve_engine.simulate.policies import named, policy_named
 from coserve_engine.simulate.trace import Arrival, drawn, read_trace
@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cost", default="cpu", help="cpu, h200, or a JSON file")
     parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of log(actual / true)")
     parser.add_argument("--pauses", default="none", help="none, heavy, or a JSON file; the reserve is learnt")
-    parser.add_argument("--kv-pages", type=int, default=1024, help="of 64 tokens")
+    for field, size in DEFAULT_SIZES._asdict().items():
+        others = "".join(f", {name}: {getattr(sizes, field)}" for name, sizes in SIZES.items())
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, help=f"default: {size}{others}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--policies",
@@ -100,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _setups(options: argparse.Namespace) -> list[Setup]:
+    given = {field: getattr(options, field) for field in DEFAULT_SIZES._fields if getattr(options, field) is not None}
+    sizes = SIZES.get(options.cost, DEFAULT_SIZES)._replace(**given)
     for flag, values in (
         ("--slo-ms", options.slo_ms),
         ("--load", options.load),
@@ -107,7 +111,7 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
         ("--prompt-divisor", [options.prompt_divisor]),
         ("--output-divisor", [options.output_divisor]),
         ("--processes", [options.processes]),
-        ("--kv-pages", [options.kv_pages]),
+        *((f"--{field.replace('_', '-')}", [size]) for field, size in sizes._asdict().items()),
     ):
         for value in values:
             if not value > 0:
@@ -124,8 +128,8 @@ def _setups(options: argparse.Namespace) -> list[Setup]:
             tpot_s=slo_ms / 1e3,
             noise=options.noise,
             seed=options.seed,
-            kv_pages=options.kv_pages,
             pauses=pauses,
+            **sizes._asdict(),
         )
         for slo_ms in options.slo_ms
     ]

@@ -33,9 +33,8 @@ def service_s(machine: Machine, arrival: Arrival, tile: int) -> float:
     """Seconds that a request's rows take, without the fixed part of iterations: P * t_prefill + G * t_decode, where
     the first of G + 1 tokens comes with the prompt.
     """
-    fixed_s = machine.forward.fixed_ms / 1e3
-    decode_s = machine.forward_s(decode_work([arrival.prompt + arrival.output // 2], tile)) - fixed_s
-    prefill_s = machine.forward_s(prefill_work(0, arrival.prompt, tile)) - fixed_s
+    decode_s = machine.rows_s(decode_work([arrival.prompt + arrival.output // 2], tile))
+    prefill_s = machine.rows_s(prefill_work(0, arrival.prompt, tile))
     return prefill_s + (arrival.output - 1) * decode_s
 
 
@@ -50,7 +49,7 @@ def work_conserving_bound(setup: Setup, arrivals: list[Arrival], rate: float, ma
     is due, so that a run may come slightly above it.
     """
     rows_s = sum(service_s(setup.machine, a, setup.tile) for a in arrivals) / len(arrivals)
-    fixed_s = (setup.machine.forward.fixed_ms + setup.machine.turnaround_ms) / 1e3
+    fixed_s = setup.machine.fixed_s + setup.machine.turnaround_ms / 1e3
     return max(0.0, 1.0 - (rate * rows_s + fixed_s / (margin * setup.tpot_s)))
 
 

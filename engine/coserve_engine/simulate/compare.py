@@ -15,8 +15,8 @@ from coserve_engine.simulate.world import Setup, World
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. Percentages: attainment strict and by mean, finetuning of alone and of the bound, iterations over.
-    `simulated_s`: how long it was.
+    """One run. Percentages: attainment strict and by mean, finetuning of alone and of the bound, iterations over,
+    mean error of predictions. `simulated_s`: how long it was.
     """
 
     policy: str
@@ -29,6 +29,7 @@ class Row:
     median_gap_ms: float
     p99_gap_ms: float
     over: float
+    error: float
     simulated_s: float
 
 
@@ -54,7 +55,7 @@ class Case:
         world = World(used, arrivals, entry.policy, finetuning=entry.finetuning, stops=entry.stops, reserve=reserve)
         result = world.run()
         got = 1.0 - entry.share if entry.share is not None else result.finetune_tokens_per_s / self.alone
-        bound = work_conserving_bound(setup, arrivals, rate)
+        bound = work_conserving_bound(setup, arrivals, len(arrivals) / result.seconds)
         return Row(
             policy=name,
             slo_ms=1e3 * setup.tpot_s,
@@ -66,11 +67,23 @@ class Case:
             median_gap_ms=result.gap_ms(50),
             p99_gap_ms=result.gap_ms(99),
             over=result.over_percent,
+            error=result.error_percent,
             simulated_s=result.seconds,
         )
 
 
-HEAD = ("SLO ms", "load %", "strict %", "mean %", "FT % alone", "% bound", "gap P50 ms", "gap P99 ms", "over %")
+HEAD = (
+    "SLO ms",
+    "load %",
+    "strict %",
+    "mean %",
+    "FT % alone",
+    "% bound",
+    "gap P50 ms",
+    "gap P99 ms",
+    "over %",
+    "error %",
+)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -80,6 +93,7 @@ def table(rows: Iterable[Row]) -> str:
         return (
             f"{r.policy:<20}{r.slo_ms:>11.0f}{r.load_percent:>11.0f}{r.strict:>11.2f}{r.by_mean:>11.2f}"
             f"{r.finetuning:>11.1f}{r.of_bound:>11.1f}{r.median_gap_ms:>11.1f}{r.p99_gap_ms:>11.1f}{r.over:>11.3f}"
+            f"{r.error:>11.1f}"
         )
 
     return "\n".join([f"{'policy':<20}" + "".join(f"{name:>11}" for name in HEAD), *map(line, rows)])

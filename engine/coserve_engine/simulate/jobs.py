@@ -9,18 +9,20 @@ MAX_LIVE = 2
 
 
 class Job:
-    """An endless stream of like passes, `passes_per_step` of them in an optimizer step; two are live at most.
+    """An endless stream of like passes, `passes_per_step` of them in an optimizer step; two are live at most. A pass
+    packs samples of `sample_tokens`.
 
     The next step's passes open once all of this step's are done, since they need its parameters.
     """
 
-    def __init__(self, pool: PagePool, layers: int, tile: int, page: int, tokens: int, passes_per_step: int) -> None:
+    def __init__(
+        self, pool: PagePool, layers: int, tile: int, page: int, tokens: int, sample_tokens: int, passes_per_step: int
+    ) -> None:
         self._pool, self._layers, self._per_step = pool, layers, passes_per_step
-        count, rest = divmod(tokens, tile)
-        rows = [tile] * count + [rest] * (rest > 0)
-        tiles = tuple((n, (index + 1) * tile) for index, n in enumerate(rows))
+        samples = [min(sample_tokens, tokens - first) for first in range(0, tokens, sample_tokens)]
+        tiles = tuple((min(tile, n - at), at + tile) for n in samples for at in range(0, n, tile))
         self._shape = PassShape(0, tiles, layers, training=True)
-        self._pages = -(-tokens // page)
+        self._pages = sum(-(-n // page) for n in samples)
         self._opened = 0
         self._units_of_pass = (layers + 1) * len(tiles)
         self.tokens = tokens

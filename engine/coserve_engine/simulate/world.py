@@ -40,6 +40,9 @@ class Setup:
     max_batch_tokens: int = 512
     kv_pages: int = 1024
     pass_tokens: int = 512
+    sample_tokens: int | None = None
+    """Of each sample in a pass; None: a pass is one sample."""
+    max_window_rows: int | None = None
     passes_per_step: int = 4
     tile: int = 64
     page: int = 64
@@ -93,7 +96,13 @@ class World:
         self._reserve = reserve or FixedReserve(0.0)
         self._pool = PagePool(setup.kv_pages)
         self._job = Job(
-            self._pool, setup.machine.layers, setup.tile, setup.page, setup.pass_tokens, setup.passes_per_step
+            self._pool,
+            setup.machine.layers,
+            setup.tile,
+            setup.page,
+            setup.pass_tokens,
+            setup.sample_tokens or setup.pass_tokens,
+            setup.passes_per_step,
         )
 
     def run(self, seconds: float = math.inf) -> Result:
@@ -231,6 +240,7 @@ class World:
             s.tile,
             s.max_slowdown,
             reserve_s=self._reserve.seconds,
+            max_window_rows=s.max_window_rows,
         )
 
     def _commit(self, plan: Plan, forwarded: Forwarded) -> None:

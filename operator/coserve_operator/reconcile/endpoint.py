@@ -177,6 +177,6 @@ def _agents(beats: Mapping[str, Heartbeat], jobs: Mapping[str, Sequence[str]]) -
     """Return one entry a pod: a restarted container's heartbeat may still be there beside its successor's."""
     newest = {beat.pod_name: (agent, beat) for agent, beat in sorted(beats.items(), key=lambda item: item[1].ready)}
     return tuple(
-        AgentStatus(name=pod, node=beat.node, jobs=tuple(sorted(jobs.get(agent, ()))))
+        AgentStatus(name=pod, node=beat.node, device=beat.device, jobs=tuple(sorted(jobs.get(agent, ()))))
         for pod, (agent, beat) in sorted(newest.items())
     )

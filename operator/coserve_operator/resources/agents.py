@@ -65,6 +65,12 @@ def deployment(
 def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, Any]]:
     spec, meta = endpoint.spec, endpoint.metadata
     slowdown, kept = spec.finetuning.max_slowdown_percent, spec.finetuning.activation_memory
+    cache = spec.engine.kv_cache_memory
+    by_device = {
+        "MAX_REQUESTS": spec.engine.max_requests,
+        "MAX_BATCH_TOKENS": spec.engine.max_batch_tokens,
+        "KV_CACHE_BYTES": None if cache is None else quantity_bytes(cache),
+    }
     settings: dict[str, str | int] = {
         "ENDPOINT_UID": meta.uid,
         "ENDPOINT_NAME": meta.name,
@@ -81,8 +87,9 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "MAX_CONCURRENT_JOBS": spec.finetuning.max_concurrent_jobs,
         "MAX_SLOWDOWN_PERCENT": "" if slowdown is None else slowdown,
         "PASS_BYTES": "" if kept is None else quantity_bytes(kept),
-        "MAX_BATCH_TOKENS": spec.engine.max_batch_tokens,
-        "KV_CACHE_BYTES": quantity_bytes(spec.engine.kv_cache_memory),
+        "DEVICE": spec.engine.device.value,
+        "GPU_RESOURCE": pods.gpu_resource(spec.template),
+        "DTYPE": spec.engine.dtype.value,
         "THREADS": spec.engine.threads,
         "GENERATION_CONFIG": spec.engine.generation_config.value,
         "TEMPLATE_VARIABLES": json.dumps(spec.engine.template_variables, sort_keys=True),
@@ -90,6 +97,8 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str) -> list[dict[str, 
         "ARTIFACTS": artifacts_path(spec.artifact_store.uri),
         "HTTP_PORT": HTTP_PORT,
         "ADMIN_PORT": ADMIN_PORT,
+        # What is unset is left out: an older agent's image has defaults of its own, and takes no blank.
+        **{name: value for name, value in by_device.items() if value is not None},
     }
     downward = {"POD_NAME": "metadata.name", "POD_UID": "metadata.uid", "NODE_NAME": "spec.nodeName"}
     fields = [

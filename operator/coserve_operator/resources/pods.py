@@ -1,6 +1,7 @@
 """What agents' and feeders' pods have in common: who they run as, what they may touch, and which volumes they see."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from coserve_operator.resources.metadata import secret_name, service_account_nam
 
 USER = 65532
 TMP = "coserve-tmp"
+GPU_VENDORS = ("nvidia.com", "amd.com")
+"""Whose devices torch calls cuda; a resource of theirs is a GPU or a slice of one (nvidia.com/mig-1g.10gb)."""
 
 POD_SECURITY = {
     "runAsNonRoot": True,
@@ -116,6 +119,15 @@ def template_resources(template: PodTemplate) -> dict[str, Any]:
     """Return the template's compute resources as the API server takes them."""
     dumped: dict[str, Any] = template.resources.model_dump(mode="json", by_alias=True)
     return {name: value for name, value in dumped.items() if value}
+
+
+def gpu_resource(template: PodTemplate) -> str:
+    """Return the resource by which the pod gets a GPU; "" where it asks for none."""
+    for resources in (template.resources.limits, template.resources.requests):
+        for name, quantity in resources.items():
+            if name.partition("/")[0] in GPU_VENDORS and re.search("[1-9]", quantity):
+                return name
+    return ""
 
 
 def _dumped(template: PodTemplate, field: str) -> list[dict[str, Any]]:

@@ -183,3 +183,59 @@ def test_without_bytes_and_operations_what_was_not_measured_would_cost_nothing(
 def test_loading_that_takes_long_leaves_more_time() -> None:
     assert budget_s(0.0) == budget_s(50.0) == 5.0
     assert budget_s(120.0) == pytest.approx(12.0)
+
+
+# ---- a device with a knee ----
+
+
+class Kneed(SlowExecutor):
+    """A forward takes 4 ms until its rows, launched by two tiles, take longer."""
+
+    def forward(self, segments: tuple[Segment, ...], *rest: Any) -> Forwarded | None:
+        rows = -(-sum(segment.length for segment in segments) // 128) * 128
+        self._takes(max(4e-3, rows * 2e-5))
+        return Executor.forward(self, segments, *rest)
+
+
+def calibrated(plain: str, rates: Rates) -> tuple[CostModel, str]:
+    clock = FakeClock()
+    executor, cost = Kneed(EngineConfig(plain, max_model_length=512, kv_cache_bytes=4 << 20), clock), CostModel()
+    (note,) = calibrate(executor, cost, clock, 5.0, rates)
+    return cost, note
+
+
+def test_a_knee_is_measured_where_the_rates_allow_one(plain: str) -> None:
+    cost, note = calibrated(plain, Rates(4e9, 4e11))
+    assert cost.regime is not None and "fill the device" in note
+    for rows in (8, 100, 256, 384, 512):
+        expected = max(4e-3, -(-rows // 128) * 128 * 2e-5)
+        assert cost.forward_s(prefill_work(0, rows, 64)) == pytest.approx(expected, rel=0.15)
+
+
+def test_where_operations_decide_from_a_dozen_rows_on_there_is_one_line(plain: str) -> None:
+    """The control: the same times, by the rates of a CPU."""
+    cost, note = calibrated(plain, Rates(4e9, 2e10))
+    assert cost.regime is None and "fill the device" not in note
+    assert cost.forward_s(prefill_work(0, 100, 64)) != pytest.approx(4e-3, rel=0.02)
+
+
+def test_rates_are_measured_with_rows_that_meet_the_ridge(plain: str) -> None:
+    """A device of which a product takes 1 ms up to 200 rows: a tile would say that the ridge lies at a tile."""
+    clock = FakeClock()
+    executor = SlowExecutor(EngineConfig(plain, max_model_length=512, kv_cache_bytes=4 << 20), clock)
+    model, weights = executor.model, executor.transformer.weights
+
+    class Timed:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clock.now += self.size * 1e-6 * max(1.0, len(x) / 200)
+            return x
+
+    layer = weights.layers[0].linears
+    for name in layer:
+        out, into = model.linear_shape(name)
+        layer[name] = Timed(out * into)  # type: ignore[assignment]
+    object.__setattr__(weights, "head", Timed(model.vocab_size * model.hidden))
+    assert Rates.measured(executor, clock).ridge_rows(4) == pytest.approx(200, rel=0.05)

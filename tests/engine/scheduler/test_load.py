@@ -75,6 +75,11 @@ def test_finetuning_in_the_slack_changes_nothing(share: float, rate: float) -> N
     assert scaled == pytest.approx(here(0.0))
 
 
+def test_a_model_that_foresees_no_time_takes_no_request_away() -> None:
+    """Rows and the rest of an iteration may both be fitted to 0."""
+    assert alone(3, 0.0, 0.0, 0.5) == 3
+
+
 @given(count=st.integers(0, 100), fixed_s=st.floats(0, 0.1), row_s=st.floats(1e-5, 0.01), share=st.floats(0, 1))
 def test_alone_is_the_fixed_point(count: int, fixed_s: float, row_s: float, share: float) -> None:
     found = alone(count, fixed_s, count * row_s, share)

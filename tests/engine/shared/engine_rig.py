@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft_reference import Adapter
+from random_models import Adapter
 
 from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.messages import (

@@ -1,4 +1,4 @@
-"""Random adapters, and a PEFT model with the weights of one."""
+"""A PEFT model with the weights of an adapter."""
 
 from __future__ import annotations
 
@@ -9,24 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_models import Adapter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from coserve_engine.messages import (
     TrainSeq,
 )
-from coserve_engine.tensors.lora import LoraLayout, LoraWeights
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Random LoRA weights as the engine sees them."""
-
-    layout: LoraLayout
-    flat: torch.Tensor
-
-    @property
-    def weights(self) -> LoraWeights:
-        return LoraWeights.trained(self.layout, self.flat)
 
 
 def wrap_in_peft(base: PreTrainedModel, config: LoraConfig) -> PeftModel:

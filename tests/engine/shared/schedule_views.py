@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.regimes import Regime
 from coserve_engine.latency.work import ForwardWork, UnitWork
 from coserve_engine.layout.passes import tile_spans
 from coserve_engine.numerics import Numerics
@@ -14,6 +15,7 @@ from coserve_engine.scheduler.plan import Kind, PassShape, PassView, Plan, Segme
 
 NOW = 100.0
 TILE = 64
+REGIME = Regime(knee=128, step=64, full=256)
 
 
 class Linear(CostModel):
@@ -35,6 +37,20 @@ class Linear(CostModel):
 
     def unit_ratio(self, *, head: bool) -> float:
         return 1.25
+
+
+class Kneed(Linear):
+    """The same, but that a forward's rows cost nothing below a knee, and what is launched above it."""
+
+    def __init__(self, row_s: float = 1e-4, regime: Regime = REGIME) -> None:
+        super().__init__(row_s)
+        self.regime = regime
+
+    def forward_s(self, work: ForwardWork) -> float:
+        assert self.regime is not None
+        if work.empty:
+            return 0.0
+        return self._row_s * (max(self.regime.knee, self.regime.launched(work.rows)) + work.pairs / 1000)
 
 
 tpots, ttfts = st.sampled_from((0.05, 0.2, 0.2)), st.sampled_from((0.2, 1.0, 50.0))
@@ -92,7 +108,9 @@ calm_views = st.builds(
     max_batch_tokens=st.just(512),
 )
 """In which finetuning usually runs."""
-costs = st.builds(Linear, st.sampled_from((0.0, 1e-6, 1e-5, 1e-4, 1e-3)))
+costs = st.builds(
+    lambda make, row_s: make(row_s), st.sampled_from((Linear, Kneed)), st.sampled_from((0.0, 1e-6, 1e-5, 1e-4, 1e-3))
+)
 
 
 def of(plan: Plan, kind: Kind) -> list[Segment]:

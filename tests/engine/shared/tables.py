@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from coserve_engine.kernels.fake.table import FakeKernels
 from coserve_engine.kernels.torch.table import TorchKernels
 from coserve_engine.model import executor
 
+if TYPE_CHECKING:
+    import pytest
+
+
+def plain_operators(config: Any, numerics: Any, dtypes: Any, rope: Any, *, backward: bool) -> TorchKernels:
+    """In the place of `select`: the table of plain operators, whatever the dtype."""
+    return TorchKernels.create(config, numerics, dtypes, rope)
+
 
 def use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Executors made from now on compute by plain operators, whatever the dtype."""
-
-    def select(config: Any, numerics: Any, dtypes: Any, rope: Any, *, backward: bool) -> TorchKernels:
-        return TorchKernels.create(config, numerics, dtypes, rope)
-
-    monkeypatch.setattr(executor, "select", select)
+    monkeypatch.setattr(executor, "select", plain_operators)
 
 
 def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,7 @@ def test_the_command_takes_pauses(capsys: pytest.CaptureFixture[str]) -> None:
     def finetuning(*options: str) -> float:
         assert main(["--drawn", "1", *QUICK, "--policies", "ours", *options]) == 0
         (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ours")]
-        return float(row.split()[-5])
+        return float(row.split()[-6])
 
     assert 0 < finetuning("--pauses", "heavy") < finetuning()
 

@@ -28,7 +28,8 @@ async def test_a_job_becomes_an_adapter_that_answers(cluster: Any) -> None:
     assert (record.progress.total_steps, record.progress.cursor) == (cluster.steps, 6)
     assert record.progress.eval_loss_initial is not None
     assert record.progress.tokens_per_second is not None
-    assert (await cluster.beat(agent)).jobs.keys() == {cluster.a}
+    beat = await cluster.beat(agent)
+    assert (beat.jobs.keys(), beat.device) == ({cluster.a}, "cpu")
     assert "coserve_job_step" in await cluster.metrics(agent)
     cluster.feed(cluster.a)
     result = await cluster.result(cluster.a)

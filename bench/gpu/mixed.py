@@ -1,0 +1,191 @@
+"""Iterations in which everything happens that an engine does: where they wait for the device, and what they hold."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import draw_adapter, draw_sequence
+from runner import Figures
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coserve_engine.config import LINEARS, EngineConfig
+from coserve_engine.engine import Engine
+from coserve_engine.formats.artifacts import peft_files, write_folder
+from coserve_engine.messages import (
+    AdapterVersion,
+    AddRequest,
+    ForwardBackward,
+    JobFailed,
+    LoadAdapter,
+    LoraSpec,
+    OptimStep,
+    Pass,
+    PassMode,
+    RequestFailed,
+    SamplingParams,
+    StartJob,
+    TrainSeq,
+)
+
+ITERATIONS = 100
+WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal")
+"""Operators that wait on any device: what a rehearsal counts in their place."""
+
+
+def place() -> str:
+    """module:line of the engine's innermost frame."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and "/coserve_engine/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    file = frame.f_code.co_filename.rsplit("/coserve_engine/", 1)[-1]
+    return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+class _Scalars(TorchDispatchMode):
+    """Counts by place what waits for values; copies and lists it does not see."""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith(WAITING):
+            self._seen[place()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_waits(device: torch.device) -> Iterator[Counter[str]]:
+    """Waits for the device in the block, by place."""
+    seen: Counter[str] = Counter()
+    if device.type != "cuda":
+        with _Scalars(seen):
+            yield seen
+        return
+    with noted(seen):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def noted(seen: Counter[str]) -> Iterator[None]:
+    """Counts by place torch's warnings of a wait."""
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "called a synchronizing" in str(message):
+            seen[place()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        yield
+
+
+def _params(n: int, source: random.Random) -> SamplingParams:
+    return SamplingParams(
+        source.randint(4, 20),
+        temperature=0.7 * (n % 2),
+        top_p=0.9 if n % 4 == 1 else 1.0,
+        top_k=20 if n % 4 == 3 else 0,
+        seed=n,
+        logprobs=2 if n % 3 == 0 else None,
+        prompt_logprobs=1 if n % 7 == 0 else None,
+        repetition_penalty=1.1 if n % 5 == 0 else 1.0,
+        frequency_penalty=0.2 if n % 5 == 1 else 0.0,
+        logit_bias=((7, 2.0),) if n % 5 == 2 else (),
+        min_tokens=2 * (n % 2),
+        stop_token_ids=(11,),
+    )
+
+
+def _job(seed: int) -> Iterator[ForwardBackward | OptimStep]:
+    """Steps of two passes, each followed by an evaluation."""
+    number = 0
+    for step in range(ITERATIONS):
+        for micro, mode in enumerate((PassMode.TRAIN, PassMode.TRAIN, PassMode.EVAL)):
+            number += 1
+            if mode is PassMode.EVAL:
+                yield OptimStep("job", number, 1e-3)
+                number += 1
+            seqs = tuple(TrainSeq(n, draw_sequence(seed + number + n, 40), (0.01,) * 40) for n in range(2))
+            yield ForwardBackward("job", number, Pass(0, "job", step, micro, seqs, mode))
+
+
+def busy_engine(folder: Path, adapters: Path, device: torch.device) -> Iterator[Engine]:
+    """An engine before each of ITERATIONS, with too few pages for what it is given."""
+    settings: dict[str, Any] = {"max_model_length": 256, "device": str(device), "dtype": "bfloat16"}
+    engine = Engine(EngineConfig(str(folder), kv_cache_bytes=14 * 64 * 256, **settings))
+    versions = [AdapterVersion(name, 1) for name in "ab"]
+    for n, version in enumerate(versions):
+        drawn = draw_adapter(engine.executor, rank=(4, 6)[n], seed=n)
+        write_folder(adapters / version.uid, *peft_files(drawn.layout, drawn.flat, "base"))
+        engine.submit(LoadAdapter(version, str(adapters / version.uid)))
+    engine.submit(StartJob("job", LoraSpec(4, 8.0, LINEARS, 0.1), 1))
+    for command in _job(100):
+        engine.submit(command)
+    while not engine.jobs or len(engine._adapters) < len(versions):
+        engine.step()
+        time.sleep(0.001)
+    source = random.Random(2)
+    for n in range(ITERATIONS):
+        if source.random() < 0.4:
+            version, prompt = (None, *versions)[n % 3], draw_sequence(n, source.randint(10, 200))
+            engine.submit(AddRequest(f"r{n}", prompt, _params(n, source), time.monotonic(), version))
+        yield engine
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Bytes of what outlives an iteration, by what it is for."""
+    e = engine.executor
+    weights = e.transformer.weights
+    frozen = [weights.embed, weights.norm]
+    for layer in weights.layers:
+        linears = (*layer.linears.values(), *layer.fused.values())
+        norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+        frozen += [x for x in (*norms, *(y for w in linears for y in (w.weight, w.bias))) if x is not None]
+    frozen.append(weights.head.weight)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in frozen}
+    cache = e.cache.k.nbytes + e.cache.v.nbytes
+    return {"weights": sum(storages.values()), "KV cache": cache, "passes": e.buffers.bytes}
+
+
+def memory(engine: Engine, device: torch.device) -> Figures:
+    """The peak since it was last reset, beside what the engine holds."""
+    parts = held(engine)
+    if device.type != "cuda":
+        return {"parts": parts, "lines": [f"- {name}: {size:,} bytes" for name, size in parts.items()]}
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    shown = {**parts, "everything else at the peak": peak - sum(parts.values()), "peak": peak, "reserved": reserved}
+    return {"parts": shown, "lines": [f"- {name}: {size:,} bytes" for name, size in shown.items()]}
+
+
+def waits(folder: Path, adapters: Path, device: torch.device) -> Figures:
+    """ITERATIONS mixed ones: waits for the device by place, and memory. Waits are counted, held to nothing yet."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    total: Counter[str] = Counter()
+    failures: list[str] = []
+    kinds: Counter[str] = Counter()
+    for engine in busy_engine(folder, adapters, device):
+        with counted_waits(device) as seen:
+            events = engine.step()
+        total += seen
+        kinds.update(type(event).__name__ for event in events)
+        failures += [event.message for event in events if isinstance(event, RequestFailed | JobFailed)]
+    found = memory(engine, device)
+    lines = [f"- {sum(total.values()) / ITERATIONS:.1f} waits an iteration, {ITERATIONS} iterations", *found["lines"]]
+    lines += [f"- {count / ITERATIONS:6.2f} an iteration: {where}" for where, count in total.most_common()]
+    lines += [f"- failed: {message}" for message in failures]
+    return {"waits": dict(total), "events": dict(kinds), "bytes": found["parts"], "lines": lines, "met": not failures}
