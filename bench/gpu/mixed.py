@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from random_models import draw_adapter, draw_sequence
 from runner import Figures
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
@@ -37,8 +37,6 @@ from coserve_engine.messages import (
 )
 
 ITERATIONS = 100
-WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal")
-"""Operators that wait on any device: what a rehearsal counts in their place."""
 
 
 def place() -> str:
@@ -50,26 +48,14 @@ def place() -> str:
     return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-class _Scalars(TorchDispatchMode):
-    """Counts by place what waits for values; copies and lists it does not see."""
-
-    def __init__(self, seen: Counter[str]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func).startswith(WAITING):
-            self._seen[place()] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Waits for the device in the block, by place."""
+    """Waits for the device in the block, by place: as torch warns of them, on a CPU as their operators show them."""
     seen: Counter[str] = Counter()
     if device.type != "cuda":
-        with _Scalars(seen):
+        with Waits() as waits:
             yield seen
+        seen.update({at: count for (kind, at), count in waits.found.items() if kind == "wait"})
         return
     with noted(seen):
         torch.cuda.set_sync_debug_mode("warn")

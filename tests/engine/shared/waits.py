@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +50,6 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[tuple[str, str]] = Counter()
-        self._patch = pytest.MonkeyPatch()
 
     def _see(self, kind: str) -> None:
         at = place()
@@ -76,12 +75,13 @@ class Waits(TorchDispatchMode):
             self._see("wait")
             return read(tensor)
 
-        self._patch.setattr(torch.Tensor, "tolist", tolist)  # it reads a CPU's memory without an operator
+        self._patch = mock.patch.object(torch.Tensor, "tolist", tolist)  # it reads a CPU's memory without an operator
+        self._patch.start()
         super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._patch.undo()
+        self._patch.stop()
         super().__exit__(kind, value, trace)
