@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from coserve_engine.config import LINEARS, EngineConfig, ModelConfig
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.hardware import CUDA, Hardware
+from coserve_engine.job_messages import LoraSpec
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept, row_values
+from coserve_engine.tensors.kv_cache import KVCache
+from coserve_engine.tensors.lora import LoraLayout
 from coserve_engine.training.jobs import MAX_LIVE
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 WORKSPACE_BYTES = 2 * (32 << 20)
 """Of cuBLAS on a GPU: 32 MiB a stream on Hopper, one stream that computes and one that loads adapters."""
 PASS_TOKENS = 512
@@ -124,8 +127,8 @@ def _parts(model: ModelConfig, config: EngineConfig, jobs: int) -> tuple[Part, .
 
 def _item_bytes(config: EngineConfig) -> tuple[int, int]:
     """Of a value that is multiplied, and of one that is summed up."""
-    compute = ITEM_BYTES[config.dtype]
-    return compute, max(4, compute)
+    dtypes = Dtypes.of(config.dtype)
+    return dtypes.compute.itemsize, dtypes.accumulate.itemsize
 
 
 def weight_values(model: ModelConfig) -> int:
@@ -137,9 +140,8 @@ def weight_values(model: ModelConfig) -> int:
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Of one page of the cache, keys and values of all layers."""
-    row = 2 * model.layers * model.kv_heads * model.head_size
-    return row * config.numerics.page * _item_bytes(config)[0]
+    """Of one page of the cache."""
+    return KVCache.page_bytes(model, config.numerics, Dtypes.of(config.dtype).cache)
 
 
 def sequence_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -149,8 +151,8 @@ def sequence_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def lora_values(model: ModelConfig, rank: int) -> int:
-    """Values of an adapter of all linears; ranks are stored rounded up to 8."""
-    return model.layers * -(-rank // 8) * 8 * sum(sum(model.linear_shape(name)) for name in LINEARS)
+    """Values of an adapter of all linears."""
+    return LoraLayout(model, LoraSpec(rank, 1.0, LINEARS)).size
 
 
 def pass_bytes(model: ModelConfig, config: EngineConfig, rows: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coserve_agent.unicode import surrogate_in_json
+from coserve_agent.unicode import surrogate_in_json, values_in_json
 
 
 class FieldError(ValueError):
@@ -50,7 +50,7 @@ def loads(text: str, number: Callable[[float], float] = float) -> Any:
 
     value = json.loads(text, parse_constant=constant, parse_float=real, object_pairs_hook=_distinct)
     if wrong:
-        path = _path(value, wrong[0])
+        path = next(tuple(map(str, path)) for path, found in values_in_json(value) if found is wrong[0])
         where = f"{'.'.join(path)[:200]}: " if path else ""
         raise FieldError(path[0] if path else "", where + wrong[0].what)
     found = surrogate_in_json(text, value)
@@ -64,18 +64,6 @@ class _NoNumber:
     """Stands where JSON has no number, until it is known which field that is."""
 
     what: str
-
-
-def _path(data: Any, wanted: _NoNumber) -> tuple[str, ...]:
-    """The way to `wanted` in `data`."""
-    left: list[tuple[tuple[str, ...], Any]] = [((), data)]
-    while left:
-        path, value = left.pop()
-        if value is wanted:
-            return path
-        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        left.extend(((*path, str(name)), child) for name, child in children)
-    return ()
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,15 +43,19 @@ def surrogate_in_json(source: str, data: Any) -> Surrogate | None:
     return None
 
 
-def _strings(data: Any) -> Iterator[tuple[Path, str]]:
+def values_in_json(data: Any) -> Iterator[tuple[Path, Any]]:
+    """All values in `data`, itself and objects and lists included, each with the way to it."""
     left: list[tuple[Path, Any]] = [((), data)]
     while left:
         path, value = left.pop()
+        yield path, value
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left.extend(((*path, name), child) for name, child in children)
+
+
+def _strings(data: Any) -> Iterator[tuple[Path, str]]:
+    for path, value in values_in_json(data):
         if isinstance(value, str):
             yield path, value
         elif isinstance(value, dict):
-            for name, child in value.items():
-                yield (*path, name), name
-                left.append(((*path, name), child))
-        elif isinstance(value, list):
-            left.extend(((*path, number), child) for number, child in enumerate(value))
+            yield from (((*path, name), name) for name in value)

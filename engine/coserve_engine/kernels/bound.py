@@ -4,19 +4,20 @@ one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 
+from coserve_engine.kernels.dropout import dropout
 from coserve_engine.kernels.lora import AdapterRows, LoraGroup, ScatteredRows
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.kv_cache import PageRun, Reader
-from coserve_engine.tensors.lora import LoraWeights
+from coserve_engine.tensors.lora import AB, LoraWeights, Pair
 from coserve_engine.tensors.passes import PassTensors, UnitRows
 
 
@@ -75,6 +76,14 @@ class BoundUnit(UnitRows):
         """The adapter of these rows, for what is computed again."""
         rows = slice(0, self.rows.stop - self.rows.start)
         return (LoraGroup(self.state.weights, rows, self.state.drop(self.rows)),)
+
+    def trained(self, name: str) -> tuple[Pair | None, AB | None, Callable[[torch.Tensor], torch.Tensor] | None]:
+        """What the adapter adds in a linear, the buffers of its gradients, and the dropout of its inputs; None where it
+        has none here.
+        """
+        state, layer, mask = self.state, self.layer, self.state.drop(self.rows)
+        drop = None if mask is None else partial(dropout, rows=mask.keys, layer=layer, linear=name, p=mask.p)
+        return state.weights.layers[layer].get(name), state.grad_views[layer].get(name), drop
 
     @cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:

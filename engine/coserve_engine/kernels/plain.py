@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch.nn import functional
 
 from coserve_engine.config import ModelConfig
 from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.kernels.bound import BoundBatch, BoundUnit
+from coserve_engine.kernels.functional import (
+    encode_heads,
+    encode_heads_backward,
+    rms_norm,
+    rms_norm_backward,
+    swiglu_backward,
+)
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.kv_cache import KVCache, PageRun
 from coserve_engine.tensors.passes import PassTensors, UnitRows
+from coserve_engine.tensors.weights import LayerWeights
 
 B = TypeVar("B", bound=BoundBatch)
 
@@ -31,6 +40,19 @@ def layer_masks(config: ModelConfig, numerics: Numerics, rope: torch.Tensor) -> 
     return tuple(masks[window] for window in windows)
 
 
+class PlainLinear:
+    """A frozen weight by torch's own products: the definition, for any device and dtype."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def backward(self, dy: torch.Tensor) -> torch.Tensor:
+        return dy @ self.weight
+
+
 @dataclass(frozen=True)
 class PlainKernels(Generic[B]):
     """`masks`: one a layer, in the dtype of sums over keys; `rope`: `rope_table`."""
@@ -41,6 +63,14 @@ class PlainKernels(Generic[B]):
     masks: tuple[Mask, ...]
     rope: torch.Tensor
 
+    def _wide(self, x: torch.Tensor) -> torch.Tensor:
+        """In the dtype of sums; here all is computed in one."""
+        return x
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        """In the dtype in which rows are multiplied and kept."""
+        return x
+
     # ---- forward ----
 
     def embed(self, table: torch.Tensor, b: B) -> torch.Tensor:
@@ -48,6 +78,29 @@ class PlainKernels(Generic[B]):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return x.add_(residual)
+
+    def norm(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if residual is not None:
+            x = x.add_(residual)
+        normed, rstd = rms_norm(self._wide(x), weight, self.config.rms_eps)
+        return x, self._narrow(normed), rstd
+
+    def encode(
+        self,
+        w: LayerWeights,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        b: B,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        (cos, sin), eps = b.angles, self.config.rms_eps
+        keys = encode_heads(self._wide(k), w.k_norm, eps, cos, sin)
+        cache.write(layer, b.write, keys.to(cache.k.dtype), v.to(cache.v.dtype))
+        return self._narrow(encode_heads(self._wide(q), w.q_norm, eps, cos, sin))
 
     def attend(self, layer: int, q: torch.Tensor, b: B, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         mask, o = self.masks[layer], torch.zeros_like(q)
@@ -67,6 +120,9 @@ class PlainKernels(Generic[B]):
         """o [n, heads, D] of the first rows' queries, one row of each of n sequences."""
         raise NotImplementedError
 
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self._narrow(functional.silu(self._wide(gate)).mul_(up))
+
     def keep(self, layer: int, b: B, values: Mapping[str, torch.Tensor]) -> None:
         for state, start, stop, first in b.kept:
             if state.layout.training:
@@ -85,6 +141,20 @@ class PlainKernels(Generic[B]):
     def bind_unit(self, state: PassTensors, layer: int, first: int, end: int) -> BoundUnit:
         return BoundUnit.of_unit(UnitRows.of(state, layer, first, end), self.rope)
 
+    def norm_backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        rstd: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dx = rms_norm_backward(self._wide(dy), self._wide(x), rstd, weight)
+        return self._narrow(dx if residual is None else dx.add_(residual))
+
+    def encode_again(self, w: LayerWeights, q: torch.Tensor, unit: BoundUnit) -> torch.Tensor:
+        return self._narrow(encode_heads(self._wide(q), w.q_norm, self.config.rms_eps, *unit.angles))
+
     def attend_backward(self, q: torch.Tensor, do: torch.Tensor, unit: BoundUnit, cache: KVCache) -> torch.Tensor:
         state, mask = unit.state, self.masks[unit.layer]
         dq = torch.empty(do.shape, dtype=mask.bias.dtype, device=do.device)
@@ -98,3 +168,22 @@ class PlainKernels(Generic[B]):
             part = (do[rows], q[rows], o[rows], lse[rows])
             dq[rows] = self.attention.attend_backward(*part, k, v, mask, dk, dv)
         return dq
+
+    def encode_backward(
+        self, w: LayerWeights, dq: torch.Tensor, q: torch.Tensor, k: torch.Tensor | None, unit: BoundUnit
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (cos, sin), eps = unit.angles, self.config.rms_eps
+        dk, dv = (part[:, unit.rows].transpose(0, 1) for part in unit.state.dkv)
+        before = None if k is None else self._wide(k)
+        dq = encode_heads_backward(dq, self._wide(q), w.q_norm, eps, cos, sin)
+        return dq, encode_heads_backward(dk, before, w.k_norm, eps, cos, sin), dv
+
+    def gate_again(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        silu = functional.silu(self._wide(gate))
+        return self._narrow(silu * up), silu
+
+    def gate_backward(
+        self, dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, saved: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dgate, dup = swiglu_backward(self._wide(dh), self._wide(gate), self._wide(up), saved)
+        return self._narrow(dgate), self._narrow(dup)

@@ -98,11 +98,15 @@ def _teach(
             units[head], _ = _at_pace(prior, of_kind, pace)
     cost.begin(forward, units[0], units[1], regime)
     for work, seconds in counted:
-        if isinstance(work, ForwardWork):
-            cost.observe(work, seconds, ())
-        else:
-            cost.observe(NO_WORK, 0.0, [(work, seconds)])
+        _learn(cost, work, seconds)
     cost.forget_errors()
+
+
+def _learn(cost: CostModel, work: ForwardWork | UnitWork, seconds: float) -> None:
+    if isinstance(work, ForwardWork):
+        cost.observe(work, seconds, ())
+    else:
+        cost.observe(NO_WORK, 0.0, [(work, seconds)])
 
 
 def _at_pace(
@@ -214,7 +218,4 @@ class _Run:
         run()
         seconds = self._clock() - begin
         self.measured.append((self._number, work, seconds))
-        if isinstance(work, ForwardWork):
-            self._expected.observe(work, seconds, ())
-        else:
-            self._expected.observe(NO_WORK, 0.0, [(work, seconds)])
+        _learn(self._expected, work, seconds)

@@ -5,6 +5,7 @@ decode.
 from __future__ import annotations
 
 from math import inf
+from typing import NamedTuple
 
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, prefill_work
@@ -25,49 +26,65 @@ def urgency(sequence: SequenceView, ttft_s: float) -> tuple[float, float, int]:
     return min(sequence.deadline, sequence.arrival + PATIENCE * ttft_s), sequence.arrival, sequence.slot
 
 
-def reserve_s(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork, left_s: float) -> float:
-    """How much of the view's reserve stays free beside prompts and the rows of `decode`, which are due in `left_s`: the
-    most at which every prompt will be in time, if this iteration's pace holds.
+def by_urgency(prompts: list[SequenceView], view: View) -> list[SequenceView]:
+    """In the order in which they are computed."""
+    return sorted(prompts, key=lambda s: urgency(s, view.ttft_s))
+
+
+class Chunks(NamedTuple):
+    """What a forward computes of prompts.
+
+    Args:
+        work: the counts of the forward.
+        whole: whether every prompt is planned to its end.
+        due_s: seconds until the earliest deadline of a prompt that is (infinite if none).
+    """
+
+    segments: list[Segment]
+    work: ForwardWork
+    whole: bool
+    due_s: float
+
+
+def chunks_in_time(
+    prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork, left_s: float
+) -> Chunks:
+    """`chunks` beside the rows of `decode`, which are due in `left_s`, that leave as much of the view's reserve free as
+    lets every prompt be in time, if this iteration's pace holds.
     """
     if not prompts or view.reserve_s == 0 or left_s == inf:
-        return view.reserve_s
-    waiting = sorted(prompts, key=lambda s: urgency(s, view.ttft_s))
+        return chunks(prompts, view, cost, decode, left_s - view.reserve_s)
+    prompts = by_urgency(prompts, view)
     for share in STEPS:
-        kept_s = share * view.reserve_s
-        _, work, whole, _ = chunks(waiting, view, cost, decode, left_s - kept_s)
-        if whole or _in_time(waiting, view, work.rows - decode.rows, cost.forward_s(work) + cost.median_turnaround_s):
-            return kept_s
-    return 0.0
+        found = chunks(prompts, view, cost, decode, left_s - share * view.reserve_s)
+        seconds = cost.forward_s(found.work) + cost.median_turnaround_s
+        if found.whole or _in_time(prompts, view, found.work.rows - decode.rows, seconds):
+            return found
+    return chunks(prompts, view, cost, decode, left_s)
 
 
-def _in_time(waiting: list[SequenceView], view: View, rows: int, seconds: float) -> bool:
-    """Whether prompts, one after the other and so many rows in so many seconds, are done a reserve before their
-    deadlines: a pause may hit them as well.
+def _in_time(prompts: list[SequenceView], view: View, rows: int, seconds: float) -> bool:
+    """Whether prompts, in this order and so many rows in so many seconds, are done a reserve before their deadlines: a
+    pause may hit them as well.
     """
     needed = 0
-    for sequence in waiting:
+    for sequence in prompts:
         needed += sequence.known - sequence.done
         if needed * seconds > rows * HURRY_SHARE * (sequence.deadline - view.now - view.reserve_s):
             return False
     return True
 
 
-def chunks(
-    prompts: list[SequenceView], view: View, cost: CostModel, work: ForwardWork, left_s: float
-) -> tuple[list[Segment], ForwardWork, bool, float]:
+def chunks(prompts: list[SequenceView], view: View, cost: CostModel, work: ForwardWork, left_s: float) -> Chunks:
     """Chunks of `prompts`, those of the view, beside `work`, in a forward that may take `left_s` (bound; infinite if
     nobody decodes).
 
     A prompt is cut where it does not fit. One whose deadline passed a time to first token ago gets `CUT` rows in every
     iteration, whatever it delays, so that nobody waits for ever.
-
-    Returns:
-        segments, the counts of the forward, whether every prompt is planned to its end, and the seconds until the
-        earliest deadline of a prompt that is (infinite if none).
     """
     segments: list[Segment] = []
-    due_s = float("inf")
-    for sequence in sorted(prompts, key=lambda s: urgency(s, view.ttft_s)):
+    due_s = inf
+    for sequence in by_urgency(prompts, view):
         rest = sequence.known - sequence.done
         room = view.max_batch_tokens - work.rows
         overdue = view.now > sequence.deadline + view.ttft_s
@@ -76,14 +93,14 @@ def chunks(
         if length < min(rest, CUT) and (overdue and not segments):
             length = max(length, min(rest, room, CUT))
         if length <= 0:
-            return segments, work, False, due_s
+            return Chunks(segments, work, False, due_s)
         segments.append(Segment(Kind.PREFILL, sequence.slot, sequence.done, length, sample=length == rest))
         work = work.plus(prefill_work(sequence.done, length, view.tile, view.reaches))
         if length < rest:
-            return segments, work, False, due_s
+            return Chunks(segments, work, False, due_s)
         if sequence.deadline > view.now + cost.forward_bound_s(work):
             due_s = min(due_s, sequence.deadline - view.now)
-    return segments, work, True, due_s
+    return Chunks(segments, work, True, due_s)
 
 
 def _filling(done: int, length: int, cost: CostModel, work: ForwardWork) -> int:

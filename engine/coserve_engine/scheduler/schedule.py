@@ -35,8 +35,7 @@ def decide(view: View, cost: CostModel, plan_id: int) -> Plan:
     segments = decode_segments(decoding)
     decode = decode_work([s.done for s in decoding], view.tile, view.reaches) if decoding else NO_WORK
     left_s = min([s.deadline for s in decoding], default=inf) - view.now
-    prompts_left_s = left_s - prefill.reserve_s(prompts, view, cost, decode, left_s)
-    chunks, serving, whole, due_s = prefill.chunks(prompts, view, cost, decode, prompts_left_s)
+    chunks, serving, whole, due_s = prefill.chunks_in_time(prompts, view, cost, decode, left_s)
     segments += chunks
     work, units_s = serving, 0.0
     units: tuple[Unit, ...] = ()

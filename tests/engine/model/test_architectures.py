@@ -16,10 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from coserve_engine.kernels import functional
+from coserve_engine.kernels import functional, plain
 from coserve_engine.kernels.attention import Mask
-from coserve_engine.kernels.cpu import table as cpu_table
-from coserve_engine.kernels.cpu.linears import PlainLinear
+from coserve_engine.kernels.plain import PlainLinear
 from coserve_engine.messages import AddRequest, Pass, SamplingParams, TrainSeq
 from coserve_engine.model import executor
 from coserve_engine.model.probe import probe_row_invariance
@@ -245,7 +244,7 @@ def test_a_bias_left_out_shows(rig: Any, model_path: Any, draw_tokens: Any, name
     r = float64_rig(rig, model_path("llama31"))
     weights = r.executor.transformer.weights
     layers = tuple(
-        replace(layer, linears={**layer.linears, name: PlainLinear(layer.linears[name]._weight)})
+        replace(layer, linears={**layer.linears, name: PlainLinear(layer.linears[name].weight)})
         for layer in weights.layers
     )
     r.executor.transformer = replace(r.executor.transformer, weights=replace(weights, layers=layers))
@@ -259,7 +258,7 @@ def test_a_norm_left_out_of_backward_shows(
     r = float64_rig(rig, model_path("qwen3"))
     assert gradient_error(r, draw_tokens, random_adapter, reference) < 1e-10
     monkeypatch.setattr(
-        cpu_table, "encode_heads_backward", lambda dy, x, norm, eps, cos, sin: functional.rotate(dy, cos, -sin)
+        plain, "encode_heads_backward", lambda dy, x, norm, eps, cos, sin: functional.rotate(dy, cos, -sin)
     )
     assert gradient_error(r, draw_tokens, random_adapter, reference) > 1e-6
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn import functional
 
+from coserve_engine.kernels.plain import PlainLinear
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.weights import FrozenLinear
 
@@ -23,19 +23,6 @@ CHECK_FLOPS = 1e11
 """What the check of one product may compute beyond LEAST_PROBED rows: some seconds of a slow core. Not a time: what is
 chosen must not depend on the moment.
 """
-
-
-class PlainLinear:
-    """By BLAS: the definition, for any device and dtype."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
-
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
-        return dy @ self._weight
 
 
 def by_inputs(weight: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,6 @@ def wide_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.
     return a.to(dtype) @ b.to(dtype)
 
 
-class TorchLinear:
-    """A frozen weight by torch's own product."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-    def backward(self, dy: torch.Tensor) -> torch.Tensor:
-        return dy @ self.weight
-
-
 def adapter_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -11,11 +11,11 @@ from coserve_engine.kernels.cpu.linears import (
     PROBED_ROWS,
     LinearChoice,
     PackedLinear,
-    PlainLinear,
     by_inputs,
     differing_rows,
     probed_rows,
 )
+from coserve_engine.kernels.plain import PlainLinear
 from coserve_engine.numerics import Numerics
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tables import use_torch
 
+from coserve_engine.kernels.plain import PlainLinear
 from coserve_engine.kernels.protocol import GATE_UP, QKV
-from coserve_engine.kernels.torch.products import TorchLinear
 from coserve_engine.model import loading
 from coserve_engine.scheduler.plan import Kind, Segment
 
@@ -80,13 +80,13 @@ def test_four_products_a_layer(
     products = {"forward": 0, "backward": 0}
 
     def counted(name: str) -> None:
-        real = getattr(TorchLinear, name)
+        real = getattr(PlainLinear, name)
 
-        def spy(self: TorchLinear, x: torch.Tensor) -> torch.Tensor:
+        def spy(self: PlainLinear, x: torch.Tensor) -> torch.Tensor:
             products[name] += 1
             return real(self, x)  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(TorchLinear, name, spy)
+        monkeypatch.setattr(PlainLinear, name, spy)
 
     r = rig()
     adapter = random_adapter(r.executor)
