@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,21 @@ def name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     return f"rehearsal on a CPU ({platform.machine()}), torch {torch.__version__}"
+
+
+def triton(device: torch.device) -> str:
+    """Which there is, or why none can be used here. Torch is kept from one that does not load: it would go on without
+    one, and takes only some errors for that.
+    """
+    try:
+        found = importlib.import_module("triton")
+        if device.type == "cuda":
+            found.runtime.driver.active.get_current_target()  # builds its launcher, where a compiler may be missing
+    except Exception as error:  # a broken one may raise anything, and all steps run without it
+        sys.modules["triton"] = None  # to import it is then an ImportError
+        reason = str(error).strip().partition("\n")[0]
+        return f"{'missing' if isinstance(error, ModuleNotFoundError) else 'broken'} ({type(error).__name__}: {reason})"
+    return str(found.__version__)
 
 
 def wait(device: torch.device) -> None:

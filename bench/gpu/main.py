@@ -103,10 +103,12 @@ def main() -> int:
     set_environment(dtype="float64")
     device = torch.device("cpu" if options.rehearse else "cuda")
     try:
-        results = Results(options.out, {"machine": machine.name(device), "source": source()})
+        of = {"machine": machine.name(device), "triton": machine.triton(device), "source": source()}
+        results = Results(options.out, of)
     except OtherRunError as error:
         print(f"bench/gpu/run: {error}", file=sys.stderr)
         return REFUSED
+    print(", ".join(f"{name}: {value}" for name, value in of.items()))
     with tempfile.TemporaryDirectory() as folder:
         plan = list(steps(device, results.found, Path(folder), rehearse=options.rehearse))
         left = run_steps(plan, results, time.monotonic, end)

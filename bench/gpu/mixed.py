@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from held import memory, planned, reset_peak
 from random_models import draw_adapter, draw_sequence
 from runner import Figures
 from waits import Waits
@@ -109,10 +110,9 @@ def _job(seed: int) -> Iterator[ForwardBackward | OptimStep]:
             yield ForwardBackward("job", number, Pass(0, "job", step, micro, seqs, mode))
 
 
-def busy_engine(folder: Path, adapters: Path, device: torch.device) -> Iterator[Engine]:
-    """An engine before each of ITERATIONS, with too few pages for what it is given."""
-    settings: dict[str, Any] = {"max_model_length": 256, "device": str(device), "dtype": "bfloat16"}
-    engine = Engine(EngineConfig(str(folder), kv_cache_bytes=14 * 64 * 256, **settings))
+def busy_engine(config: EngineConfig, adapters: Path) -> Iterator[Engine]:
+    """An engine before each of ITERATIONS."""
+    engine = Engine(config)
     versions = [AdapterVersion(name, 1) for name in "ab"]
     for n, version in enumerate(versions):
         drawn = draw_adapter(engine.executor, rank=(4, 6)[n], seed=n)
@@ -132,46 +132,26 @@ def busy_engine(folder: Path, adapters: Path, device: torch.device) -> Iterator[
         yield engine
 
 
-def held(engine: Engine) -> dict[str, int]:
-    """Bytes of what outlives an iteration, by what it is for."""
-    e = engine.executor
-    weights = e.transformer.weights
-    frozen = [weights.embed, weights.norm]
-    for layer in weights.layers:
-        linears = (*layer.linears.values(), *layer.fused.values())
-        norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-        frozen += [x for x in (*norms, *(y for w in linears for y in (w.weight, w.bias))) if x is not None]
-    frozen.append(weights.head.weight)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in frozen}
-    cache = e.cache.k.nbytes + e.cache.v.nbytes
-    return {"weights": sum(storages.values()), "KV cache": cache, "passes": e.buffers.bytes}
-
-
-def memory(engine: Engine, device: torch.device) -> Figures:
-    """The peak since it was last reset, beside what the engine holds."""
-    parts = held(engine)
-    if device.type != "cuda":
-        return {"parts": parts, "lines": [f"- {name}: {size:,} bytes" for name, size in parts.items()]}
-    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    shown = {**parts, "everything else at the peak": peak - sum(parts.values()), "peak": peak, "reserved": reserved}
-    return {"parts": shown, "lines": [f"- {name}: {size:,} bytes" for name, size in shown.items()]}
-
-
 def waits(folder: Path, adapters: Path, device: torch.device) -> Figures:
-    """ITERATIONS mixed ones: waits for the device by place, and memory. Waits are counted, held to nothing yet."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """ITERATIONS mixed ones, with too few pages: waits for the device by place, and memory. Waits are counted, held to
+    nothing yet.
+    """
+    settings: dict[str, Any] = {"max_model_length": 256, "device": str(device), "dtype": "bfloat16"}
+    config = EngineConfig(str(folder), kv_cache_bytes=14 * 64 * 256, **settings)
+    plan = planned(config, device)
+    reset_peak(device)
     total: Counter[str] = Counter()
     failures: list[str] = []
     kinds: Counter[str] = Counter()
-    for engine in busy_engine(folder, adapters, device):
+    for engine in busy_engine(config, adapters):
         with counted_waits(device) as seen:
             events = engine.step()
         total += seen
         kinds.update(type(event).__name__ for event in events)
         failures += [event.message for event in events if isinstance(event, RequestFailed | JobFailed)]
-    found = memory(engine, device)
+    found = memory(engine, device, plan)
     lines = [f"- {sum(total.values()) / ITERATIONS:.1f} waits an iteration, {ITERATIONS} iterations", *found["lines"]]
     lines += [f"- {count / ITERATIONS:6.2f} an iteration: {where}" for where, count in total.most_common()]
     lines += [f"- failed: {message}" for message in failures]
-    return {"waits": dict(total), "events": dict(kinds), "bytes": found["parts"], "lines": lines, "met": not failures}
+    met = found["met"] and not failures
+    return {"waits": dict(total), "events": dict(kinds), "bytes": found["bytes"], "lines": lines, "met": met}

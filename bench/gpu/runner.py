@@ -41,7 +41,7 @@ class Results:
     """What was found so far, in a folder."""
 
     def __init__(self, folder: Path, of: dict[str, str]) -> None:
-        """`of`: machine and source, which may not change from one run to the next.
+        """`of`: machine, triton and source, which may not change from one run to the next.
 
         Raises:
             OtherRunError: they did.

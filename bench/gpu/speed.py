@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 import statistics
@@ -18,15 +17,16 @@ from typing import Any
 import floors
 import machine
 import torch
+from held import memory, planned, reset_peak
 from machine import Rates
 from measure import optimizer_step
-from mixed import memory
 from models import drawn_weights, write_config
 from runner import Figures
 from words import Words
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.memory import MemoryPlan
 from coserve_engine.messages import (
     AddRequest,
     Cancel,
@@ -161,7 +161,8 @@ class Speed:
     found: Callable[[str], Figures]
     _names: Iterator[int] = field(default_factory=itertools.count)
 
-    def _engine(self, layers: int) -> Engine:
+    def _made(self, layers: int) -> tuple[Engine, MemoryPlan | str]:
+        """An engine, and what it was planned to take."""
         s = self.sizes
         with tempfile.TemporaryDirectory() as folder, drawn_weights():
             path = write_config(Path(folder), {**s.fields, "num_hidden_layers": layers})
@@ -175,14 +176,19 @@ class Speed:
                 dtype="bfloat16",
                 device=str(self.device),
             )
+            plan = planned(config, self.device)
             engine = Engine(config)
             engine.ready()
-        return engine
+        return engine, plan
 
     @cached_property
-    def engine(self) -> Engine:
+    def _large(self) -> tuple[Engine, MemoryPlan | str]:
         """With as many layers as `sizing` found."""
-        return self._engine(self.found("sizing")["layers"])
+        return self._made(self.found("sizing")["layers"])
+
+    @property
+    def engine(self) -> Engine:
+        return self._large[0]
 
     @property
     def _rates(self) -> Rates:
@@ -193,25 +199,23 @@ class Speed:
 
     def size(self, until: float) -> Figures:
         """Layers with which a step of finetuning takes `step_s`, by one with a single layer (and the head)."""
-        with self._job(self._engine(1)) as step:
+        with self._job(self._made(1)[0]) as step:
             step()
             taken_s = step()
-        gc.collect()  # its memory is the next one's
         most = self.sizes.fields["num_hidden_layers"]
         layers = max(1, min(most, int(self.sizes.step_s / taken_s)))
         return {"layers": layers, "lines": [f"- {layers} of {most} layers; a step of one took {taken_s:.3f} s"]}
 
     def finetune(self, until: float) -> Figures:
         """Finetuning alone: tokens a second, of the time after a first step."""
-        engine = self.engine
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        engine, plan = self._large
+        reset_peak(self.device)
         with self._job(engine) as step:
             step()
             taken = [step()]
             while time.monotonic() + max(taken) < until:
                 taken.append(step())
-            found = memory(engine, self.device)
+            found = memory(engine, self.device, plan)
         rate = 2 * self.sizes.sample / statistics.median(taken)
         least_us = sum(self._floor_us().values())
         lines = [
@@ -219,7 +223,7 @@ class Speed:
             f"{least_us:.1f} us ({len(taken)} steps of 2 x {self.sizes.sample} tokens)",
             *found["lines"],
         ]
-        return {"tokens_per_s": rate, "floor_us": least_us, "bytes": found["parts"], "lines": lines}
+        return {**found, "tokens_per_s": rate, "floor_us": least_us, "lines": lines}
 
     def budget(self, until: float) -> Figures:
         """One step, word by word: microseconds a token. Marks between words take time of their own."""

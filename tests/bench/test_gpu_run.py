@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ sys.path += [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
 
 import exactness  # noqa: E402
 import floors  # noqa: E402
+from held import Peak, compare  # noqa: E402
 from machine import Rates  # noqa: E402
 from mixed import noted  # noqa: E402
 from models import LLAMA_31_8B, write_config, write_model  # noqa: E402
@@ -33,9 +35,13 @@ OF = {"machine": "one", "source": "a"}
 ABSENT = ("accelerate", "fastapi", "hypothesis", "peft", "pydantic", "pytest", "redis", "transformers")
 
 
-def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """With none of ABSENT to import, as where only torch, numpy and safetensors are installed."""
-    (out.parent / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n")
+def rehearse(out: Path, *arguments: str, triton: str = "missing") -> subprocess.CompletedProcess[str]:
+    """With none of ABSENT to import, as where only torch, numpy and safetensors are installed, and no triton or one
+    whose libraries do not load.
+    """
+    absent = (*ABSENT, "triton") if triton == "missing" else ABSENT
+    (out.parent / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n")
+    (out.parent / "triton.py").write_text("raise OSError('libtriton.so: cannot open')\n")
     python = out.parent / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{out.parent}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
@@ -48,15 +54,22 @@ def test_a_rehearsal_ends_at_its_limit_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     cut = rehearse(out, "--rehearse", "--limit", "0")
     assert (cut.returncode, cut.stderr) == (3, "") and "'parity plain' and what follows is left" in cut.stdout
-    whole = rehearse(out, "--rehearse", "--limit", "600")
+    assert "triton: missing (ModuleNotFoundError: " in cut.stdout
+    whole = rehearse(out, "--rehearse", "--limit", "600", triton="broken")
     assert whole.returncode == 0, whole.stdout + whole.stderr + (out / "summary.md").read_text()
-    steps = json.loads((out / "results.json").read_text())["steps"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["of"]["triton"] == "broken (OSError: libtriton.so: cannot open)"
+    steps = results["steps"]
     assert steps["parity plain"]["met"] and steps["parity of a job"]["met"] and steps["waits"]["waits"]
     assert {f"decode {rows}" for rows in (1, 16, 64)} | {f"both at {n} % load" for n in (30, 70)} <= steps.keys()
     assert set(steps["finetuning, word by word"]["us"]) == {*steps["finetuning, word by word"]["floor_us"], "rest"}
     assert sorted(path.name for path in out.iterdir()) == ["results.json", "summary.md"]
     before = (out / "results.json").read_bytes()
-    assert rehearse(out, "--rehearse").returncode == 0
+    for name in ("waits", "finetuning alone"):
+        plan, taken = (steps[name]["bytes"][what] for what in ("planned", "taken"))
+        assert plan["weights"] == taken["weights"] and plan["KV cache"] == taken["KV cache"]
+        assert 0 < taken["state of jobs"] <= plan["state of jobs"] and 0 < taken["passes"] <= plan["passes"]
+    assert rehearse(out, "--rehearse", triton="broken").returncode == 0
     assert (out / "results.json").read_bytes() == before, "a step was run twice"
 
 
@@ -124,6 +137,21 @@ def test_figures_of_another_machine_or_source_are_not_mixed(tmp_path: Path, name
     Results(tmp_path, OF).add("a", {"seconds": 1.0})
     with pytest.raises(OtherRunError, match=f"{name} is .*name an empty folder"):
         Results(tmp_path, {**OF, name: "other"})
+
+
+def test_memory_is_held_to_its_plan_part_by_part() -> None:
+    plan, found = {"weights": 100, "passes": 50, "an iteration": 30, "KV cache": 20}, {"weights": 100, "passes": 40}
+    peak = Peak(most=170, between=145, reserved=190, outside=7)
+    met = compare(plan, found, peak)
+    assert met["met"] and met["bytes"]["taken"]["an iteration"] == 25
+    assert met["bytes"]["taken"]["held, by nothing named here"] == 5
+    for name, more in (
+        ("passes", compare(plan, {**found, "passes": 51}, None)),
+        ("an iteration", compare(plan, found, replace(peak, most=176))),
+        ("all that torch reserved", compare(plan, found, replace(peak, reserved=201))),
+    ):
+        assert not more["met"]
+        assert next(line for line in more["lines"] if "MORE" in line).startswith(f"| {name} |")
 
 
 def test_a_wait_is_counted_where_the_engine_waits() -> None:
