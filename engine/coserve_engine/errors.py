@@ -21,6 +21,10 @@ class CheckpointError(EngineError):
     """A checkpoint folder that is missing, corrupt or of another run."""
 
 
+class OtherArithmeticError(CheckpointError):
+    """A checkpoint of a run that computed otherwise: with another dtype, or other sizes of tiles."""
+
+
 class RequestError(EngineError):
     """A request that cannot run; `code` is part of the engine's interface, `field` the parameter at fault, if any."""
 

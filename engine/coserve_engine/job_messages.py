@@ -276,7 +276,8 @@ class JobStopped:
 @dataclass(frozen=True, slots=True)
 class JobFailed:
     """A command could not be obeyed. `code`: job_running, the job runs already and goes on; with invalid_checkpoint,
-    invalid_adapter (the one to go on from), invalid_command, artifact_store and internal_error its state is gone.
+    other_arithmetic (a checkpoint that is of another dtype), invalid_adapter (the one to go on from), invalid_command,
+    artifact_store and internal_error its state is gone.
     """
 
     job: str

@@ -395,5 +395,6 @@ class Driver:
 _REASONS = {
     "artifact_store": FailedReason.ARTIFACT_STORE_ERROR,
     "invalid_checkpoint": FailedReason.ARTIFACT_STORE_ERROR,
+    "other_arithmetic": FailedReason.ENDPOINT_REJECTED,
     "invalid_adapter": FailedReason.INVALID_ADAPTER,
 }

@@ -128,6 +128,17 @@ async def test_an_artifact_store_that_cannot_be_written_fails_the_job(
         assert client.alive
 
 
+async def test_a_checkpoint_of_another_dtype_is_the_endpoints_to_refuse(model_folder: Path, rig: MakeRig) -> None:
+    """Not the artifact store's fault: nothing would be gained by another try."""
+    async with running(model_folder) as client, rig(client) as job:
+        await job.driver.train()
+    async with running(model_folder, dtype="bfloat16") as client:
+        with pytest.raises(JobFailedError, match=r"state\.json: dtype is float32, .* set engine\.dtype") as caught:
+            async with rig(client, resume=job.path(3)):
+                pass
+    assert caught.value.reason is FailedReason.ENDPOINT_REJECTED
+
+
 async def test_an_evaluation_without_samples_is_none(model_folder: Path, rig: MakeRig) -> None:
     async with running(model_folder) as client, rig(client) as job:
 

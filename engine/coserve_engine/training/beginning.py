@@ -34,7 +34,7 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
     """What `command` asks for. Reads files; any thread.
 
     Raises:
-        CheckpointError: the checkpoint is corrupt or of another run.
+        CheckpointError: the checkpoint is corrupt or of another run (OtherArithmeticError: that computed otherwise).
         AdapterFolderError: the adapter to go on from cannot be read, or trained here, or is not what the job says.
     """
     lora, dtype, device = command.lora, executor.dtypes.lora, executor.device
@@ -44,7 +44,7 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
             _check_resumed(lora, found)
             return executor.layout(replace(found, dropout=lora.dropout))
 
-        return Beginning(*load_checkpoint(Path(command.resume), layout_of, executor.numerics, dtype, device))
+        return Beginning(*load_checkpoint(Path(command.resume), layout_of, executor.config, device))
     if isinstance(lora, LoraSpec):
         layout = executor.layout(lora)
         param = layout.fresh(command.seed, dtype, device)

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coserve_engine.errors import AdapterFolderError, CheckpointError
+from coserve_engine.config import EngineConfig
+from coserve_engine.errors import AdapterFolderError, CheckpointError, OtherArithmeticError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import LoraSpec
-from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, counted
+from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.lora import LoraLayout
 
 STATE = "state.json"
@@ -52,17 +53,18 @@ class TrainingState:
 
 
 def save_checkpoint(
-    path: Path, layout: LoraLayout, state: TrainingState, numerics: Numerics, files: dict[str, str], base_model: str
+    path: Path, layout: LoraLayout, state: TrainingState, config: EngineConfig, files: dict[str, str]
 ) -> str:
-    """Write folder `path`; returns the sha256 of its manifest."""
-    texts, tensors = peft_files(layout, state.param, base_model)
+    """Write folder `path`, of a job in an engine of `config`; returns the sha256 of its manifest."""
+    texts, tensors = peft_files(layout, state.param, config.model_path)
     facts = {
         "version": 1,
         "step": state.step,
         "seq_no": state.seq_no,
         "updates": int(state.adam.updates),
         "lora": asdict(layout.spec),
-        "numerics": asdict(numerics),
+        "numerics": asdict(config.numerics),
+        "dtype": config.dtype,
         "files": sorted(files),
     }
     tensors |= {MOMENTS: {"m": state.adam.m.cpu(), "v": state.adam.v.cpu()}}
@@ -73,19 +75,32 @@ def save_checkpoint(
     return write_folder(path, texts, tensors)
 
 
+def _check_arithmetic(path: Path, facts: dict[str, Any], config: EngineConfig) -> None:
+    """Refuse `facts` of file `path` that come of other arithmetic. Engines that knew no dtype computed in float32."""
+    dtype = facts.get("dtype", "float32")
+    for field, theirs, mine, remedy in (
+        ("dtype", dtype, config.dtype, f"set engine.dtype of the endpoint to {dtype}"),
+        ("numerics", facts["numerics"], asdict(config.numerics), "run the version of coserve that wrote it"),
+    ):
+        if theirs != mine:
+            raise OtherArithmeticError(
+                f"{path}: {field} is {theirs}, and this engine's is {mine}, so that the job would go on with other "
+                f"arithmetic; {remedy} and create the job again, or name this folder, which is an adapter too, in "
+                "adapter.from of a new job"
+            )
+
+
 def load_checkpoint(
-    path: Path,
-    layout_of: Callable[[LoraSpec], LoraLayout],
-    numerics: Numerics,
-    dtype: torch.dtype,
-    device: torch.device,
+    path: Path, layout_of: Callable[[LoraSpec], LoraLayout], config: EngineConfig, device: torch.device
 ) -> tuple[LoraLayout, TrainingState, dict[str, str]]:
     """Read and check folder `path`. `layout_of` gives the layout of its LoRA shape, or refuses that by CheckpointError.
 
     Raises:
-        CheckpointError: it is corrupt, or belongs to a run with another LoRA shape or other tile sizes.
+        OtherArithmeticError: it belongs to a run with another dtype or other tile sizes.
+        CheckpointError: it is corrupt, or belongs to a run with another LoRA shape.
     """
     verify_folder(path)
+    dtype = Dtypes.of(config.dtype).lora
     try:
         facts: dict[str, Any] = json.loads((path / STATE).read_text())
         lora = facts["lora"]
@@ -94,10 +109,7 @@ def load_checkpoint(
             layout = layout_of(found)
         except CheckpointError as error:
             raise CheckpointError(f"{path / STATE}: {error}") from None
-        if facts["numerics"] != asdict(numerics):
-            raise CheckpointError(
-                f"{path / STATE}: numerics is {facts['numerics']}, this engine runs {asdict(numerics)}"
-            )
+        _check_arithmetic(path / STATE, facts, config)
         param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype, device), dtype, device)
         moments = load_file(path / MOMENTS)
         m, v = (moments[name].to(device=device, dtype=dtype) for name in ("m", "v"))

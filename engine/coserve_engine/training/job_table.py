@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coserve_engine.config import EngineConfig
-from coserve_engine.errors import AdapterFolderError, JobError
+from coserve_engine.errors import AdapterFolderError, JobError, OtherArithmeticError
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import (
     JobCommand,
@@ -25,6 +25,13 @@ from coserve_engine.scheduler.fair import FairShare
 from coserve_engine.training.beginning import Beginning, begin
 from coserve_engine.training.job_limits import check_start
 from coserve_engine.training.jobs import Job
+
+
+def _code(error: FileError) -> str:
+    """Of JobFailed, where a job cannot begin."""
+    if isinstance(error, AdapterFolderError):
+        return "invalid_adapter"
+    return "other_arithmetic" if isinstance(error, OtherArithmeticError) else "invalid_checkpoint"
 
 
 class JobTable:
@@ -91,8 +98,7 @@ class JobTable:
             self._resubmit(command.job)
 
         def failed(error: FileError) -> None:
-            code = "invalid_adapter" if isinstance(error, AdapterFolderError) else "invalid_checkpoint"
-            self._say(JobFailed(command.job, code, str(error)))
+            self._say(JobFailed(command.job, _code(error), str(error)))
             self._resubmit(command.job)
 
         self._files.defer(lambda: begin(command, self._executor), started, failed)

@@ -241,10 +241,10 @@ class Job:
         return export
 
     def _saver(self, path: str, state: TrainingState, files: dict[str, str], seq_no: int) -> Callable[[], JobEvent]:
-        layout, numerics, base, job = self.layout, self._executor.numerics, self._executor.config.model_path, self.id
+        layout, config, job = self.layout, self._executor.config, self.id
 
         def save() -> JobEvent:
-            sha256 = save_checkpoint(Path(path), layout, state, numerics, files, base)
+            sha256 = save_checkpoint(Path(path), layout, state, config, files)
             return CheckpointDone(job, seq_no, state.step, path, sha256)
 
         return save

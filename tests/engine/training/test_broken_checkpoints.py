@@ -23,6 +23,7 @@ from coserve_engine.messages import (
     AdapterExported,
     AddRequest,
     CheckpointDone,
+    Continued,
     ExportAdapter,
     JobFailed,
     JobStarted,
@@ -59,12 +60,12 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
-def refusal(d: Any, command: StartJob) -> str:
+def refusal(d: Any, command: StartJob, code: str = "invalid_checkpoint") -> str:
     """Message with which the engine refuses to resume; it serves afterwards."""
     d.submit(command)
     d.submit(AddRequest("r", (5, 6, 7), SamplingParams(2, ignore_eos=True), 0.0))
     failed = d.run().one(JobFailed)
-    assert failed.code == "invalid_checkpoint"
+    assert failed.code == code
     assert len(d.tokens()["r"]) == 2
     assert d.engine.jobs == {}
     return str(failed.message)
@@ -161,9 +162,40 @@ def test_other_targets(driver: Any, folder: Path) -> None:
 
 
 def test_other_numerics(driver: Any, start_job: Any, folder: Path) -> None:
-    message = refusal(driver(numerics=Numerics(tile=32)), start_job(resume=str(folder)))
+    message = refusal(driver(numerics=Numerics(tile=32)), start_job(resume=str(folder)), "other_arithmetic")
     assert "'tile': 64" in message
     assert "'tile': 32" in message
+
+
+@pytest.mark.parametrize("recorded", (True, False))
+def test_another_dtype(driver: Any, start_job: Any, folder: Path, recorded: bool) -> None:
+    """It would read: adapters, moments and their dtype are the same. Engines that recorded none knew float32 alone."""
+    if not recorded:
+        rewrite(folder, lambda facts: facts.pop("dtype"))
+        same = driver()
+        same.submit(start_job(resume=str(folder)))
+        assert same.run().one(JobStarted).step == 1
+    message = refusal(driver(dtype="bfloat16"), start_job(resume=str(folder)), "other_arithmetic")
+    assert message.startswith(f"{folder / 'state.json'}: dtype is float32, and this engine's is bfloat16")
+    assert "set engine.dtype of the endpoint to float32" in message
+
+
+def test_the_remedy_for_another_dtype_is_one(driver: Any, folder: Path) -> None:
+    """The folder of a checkpoint is an adapter that a new job can go on from, in any dtype."""
+    d = driver(dtype="bfloat16")
+    d.submit(StartJob("job", Continued(str(folder)), 0))
+    assert d.run().one(JobStarted).step == 0
+
+
+def test_bfloat16_goes_on_in_bfloat16(driver: Any, start_job: Any, training: Any, tmp_path: Path) -> None:
+    d = driver(dtype="bfloat16")
+    d.submit(start_job(), *training(steps=1), SaveCheckpoint("job", 99, str(tmp_path / "s1")))
+    d.run()
+    again = driver(dtype="bfloat16")
+    again.submit(start_job(resume=str(tmp_path / "s1")))
+    assert again.run().one(JobStarted).step == 1
+    message = refusal(driver(), start_job(resume=str(tmp_path / "s1")), "other_arithmetic")
+    assert "dtype is bfloat16, and this engine's is float32" in message
 
 
 # ---- writing ----
