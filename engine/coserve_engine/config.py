@@ -151,6 +151,7 @@ class DeviceChoice:
         dtype: "auto", "float32" or "bfloat16".
         max_requests, max_batch_tokens, kv_cache_bytes: as in EngineConfig.
         max_jobs: finetuning jobs at once, for which memory is planned.
+        visible_devices: CUDA_VISIBLE_DEVICES, for what is said where it hides a GPU; None: not set.
     """
 
     device: str = "auto"
@@ -160,3 +161,4 @@ class DeviceChoice:
     max_batch_tokens: int | None = None
     kv_cache_bytes: int | None = None
     max_jobs: int = 1
+    visible_devices: str | None = None

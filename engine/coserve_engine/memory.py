@@ -26,6 +26,8 @@ KEPT_FREE = 20
 """One part in so many of a GPU's memory stays free: for adapters that are served, and for what torch's allocator
 cannot use.
 """
+CPU_KV_BYTES = 256 << 20
+"""Of the cache on a CPU, where nothing else is asked for."""
 MOST_PAGES = 1 << 18
 """Of a pool that takes what is left: a tiny model would have millions, which the books of pages cannot keep."""
 
@@ -51,7 +53,8 @@ class MemoryPlan:
     def lines(self) -> tuple[str, ...]:
         """For the log."""
         left = self.hardware.free_bytes - sum(part.bytes for part in self.parts) - self.kv_bytes
-        shown = (*self.parts, Part(f"KV cache ({self.pages} pages)", self.kv_bytes), Part("left", left))
+        rest = Part("left", left) if left >= 0 else Part("lacking, should all of it be in use at once", -left)
+        shown = (*self.parts, Part(f"KV cache ({self.pages} pages)", self.kv_bytes), rest)
         return (f"{self.hardware}", *(f"{part.name}: {part.bytes:,} bytes" for part in shown))
 
 
@@ -61,23 +64,28 @@ def plan_memory(
     """The plan of an engine for a device.
 
     On a GPU every part is taken before a request or a job comes, or must be there for it. A CPU's memory is taken page
-    by page as it is written, so that only weights and one sequence are sure to be needed: nothing else is refused.
+    by page as it is written, so that only weights and the cache, whose pages are all written in time, are sure to be
+    needed: nothing else is refused.
 
     Args:
         config: with the device's dtype, requests and batch tokens.
-        kv_bytes: what the cache is to take; None: what is left.
+        kv_bytes: what the cache is to take; None: what is left on a GPU, CPU_KV_BYTES on a CPU.
         jobs: that run at once.
 
     Raises:
         EngineConfigError: it does not fit; every part is named, in bytes.
     """
     page, sequence = page_bytes(model, config), sequence_bytes(model, config)
+    gpu, free_bytes = hardware.kind == CUDA, hardware.free_bytes
+    said = "is"
+    if kv_bytes is None and not gpu:
+        said, kv_bytes = "is not set, which on a CPU is", CPU_KV_BYTES
     if kv_bytes is not None and kv_bytes < sequence:
         raise EngineConfigError(
-            f"engine.kvCacheMemory is {kv_bytes:,} bytes, and one sequence of maxModelLength {config.max_model_length} "
-            f"takes {sequence:,}; raise kvCacheMemory or lower maxModelLength"
+            f"engine.kvCacheMemory {said} {kv_bytes:,} bytes, and one sequence of maxModelLength "
+            f"{config.max_model_length} takes {sequence:,}; raise kvCacheMemory or lower maxModelLength"
+            f"{_shorter(kv_bytes // page - 1, config)}"
         )
-    gpu, free_bytes = hardware.kind == CUDA, hardware.free_bytes
     parts = _parts(model, config, jobs)
     if gpu:
         parts += (Part("workspaces", WORKSPACE_BYTES), Part("kept free", free_bytes // KEPT_FREE))
@@ -87,21 +95,29 @@ def plan_memory(
     cache = Part("KV cache", kv_bytes, "engine.kvCacheMemory")
     if kv_bytes == sequence:
         cache = Part("KV cache of one sequence", sequence, "model.maxModelLength")
-    needed = (*parts, cache) if gpu else (parts[0], Part("one sequence", sequence, "model.maxModelLength"))
+    needed = (*parts, cache) if gpu else (parts[0], cache)
     if sum(part.bytes for part in needed) > free_bytes:
-        raise EngineConfigError(_lacking(needed, hardware))
+        raise EngineConfigError(_lacking(needed, config, hardware))
     return MemoryPlan(hardware, parts, kv_bytes, kv_bytes // page)
 
 
-def _lacking(needed: tuple[Part, ...], hardware: Hardware) -> str:
+def _shorter(pages: int, config: EngineConfig) -> str:
+    """The length for which so many pages are enough, where there is one."""
+    return f" to {pages * config.numerics.page}" if pages > 0 else ""
+
+
+def _lacking(needed: tuple[Part, ...], config: EngineConfig, hardware: Hardware) -> str:
     lacking = sum(part.bytes for part in needed) - hardware.free_bytes
     shown = " + ".join(f"{part.name} {part.bytes:,}" for part in needed)
     largest = sorted(needed, key=lambda part: -part.bytes)
+    fixed = sum(part.bytes for part in needed if not part.remedy)
     remedies = list(dict.fromkeys(part.remedy for part in largest if part.remedy and part.bytes))
-    return (
-        f"{hardware} has {lacking:,} bytes too few for: {shown}; use a device with more memory or a smaller model, or "
-        f"lower {', '.join(remedies)}"
-    )
+    ways = ["use a device with more memory or a smaller model"]
+    if config.dtype == "float32" and hardware.bfloat16:
+        ways.append("set engine.dtype to bfloat16, which halves it")
+    if fixed < hardware.free_bytes:
+        ways.append(f"lower {', '.join(remedies)}")
+    return f"{hardware} has {lacking:,} bytes too few for: {shown}; {', or '.join(ways)}"
 
 
 def _parts(model: ModelConfig, config: EngineConfig, jobs: int) -> tuple[Part, ...]:

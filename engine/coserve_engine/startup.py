@@ -6,8 +6,6 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.formats.model_folder import check_length, read_model_config
@@ -21,7 +19,6 @@ COMPUTED = ("float32", "bfloat16")
 """What an endpoint may have; float64 is for tests."""
 LARGE_GPU_BYTES = 70 << 30
 """Cards of 80 GB and more have it; those below, and slices of one, would give much of their memory to activations."""
-CPU_KV_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +44,7 @@ def prepare(config: EngineConfig, choice: DeviceChoice) -> Chosen:
     folder = Path(config.model_path)
     model = read_model_config(folder)
     check_length(folder, model, config.max_model_length)  # or too long a one would be told to raise its cache
-    kv_bytes = choice.kv_cache_bytes
-    if kv_bytes is None and hardware.kind == CPU:
-        kv_bytes = CPU_KV_BYTES
-    plan = plan_memory(model, settled, hardware, kv_bytes, choice.max_jobs)
+    plan = plan_memory(model, settled, hardware, choice.kv_cache_bytes, choice.max_jobs)
     notes = (f"device {hardware}: {why}", *notes)
     for line in (*notes, *(f"memory: {line}" for line in plan.lines())):
         log.info("engine: %s", line)
@@ -75,12 +69,15 @@ def choose_device(choice: DeviceChoice, gpu: Hardware | str, cpu: Hardware) -> t
     if isinstance(gpu, Hardware):
         several = f"; {gpu.count} are visible, and an agent uses one" if gpu.count > 1 else ""
         return gpu, (asked or "torch sees it") + several
+    none = f"torch can use no GPU here: {gpu}"
+    if choice.visible_devices is not None:
+        none += f" (CUDA_VISIBLE_DEVICES is {choice.visible_devices!r})"
     if asked:
         raise EngineConfigError(
-            f"{asked}, and torch can use no GPU here: {gpu}; check the node's driver and device plugin, or set "
+            f"{asked}, and {none}; check the node's driver and device plugin and what else uses the GPU, or set "
             "engine.device to cpu"
         )
-    return cpu, f"engine.device is auto, and torch can use no GPU here: {gpu}"
+    return cpu, f"engine.device is auto, and {none}"
 
 
 def settle(config: EngineConfig, choice: DeviceChoice, hardware: Hardware) -> tuple[EngineConfig, tuple[str, ...]]:
@@ -123,11 +120,19 @@ def _sizes(hardware: Hardware) -> tuple[int, int]:
     return (256, 8192) if hardware.total_bytes >= LARGE_GPU_BYTES else (128, 2048)
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In what torch says where memory is lacking beside its allocator on a GPU (contexts, kernels, workspaces), and on a
+CPU.
+"""
+
+
 def explained(error: Exception) -> str:
     """What is said of an error that ended the engine and is none of its own."""
-    if isinstance(error, torch.OutOfMemoryError):
+    said = str(error).partition("\n")[0]
+    lacking = isinstance(error, RuntimeError) and any(sign in said for sign in OUT_OF_MEMORY)
+    if isinstance(error, MemoryError) or lacking:
         return (
-            f"the device ran out of memory ({str(error).splitlines()[0]}); the log has the plan: lower what is largest "
-            "in it, or see what else runs on the device"
+            f"the device ran out of memory ({said}); the log has the plan: lower what is largest in it, or see what "
+            "else runs on the device"
         )
     return f"the engine's own mistake: {error!r}; its log has the rest"

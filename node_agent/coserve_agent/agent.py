@@ -246,6 +246,7 @@ def device_choice(settings: AgentSettings) -> DeviceChoice:
         max_batch_tokens=settings.max_batch_tokens,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_jobs=settings.max_concurrent_jobs,
+        visible_devices=settings.visible_devices,
     )
 
 

@@ -1,5 +1,5 @@
-"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start, and what
-terminals say of themselves.
+"""The only place that reads the environment: variables with the prefix COSERVE_, checked once at start, which GPUs CUDA
+shows, and what terminals say of themselves.
 
 A value that an endpoint's or a job's author chooses has the custom resource's own type, so that nothing which the API
 server took is refused here.
@@ -117,6 +117,7 @@ class AgentSettings(RedisSettings):
     device: Device = Device.AUTO
     gpu_resource: str = ""
     dtype: Dtype = Dtype.AUTO
+    visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")
     max_requests: Annotated[Requests | None, OrBlank] = None
     max_batch_tokens: Annotated[BatchTokens | None, OrBlank] = None
     kv_cache_bytes: Annotated[Bytes | None, OrBlank] = None

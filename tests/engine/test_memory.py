@@ -143,21 +143,48 @@ def test_too_little_is_said_in_bytes_part_by_part(finetuning: bool, kv_bytes: in
             plan_memory(LLAMA_8B, config, gpu(free), kv_bytes)
         message = str(caught.value)
         assert "weights 16,060,522,496" in message
-        assert "activationMemory" in message or not finetuning
-        assert ("engine.kvCacheMemory" in message) == (kv_bytes is not None)
+        if free == 24 << 30:
+            assert "activationMemory" in message or not finetuning
+            assert ("engine.kvCacheMemory" in message) == (kv_bytes is not None)
         found, total, lacking, *_ = numbers(message)
         parts = numbers(re.sub(r"\b\d+ (jobs|passes) ", "", re.split("too few for: |;", message)[1]))
         assert (found, total, sum(parts) - lacking) == (free, free + 1000, free)
 
 
 def test_a_cpu_refuses_only_what_is_sure_not_to_fit() -> None:
-    """Memory is taken there as it is written: passes of full length may never come."""
+    """Memory is taken there as it is written: passes of full length may never come, each page of the pool does."""
     config = EngineConfig("", max_model_length=8192)
     weights = 4 * weight_values(LLAMA_8B)
-    enough = weights + sequence_bytes(LLAMA_8B, config)
-    plan_memory(LLAMA_8B, config, cpu(enough), 8 << 30)
-    with pytest.raises(EngineConfigError, match=f"has 1 bytes too few for: weights {weights:,}"):
+    enough = weights + (8 << 30)
+    plan = plan_memory(LLAMA_8B, config, cpu(enough), 8 << 30)
+    assert plan.lines()[-1].startswith("lacking, should all of it be in use at once: ")
+    with pytest.raises(EngineConfigError, match=f"has 1 bytes too few for: weights {weights:,}") as caught:
         plan_memory(LLAMA_8B, config, cpu(enough - 1), 8 << 30)
+    assert "set engine.dtype to bfloat16" in str(caught.value)
+    assert str(caught.value).endswith("or lower engine.kvCacheMemory")
+
+
+@pytest.mark.parametrize("hardware", (gpu(8 << 30), cpu(8 << 30)))
+def test_no_setting_is_a_remedy_where_the_weights_alone_are_too_many(hardware: Hardware) -> None:
+    for dtype, other in (("float32", True), ("bfloat16", False)):
+        config = EngineConfig("", max_model_length=256, dtype=dtype)
+        with pytest.raises(EngineConfigError, match="too few for: weights") as caught:
+            plan_memory(LLAMA_8B, config, hardware, None)
+        assert ("set engine.dtype" in str(caught.value)) == other
+        assert "lower" not in str(caught.value)
+
+
+def test_the_length_that_a_cache_is_enough_for_is_enough() -> None:
+    config = EngineConfig("", max_model_length=131_072, dtype="bfloat16")
+    with pytest.raises(EngineConfigError, match=r"not set, which on a CPU is 268,435,456 bytes, .* lower") as caught:
+        plan_memory(LLAMA_8B, config, cpu(10**12), None)
+    shorter = int(str(caught.value).rpartition(" ")[2])
+    assert shorter == 1984
+    plan_memory(LLAMA_8B, replace(config, max_model_length=shorter), cpu(10**12), None)
+    with pytest.raises(EngineConfigError, match=r"lower maxModelLength to 1984"):
+        plan_memory(LLAMA_8B, replace(config, max_model_length=shorter + 1), cpu(10**12), None)
+    with pytest.raises(EngineConfigError, match=r"raise kvCacheMemory or lower maxModelLength$"):
+        plan_memory(LLAMA_8B, config, cpu(10**12), page_bytes(LLAMA_8B, config))
 
 
 @pytest.mark.parametrize("hardware", (gpu(10**12), cpu(10**12)))

@@ -70,6 +70,27 @@ def test_a_gpu_that_is_asked_for_and_is_not_there(choice: DeviceChoice, asked: s
     assert "set engine.device to cpu" in message
 
 
+def test_what_hides_a_gpu_is_said() -> None:
+    """By torch it is "No CUDA GPUs are available", whatever the reason."""
+    for hidden in ("", "MIG-0b1c5a3e", "7"):
+        with pytest.raises(EngineConfigError, match=rf"{NONE} \(CUDA_VISIBLE_DEVICES is '{hidden}'\); check"):
+            choose_device(DeviceChoice("cuda", visible_devices=hidden), NONE, HERE)
+        assert (
+            f"CUDA_VISIBLE_DEVICES is '{hidden}'" in choose_device(DeviceChoice(visible_devices=hidden), NONE, HERE)[1]
+        )
+
+
+def test_a_gpu_that_torch_counts_and_does_not_find_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where NVML and CUDA count the slices of a GPU otherwise."""
+
+    def refused(_: int) -> None:
+        raise AssertionError("Invalid device id")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", refused)
+    assert find_gpu() == "Invalid device id"
+
+
 @without_gpu
 def test_torch_says_why_there_is_none() -> None:
     found = find_gpu()
@@ -208,6 +229,27 @@ def test_running_out_of_memory_is_no_riddle() -> None:
     assert said.startswith("the device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert "the log has the plan" in said
     assert "own mistake: KeyError('x')" in explained(KeyError("x"))
+
+
+def real_refusal() -> Exception:
+    """What torch says on a CPU of more than there can be."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        real_refusal(),
+        MemoryError("no"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=("torch on a CPU", "Python", "CUDA", "cuBLAS"),
+)
+def test_memory_that_lacks_beside_torchs_allocator_is_no_riddle(error: Exception) -> None:
+    assert explained(error).startswith(f"the device ran out of memory ({str(error).splitlines()[0]})")
 
 
 def test_shards_are_read_in_order_with_their_sizes(

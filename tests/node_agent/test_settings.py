@@ -106,9 +106,10 @@ def test_the_engine_gets_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) 
     told |= {"DEVICE": "cuda", "GPU_RESOURCE": "nvidia.com/gpu", "DTYPE": "bfloat16", "MAX_CONCURRENT_JOBS": "3"}
     told |= {"MAX_REQUESTS": "100", "MAX_BATCH_TOKENS": "4096"}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", **told})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = engine_config(read(AgentSettings), (3, 5))
     assert (config.pass_bytes, config.max_slowdown_percent) == (1 << 20, 50)
-    choice = DeviceChoice("cuda", "nvidia.com/gpu", "bfloat16", 100, 4096, 4 << 20, 3)
+    choice = DeviceChoice("cuda", "nvidia.com/gpu", "bfloat16", 100, 4096, 4 << 20, 3, "")
     assert device_choice(read(AgentSettings)) == choice
     assert config.end_tokens == (3, 5)
 
