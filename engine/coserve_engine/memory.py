@@ -113,8 +113,9 @@ def _lacking(needed: tuple[Part, ...], config: EngineConfig, hardware: Hardware)
     fixed = sum(part.bytes for part in needed if not part.remedy)
     remedies = list(dict.fromkeys(part.remedy for part in largest if part.remedy and part.bytes))
     ways = ["use a device with more memory or a smaller model"]
-    if config.dtype == "float32" and hardware.bfloat16:
-        ways.append("set engine.dtype to bfloat16, which halves it")
+    halved = sum(part.bytes for part in needed if part.remedy != "engine.kvCacheMemory") // 2
+    if config.dtype == "float32" and hardware.bfloat16 and lacking <= halved:
+        ways.append("set engine.dtype to bfloat16")
     if fixed < hardware.free_bytes:
         ways.append(f"lower {', '.join(remedies)}")
     return f"{hardware} has {lacking:,} bytes too few for: {shown}; {', or '.join(ways)}"

@@ -16,6 +16,8 @@ from coserve_engine.errors import ModelFolderError
 log = logging.getLogger(__name__)
 
 FLOATS = ("F64", "F32", "BF16", "F16")
+INDEX = "model.safetensors.index.json"
+OTHER_WEIGHTS = (".bin", ".gguf", ".pt", ".pth")
 IGNORED = ".rotary_emb.inv_freq"
 """Old folders hold these; config.json says the same."""
 
@@ -42,17 +44,22 @@ def read_tensors(
             seen.add(name)
             moved = stored.to(device)
             tensor = moved.to(dtype, copy=moved is stored)
-            low, high = tensor.aminmax()  # NaN if any is
-            if not (low.isfinite() and high.isfinite()):
-                raise ModelFolderError(
-                    f"{path}: tensor {name!r} has values that are not finite as {dtype}; copy the file again, or use "
-                    "another version of the model"
-                )
+            if not _finite(tensor):
+                remedy = "copy the file again, or use another version of the model"
+                if dtype is torch.bfloat16 and _finite(moved):
+                    remedy = "set engine.dtype to float32"
+                as_what = str(dtype).removeprefix("torch.")
+                raise ModelFolderError(f"{path}: tensor {name!r} has values that are not finite as {as_what}; {remedy}")
             yield name, tensor
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    low, high = tensor.aminmax()  # NaN if any is
+    return bool(low.isfinite() and high.isfinite())
+
+
 def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
@@ -64,8 +71,26 @@ def _files(folder: Path) -> list[Path]:
         names = ["model.safetensors"]
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise ModelFolderError(f"{folder / name}: no such file; copy the model folder again")
+            raise ModelFolderError(f"{folder / name}: no such file; {_remedy(folder, name)}")
     return [folder / name for name in names]
+
+
+def _remedy(folder: Path, name: str) -> str:
+    """What to do about weights that are not there, by what is."""
+    if (folder / name).is_symlink():
+        return (
+            f"it is a link to {(folder / name).readlink()}, as in a download's cache: copy what its links lead to "
+            "(cp -rL), all of it below the model's folder"
+        )
+    beside = {path.suffix: path.name for path in sorted(folder.iterdir()) if path.is_file()}
+    if ".safetensors" in beside:
+        return f"{beside['.safetensors']} is there: copy the rest of the folder, {INDEX} too where it has several"
+    for suffix in OTHER_WEIGHTS:
+        if suffix in beside:
+            return (
+                f"{beside[suffix]} is no safetensors: save the model with transformers' save_pretrained, and copy that"
+            )
+    return "copy the model folder again"
 
 
 def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:

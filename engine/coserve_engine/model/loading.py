@@ -97,8 +97,10 @@ def load_weights(
     tensors = {name: fused.take(name, tensor) for name, tensor in read_tensors(folder, shapes, dtype, device)}
     missing = sorted(shapes.keys() - tensors.keys() - ({HEAD} if config.tied else set()))
     if missing:
+        tied = ", or set tie_word_embeddings to true in config.json where the embedding is the head"
         raise ModelFolderError(
             f"{folder}: tensor {missing[0]!r} is missing from the safetensors files; copy them again"
+            f"{tied if missing == [HEAD] else ''}"
         )
     if config.tied and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBED]):
         raise ModelFolderError(

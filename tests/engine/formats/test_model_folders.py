@@ -124,6 +124,42 @@ def test_no_weights(folder: Path) -> None:
     assert str(folder / WEIGHTS) in refusal(folder)
 
 
+def test_weights_that_are_links_into_a_cache(folder: Path) -> None:
+    """As a Hub download's snapshot has them, where the claim holds the snapshot alone."""
+    (folder / WEIGHTS).rename(folder.parent / "blob")
+    (folder / WEIGHTS).symlink_to("../blob")
+    Executor(EngineConfig(str(folder), max_model_length=256))
+    (folder.parent / "blob").unlink()
+    message = refusal(folder)
+    assert f"{folder / WEIGHTS}: no such file; it is a link to ../blob" in message
+    assert "cp -rL" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin is no safetensors: save the model with transformers' save_pretrained"),
+        ("model-00001-of-00002.safetensors", "00002.safetensors is there: copy the rest of the folder, model.safe"),
+        ("model.safetensors.incomplete", "copy the model folder again"),
+    ],
+)
+def test_weights_of_another_name(folder: Path, name: str, remedy: str) -> None:
+    """Of another format, without the index of their shards, or of a download that was interrupted."""
+    (folder / WEIGHTS).rename(folder / name)
+    message = refusal(folder)
+    assert f"{folder / WEIGHTS}: no such file; " in message
+    assert remedy in message
+
+
+def test_a_shard_that_is_not_there(folder: Path) -> None:
+    """Nothing is loaded before all of the index is there."""
+    index = {"weight_map": {"a": WEIGHTS, "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"{folder / 'model-00002-of-00002.safetensors'}: no such file" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"../none/{WEIGHTS}"}}))
+    assert f"{folder}/../none/{WEIGHTS}: no such file" in refusal(folder)
+
+
 @pytest.mark.parametrize("left", (0, 4, 100, -8))
 def test_truncated_weights(folder: Path, left: int) -> None:
     data = (folder / WEIGHTS).read_bytes()
@@ -139,6 +175,7 @@ def test_a_missing_tensor(folder: Path, name: str) -> None:
     message = refusal(folder)
     assert str(folder) in message
     assert repr(name) in message
+    assert ("tie_word_embeddings" in message) == (name == "lm_head.weight")
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
@@ -162,8 +199,15 @@ def test_a_value_that_is_not_finite(folder: Path, name: str, value: float) -> No
 
 def test_a_value_too_large_for_the_engines_type(folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.update({Q0: torch.full((64, 64), 1e300, dtype=torch.float64)}))
-    assert "not finite as torch.float32" in refusal(folder)
+    assert "not finite as float32" in refusal(folder)
     Executor(EngineConfig(str(folder), max_model_length=256, dtype="float64"))
+
+
+def test_a_value_that_bfloat16_rounds_to_infinity(folder: Path) -> None:
+    """The file is right, and float32 holds it."""
+    change_tensors(folder, lambda tensors: tensors.update({Q0: torch.full((64, 64), 3.4e38)}))
+    assert "not finite as bfloat16; set engine.dtype to float32" in refusal(folder, dtype="bfloat16")
+    Executor(EngineConfig(str(folder), max_model_length=256))
 
 
 @pytest.mark.parametrize(
