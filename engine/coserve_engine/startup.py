@@ -73,10 +73,10 @@ def choose_device(choice: DeviceChoice, gpu: Hardware | str, cpu: Hardware) -> t
     if choice.visible_devices is not None:
         none += f" (CUDA_VISIBLE_DEVICES is {choice.visible_devices!r})"
     if asked:
-        raise EngineConfigError(
-            f"{asked}, and {none}; check the node's driver and device plugin and what else uses the GPU, or set "
-            "engine.device to cpu"
-        )
+        check = "check the node's driver and device plugin and what else uses the GPU"
+        if not resource:
+            check = "the pod asks for none: add one, such as nvidia.com/gpu: 1, to template.resources.limits"
+        raise EngineConfigError(f"{asked}, and {none}; {check}, or set engine.device to cpu")
     return cpu, f"engine.device is auto, and {none}"
 
 

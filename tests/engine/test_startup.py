@@ -67,6 +67,8 @@ def test_a_gpu_that_is_asked_for_and_is_not_there(choice: DeviceChoice, asked: s
     message = str(caught.value)
     assert message.startswith(asked)
     assert NONE in message
+    assert ("check the node's driver" in message) == bool(choice.gpu_resource)
+    assert ("template.resources.limits" in message) != bool(choice.gpu_resource)
     assert "set engine.device to cpu" in message
 
 
@@ -74,7 +76,7 @@ def test_what_hides_a_gpu_is_said() -> None:
     """By torch it is "No CUDA GPUs are available", whatever the reason."""
     for hidden in ("", "MIG-0b1c5a3e", "7"):
         with pytest.raises(EngineConfigError, match=rf"{NONE} \(CUDA_VISIBLE_DEVICES is '{hidden}'\); check"):
-            choose_device(DeviceChoice("cuda", visible_devices=hidden), NONE, HERE)
+            choose_device(DeviceChoice("cuda", GPU, visible_devices=hidden), NONE, HERE)
         assert (
             f"CUDA_VISIBLE_DEVICES is '{hidden}'" in choose_device(DeviceChoice(visible_devices=hidden), NONE, HERE)[1]
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import StartError
@@ -126,6 +127,26 @@ def test_a_broken_model_ends_the_process_with_one_message(
     assert program.process.wait(90) == 1
     (line,) = [line for line in program.log.splitlines() if "CRITICAL" in line]
     assert all(word in line for word in [str(broken), *words]), line
+    assert "Traceback" not in program.log
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"device": "cuda"}, ["engine.device is cuda", "torch can use no GPU here", "template.resources.limits"]),
+        ({"kv_cache_bytes": 1 << 46}, ["70,368,744,177,664", "lower engine.kvCacheMemory"]),
+    ],
+    ids=["device", "cache"],
+)
+def test_what_the_machine_has_not_ends_the_process_with_one_message(
+    programs: Any, variables: dict[str, object], setting: dict[str, object], words: list[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    program = programs.start("main", **variables | setting)
+    assert program.process.wait(90) == 1
+    (line,) = [line for line in program.log.splitlines() if "CRITICAL" in line]
+    assert all(word in line for word in words), line
     assert "Traceback" not in program.log
 
 
