@@ -12,6 +12,7 @@ from coserve_engine.config import LINEARS, EngineConfig, ModelConfig
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.hardware import CUDA, Hardware
 from coserve_engine.job_messages import LoraSpec
+from coserve_engine.kernels.cpu.linears import PackedLinear
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept, row_values
 from coserve_engine.tensors.kv_cache import KVCache
@@ -86,7 +87,7 @@ def plan_memory(
             f"{config.max_model_length} takes {sequence:,}; raise kvCacheMemory or lower maxModelLength"
             f"{_shorter(kv_bytes // page - 1, config)}"
         )
-    parts = _parts(model, config, jobs)
+    parts = _parts(model, config, jobs, gpu=gpu)
     if gpu:
         parts += (Part("workspaces", WORKSPACE_BYTES), Part("kept free", free_bytes // KEPT_FREE))
     taken = sum(part.bytes for part in parts)
@@ -121,12 +122,15 @@ def _lacking(needed: tuple[Part, ...], config: EngineConfig, hardware: Hardware)
     return f"{hardware} has {lacking:,} bytes too few for: {shown}; {', or '.join(ways)}"
 
 
-def _parts(model: ModelConfig, config: EngineConfig, jobs: int) -> tuple[Part, ...]:
+def _parts(model: ModelConfig, config: EngineConfig, jobs: int, *, gpu: bool) -> tuple[Part, ...]:
     """All but the cache; weights come first."""
     compute, wide = _item_bytes(config)
+    by_onednn = not gpu and config.dtype == "float32" and PackedLinear.available()
+    packed = 4 * packed_values(model, config) if by_onednn else 0
     positions = config.numerics.pad(config.max_model_length)
     parts = (
         Part("weights", weight_values(model) * compute),
+        *((Part("weights as oneDNN lays them out", packed),) if packed else ()),
         Part("positions", 2 * positions * model.head_size * wide, "model.maxModelLength"),
         Part("an iteration", iteration_bytes(model, config), "engine.maxBatchTokens, engine.maxRequests"),
     )
@@ -148,11 +152,25 @@ def _item_bytes(config: EngineConfig) -> tuple[int, int]:
     return dtypes.compute.itemsize, dtypes.accumulate.itemsize
 
 
+def _linear_values(model: ModelConfig) -> int:
+    """Of a layer's linears."""
+    return sum(out * into for out, into in map(model.linear_shape, LINEARS))
+
+
+def packed_values(model: ModelConfig, config: EngineConfig) -> int:
+    """Values at most beside those of `weight_values`, where oneDNN has the products: linears and head are laid out
+    once, for backward once more, and the embedding keeps a copy of its own.
+    """
+    products, head = model.layers * _linear_values(model), model.vocab_size * model.hidden
+    again = products + head if config.finetuning else 0
+    return again + (head if model.tied else 0)
+
+
 def weight_values(model: ModelConfig) -> int:
     """Values of all weights and biases; a tied head is the embedding."""
-    linears = sum(out * into for out, into in map(model.linear_shape, LINEARS))
     biases = sum(model.linear_shape(name)[0] for name in model.biased)
-    layer = linears + biases + 2 * model.hidden + (2 * model.head_size if model.qk_norm else 0)
+    norms = 2 * model.hidden + (2 * model.head_size if model.qk_norm else 0)
+    layer = _linear_values(model) + biases + norms
     return model.layers * layer + model.hidden + (1 if model.tied else 2) * model.vocab_size * model.hidden
 
 

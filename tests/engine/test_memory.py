@@ -18,9 +18,11 @@ from coserve_engine.config import EngineConfig, ModelConfig, Rope
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.hardware import CPU, CUDA, Hardware
+from coserve_engine.kernels.cpu.linears import PackedLinear
 from coserve_engine.memory import (
     MOST_PAGES,
     lora_values,
+    packed_values,
     page_bytes,
     pass_bytes,
     plan_memory,
@@ -92,6 +94,14 @@ def test_parts_are_what_the_engine_makes(
     tensors = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
     assert weight_values(model) == sum(map(math.prod, tensors))
     assert page_bytes(model, e.config) == (e.cache.k.nbytes + e.cache.v.nbytes) // (e.ledger.total + 1)
+    weights = e.transformer.weights
+    linears = (weights.head, *(linear for layer in weights.layers for linear in layer.linears.values()))
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    if dtype == "float32" and len(packed) == len(linears):
+        laid_out = sum(w.numel() for linear in packed for w in (linear._forward, linear._backward))
+        assert weight_values(model) + packed_values(model, e.config) == laid_out + weights.embed.numel() + sum(
+            math.prod(entry["shape"]) for key, entry in header.items() if key.endswith(("norm.weight", "bias"))
+        )
     adapter = random_adapter(e, rank=20)
     assert lora_values(model, 20) == adapter.layout.size
     state = r.run_pass(Pass(1, "job", 0, 0, (TrainSeq(0, draw_tokens(1, 96), (0.01,) * 96),)), adapter)
