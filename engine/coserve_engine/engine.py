@@ -253,7 +253,8 @@ class Engine:
             for segment in plan.segments:
                 if segment.kind is Kind.FINETUNE:
                     self._jobs.charge(segment.slot, segment.length * layers)
-            events, tokens = self.serving.commit(plan.segments, computed, self._clock)
+            sampled = self.executor.sample(computed)
+            events, tokens = self.serving.commit(plan.segments, sampled, self._clock)
             self._events += events
         forwarded = self._accounts.forwarded(plan, view)
         if tokens:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.protocol import Columns, Rows, Staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class CpuDevice:
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        ints = torch.tensor(columns.all_ints, dtype=torch.int64)
+        return Staged(ints, torch.tensor(columns.all_floats, dtype=torch.float64))
 
     def fetch(self, values: torch.Tensor) -> Here:
         return Here(values.tolist())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.protocol import Columns, Rows, Staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ class CudaDevice:
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        count = len(columns.all_ints)
+        host = torch.empty(count + len(columns.all_floats), dtype=torch.int64, pin_memory=True)
+        host[:count] = torch.tensor(columns.all_ints, dtype=torch.int64)
+        host[count:].view(torch.float64).copy_(torch.tensor(columns.all_floats, dtype=torch.float64))
+        staged = host.to(self.device, non_blocking=True)
+        return Staged(staged[:count], staged[count:].view(torch.float64))
 
     def fetch(self, values: torch.Tensor) -> Fetched:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

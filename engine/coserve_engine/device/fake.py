@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.protocol import Columns, Rows, Staged
 
 MOST_LOOKS = 6
 
@@ -44,6 +44,10 @@ class FakeDevice:
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        ints = self.stage(columns.all_ints, torch.int64)
+        return Staged(ints, self.stage(columns.all_floats, torch.float64))
 
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))

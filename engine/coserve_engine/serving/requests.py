@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
-
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
 from coserve_engine.latency.work import make
+from coserve_engine.layout.choices import Choice
 from coserve_engine.limits import check
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
 from coserve_engine.scheduler.load import RequestLoad
 from coserve_engine.scheduler.pages import HEADROOM_PAGES, PageLedger
 from coserve_engine.scheduler.plan import SequenceView
 from coserve_engine.serving.prefix import KeyChain
-from coserve_engine.serving.processors import Processors
-from coserve_engine.serving.sampling import Choice
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.lora import LoraWeights
 
 
@@ -36,7 +34,10 @@ class Request:
     finetune_s_at_arrival: float
     tokens: list[int]
     chain: KeyChain
-    processors: Processors | None
+    enders: tuple[int, ...]
+    """Tokens that would end it."""
+    counts: int | None = None
+    """Where its tokens are counted while it runs, if a penalty asks."""
     pages: tuple[int, ...] = ()
     done: int = 0
     registered: int = 0
@@ -60,13 +61,21 @@ class Request:
         return self.command.params
 
     @property
+    def penalised(self) -> bool:
+        """Whether a token's logit depends on how often it was seen."""
+        p = self.params
+        return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def output_tokens(self) -> int:
         return len(self.tokens) - len(self.command.prompt)
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are wanted and not all there yet."""
-        return self.params.prompt_logprobs is not None and self.last_emit_s is None
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside those of its prompt; None where no log-probabilities are,
+        or all are there.
+        """
+        return None if self.last_emit_s is not None else self.params.prompt_logprobs
 
     def view(self, ttft_s: float, tpot_s: float) -> SequenceView:
         """As a policy sees it; the promise is its own where it brings one."""
@@ -92,14 +101,16 @@ class Request:
 
     def choice(self) -> Choice:
         """How its next token is chosen."""
-        return make(Choice, (self.command.params, len(self.tokens), self.processors))
+        params, length = self.command.params, len(self.tokens)
+        banned = self.enders if length - len(self.command.prompt) < params.min_tokens else ()
+        return make(Choice, (params, length, banned, self.counts))
 
 
 class RequestTable:
     """Waiting and running requests, and their pages. `running` is in order of arrival, as `waiting` is behind it."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger, device: torch.device) -> None:
-        self._config, self._model, self._ledger, self._device = config, model, ledger, device
+    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger, counts: TokenCounts) -> None:
+        self._config, self._model, self._ledger, self._counts = config, model, ledger, counts
         self._slots = 0
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -140,8 +151,8 @@ class RequestTable:
             )
         self._slots += 1
         chain = KeyChain(command.adapter, numerics.page, 0 if weights is None else weights.load)
-        processors = Processors.create(params, prompt, self._enders(params), self._device)
-        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, processors))
+        enders = self._enders(params)
+        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, enders))
 
     def _enders(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._model.eos_token_ids)
@@ -191,7 +202,7 @@ class RequestTable:
         """Pages that a request can begin with, and whether the one after them is being computed."""
         length = len(request.tokens)
         request.chain.extend(request.tokens, length)
-        if request.scores_prompt:
+        if request.scored is not None:
             return (), False
         keys = request.chain.keys[: (length - 1) // self._config.numerics.page]  # the last token must be computed
         hits = self._ledger.match(keys)
@@ -203,6 +214,9 @@ class RequestTable:
             request.owner, self._config.numerics.pages(length), hits, tainted=request.weights is not None
         )
         request.registered, request.done = len(hits), len(hits) * page
+        if request.penalised:
+            prompt = len(request.command.prompt)
+            request.counts = self._counts.take(request.tokens[:prompt], request.tokens[prompt:])
         for key in request.chain.keys[len(hits) :]:
             self._computing.setdefault(key, request.slot)
         if request.last_emit_s is None:
@@ -253,8 +267,6 @@ class RequestTable:
         if not request.finite:
             request.finite = True
             self._register(request)
-        if request.processors is not None:
-            request.processors.add(token)
         params, finish = request.command.params, None
         if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
             finish = FinishReason.STOP
@@ -269,6 +281,9 @@ class RequestTable:
         del self.running[request.slot]
         self._not_computing(request, len(request.chain.keys))
         self._ledger.free(request.owner, forget=forget)
+        if request.counts is not None:
+            self._counts.give(request.counts)
+            request.counts = None
         self._leave_headroom()
 
     def _leave_headroom(self) -> None:
