@@ -48,11 +48,31 @@ class Pending(Protocol):
         """The numbers; waits for what was enqueued before the fetch."""
 
 
+class Mark(Protocol):
+    """A point in the order of what is computed."""
+
+    def over(self) -> bool:
+        """Whether the device has come there."""
+
+    def at_s(self) -> float:
+        """When it did, in seconds of the host's clock; to be asked in the order of the marks, once each is over."""
+
+
 class Device(Protocol):
     """All words are in the order of what is computed."""
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def behind(self) -> bool:
+        """Whether it computes behind the host, which only enqueues."""
+
+    def mark(self) -> Mark:
+        """The point up to which all is enqueued now."""
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        """Until a mark is over, for so long at most."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         """Numbers of the host as a tensor of the device."""

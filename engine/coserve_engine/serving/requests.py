@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
@@ -26,7 +27,10 @@ from coserve_engine.tensors.lora import LoraWeights
 
 @dataclass(slots=True)
 class Request:
-    """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache."""
+    """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache, or will be
+    when what was launched is over. A token that the host does not know yet is negative: -1 - n stands for the n-th that the
+    last forward chose.
+    """
 
     command: AddRequest
     slot: int
@@ -50,6 +54,10 @@ class Request:
     placed_s: float = 0.0
     """When it got its first place."""
     last_emit_s: float | None = None
+    expected_s: float = 0.0
+    """When a token that the host does not know yet is expected."""
+    starts: int = 0
+    """How often it got a place: what was launched before it was put out is not its own any more."""
 
     @property
     def owner(self) -> str:
@@ -81,7 +89,18 @@ class Request:
         """As a policy sees it; the promise is its own where it brings one."""
         c = self.command
         promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
-        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
+        last_s = self.expected_s if self.tokens[-1] < 0 else self.last_emit_s
+        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, last_s, *promise)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it ends with the token that is on its way."""
+        return self.output_tokens >= self.params.max_tokens
+
+    def forget_unknown(self) -> None:
+        """Drop tokens that the host does not know: they will be chosen again, and be the same."""
+        while self.tokens[-1] < 0:
+            self.tokens.pop()
 
     @property
     def adapter(self) -> int | None:
@@ -106,6 +125,15 @@ class Request:
         return make(Choice, (params, length, banned, self.counts))
 
 
+class Computed(NamedTuple):
+    """What a forward computes of a request, which had `starts` then: its tokens up to `end`, and the one at `place`."""
+
+    request: Request
+    starts: int
+    end: int
+    place: int | None
+
+
 class RequestTable:
     """Waiting and running requests, and their pages. `running` is in order of arrival, as `waiting` is behind it."""
 
@@ -123,7 +151,7 @@ class RequestTable:
     def views(self, ttft_s: float, tpot_s: float) -> tuple[SequenceView, ...]:
         """The running requests as a policy sees them; those of one adapter follow each other, as will their rows."""
         by_adapter = sorted(self.running.values(), key=lambda request: request.adapter_order)
-        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter)
+        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter if not request.ending)
 
     def add(self, command: AddRequest, weights: LoraWeights | None, finetune_s: float) -> None:
         """Queue a request.
@@ -159,6 +187,8 @@ class RequestTable:
 
     def grow(self, request: Request) -> bool:
         """Pages for all that a running request knows; False where there are none."""
+        if request.ending:
+            return True
         lacking = self._config.numerics.pages(len(request.tokens)) - len(request.pages)
         if lacking > 0:
             try:
@@ -171,6 +201,7 @@ class RequestTable:
         """Its pages are free and it waits first in line. What it computed may stay in the cache for a while."""
         request = next(reversed(self.running.values()))
         self.release(request)
+        request.forget_unknown()
         request.pages, request.done, request.registered = (), 0, 0
         request.prompt_logprobs.clear()
         self.waiting.appendleft(request)
@@ -214,6 +245,7 @@ class RequestTable:
             request.owner, self._config.numerics.pages(length), hits, tainted=request.weights is not None
         )
         request.registered, request.done = len(hits), len(hits) * page
+        request.starts += 1
         if request.penalised:
             prompt = len(request.command.prompt)
             request.counts = self._counts.take(request.tokens[:prompt], request.tokens[prompt:])
@@ -238,17 +270,32 @@ class RequestTable:
         known = (*self.waiting, *self.running.values())
         return next((request for request in known if request.command.request_id == request_id), None)
 
-    def advance(self, request: Request, rows: int) -> None:
-        """`rows` more tokens of a running request are in the cache."""
-        request.done += rows
-        if request.weights is None or request.finite:
-            self._register(request)
+    def launched(self, request: Request, end: int, chosen: int | None, expected_s: float) -> Computed:
+        """The tokens of a running request up to `end` will be in the cache; `chosen`: which of the tokens that this
+        forward chooses, about `expected_s`, is its next, if any is.
+        """
+        request.done = end
+        place = None
+        if chosen is not None:
+            place, request.expected_s = len(request.tokens), expected_s
+            request.tokens.append(-1 - chosen)
+        return Computed(request, request.starts, end, place)
 
-    def _register(self, request: Request) -> None:
+    def current(self, computed: Computed) -> bool:
+        """Whether the request still runs, and was not put out in between."""
+        request = computed.request
+        return request.starts == computed.starts and self.running.get(request.slot) is request
+
+    def advance(self, request: Request, end: int) -> None:
+        """The first `end` tokens of a running request are in the cache, and known."""
+        if request.weights is None or request.finite:
+            self._register(request, end)
+
+    def _register(self, request: Request, end: int) -> None:
         """Let others find the pages that are full. Those of an adapter that may have diverged are not offered."""
-        full = request.done // self._config.numerics.page
+        full = end // self._config.numerics.page
         if request.registered < full:
-            request.chain.extend(request.tokens, request.done)
+            request.chain.extend(request.tokens, end)
             self._not_computing(request, full)
             for index in range(request.registered, full):
                 self._ledger.register(request.pages[index], request.chain.keys[index])
@@ -260,17 +307,19 @@ class RequestTable:
             if self._computing.get(key) == request.slot:
                 del self._computing[key]
 
-    def emit(self, request: Request, token: int, now: float) -> FinishReason | None:
-        """Append a sampled token to a running request's; a finished request is released."""
-        request.tokens.append(token)
+    def emit(self, computed: Computed, token: int, now: float) -> FinishReason | None:
+        """A running request's token is known; a finished request is released."""
+        request, place = computed.request, computed.place
+        assert place is not None  # or there is no token
+        request.tokens[place] = token
         request.last_emit_s = now
         if not request.finite:
             request.finite = True
-            self._register(request)
+            self._register(request, computed.end)
         params, finish = request.command.params, None
         if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
             finish = FinishReason.STOP
-        elif request.output_tokens >= params.max_tokens:
+        elif place + 1 - len(request.command.prompt) >= params.max_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
             self.release(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from coserve_engine.errors import RequestError
 from coserve_engine.latency.work import make
@@ -10,8 +11,16 @@ from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDon
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.outcome import Sampled
 from coserve_engine.scheduler.plan import Kind, Segment
-from coserve_engine.serving.requests import Request, RequestTable
+from coserve_engine.serving.requests import Computed, Request, RequestTable
 from coserve_engine.tensors.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """What a forward that was enqueued computes of requests, and what will come of it."""
+
+    rows: tuple[Computed, ...]
+    sampled: Sampled
 
 
 class Serving:
@@ -57,25 +66,39 @@ class Serving:
         while 0 < lacking <= self._executor.ledger.held_by("pass:") and drop_pass():
             lacking = table.admit(now_s)
 
-    def commit(
-        self, segments: tuple[Segment, ...], sampled: Sampled, now: Callable[[], float]
-    ) -> tuple[list[Event], tuple[Token, ...]]:
-        """Take over what a forward computed: tokens, and what is reported of them."""
-        running = self.requests.running
-        chosen, scored = sampled.collect(self._executor.model.vocab_size)
-        for kind, slot, start, length, _ in segments:
+    def launched(self, segments: tuple[Segment, ...], sampled: Sampled, expected_s: float) -> Flight:
+        """A forward of `segments` was enqueued, and will be through about `expected_s`."""
+        rows: list[Computed] = []
+        samples = 0
+        for kind, slot, start, length, sample in segments:
             if kind is Kind.FINETUNE:
                 continue
-            request = running[slot]
+            chosen = samples if sample else None
+            rows.append(self.requests.launched(self.requests.running[slot], start + length, chosen, expected_s))
+            samples += sample
+        return Flight(tuple(rows), sampled)
+
+    def commit(self, flight: Flight, now: Callable[[], float]) -> tuple[list[Event], tuple[Token, ...]]:
+        """Take over what a forward computed: tokens, and what is reported of them. What it computed of requests that
+        are gone is of no use.
+        """
+        table = self.requests
+        chosen, scored = flight.sampled.collect(self._executor.model.vocab_size)
+        current = [row for row in flight.rows if table.current(row)]
+        for row in current:
+            request = row.request
             if request.scored is not None:
-                if start == 0:
+                if not request.prompt_logprobs:
                     request.prompt_logprobs.append(None)
-                request.prompt_logprobs += scored.get(slot, ())
-            self.requests.advance(request, length)
+                request.prompt_logprobs += scored.get(request.slot, ())
+            table.advance(request, row.end)
         events: list[Event] = []
         tokens: list[Token] = []
-        for slot, (token, finite, reported) in zip(sampled.layout.sample_slots, chosen, strict=True):
-            request = running[slot]
+        of_slot = dict(zip(flight.sampled.layout.sample_slots, chosen, strict=True))
+        for row in current:
+            if row.place is None:
+                continue
+            request, (token, finite, reported) = row.request, of_slot[row.request.slot]
             if not finite:
                 events.append(self._diverged(request))
                 continue
@@ -85,7 +108,7 @@ class Serving:
                 scores = tuple(request.prompt_logprobs) if asked else None
                 events.append(PromptDone(name, request.cached_tokens, scores, request.placed_s))
             at = now()
-            finish = self.requests.emit(request, token, at)
+            finish = table.emit(row, token, at)
             tokens.append(make(Token, (name, token, finish, at, reported)))
         return events, tuple(tokens)
 

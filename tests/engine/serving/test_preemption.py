@@ -99,8 +99,9 @@ def move_about(seed: int, moves: int) -> Counter[str]:
                     rest = len(request.tokens) - request.done
                     rows = rest if source.random() < 0.8 else source.randint(1, rest)
                     assert config.numerics.pages(request.done + rows) <= len(request.pages), "rows have a place"
-                    table.advance(request, rows)
-                    if rows == rest and table.emit(request, source.randrange(4), 0.0):
+                    computed = table.launched(request, request.done + rows, 0 if rows == rest else None, 0.0)
+                    table.advance(request, computed.end)
+                    if rows == rest and table.emit(computed, source.randrange(4), 0.0):
                         seen["finished"] += 1
         assert_sound(table, ledger, passes)
     seen["preempted"], seen["hits"] = table.preemptions, table.prefix_hits
