@@ -41,7 +41,6 @@ from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.scheduler.iteration import Accounts
-from coserve_engine.serving import serving
 from coserve_engine.serving.serving import Serving
 from coserve_engine.training import jobs
 from coserve_engine.training.job_table import JobTable
@@ -54,8 +53,7 @@ MODEL: tuple[tuple[Any, str], ...] = (
     (Executor, "open_pass"),
     (Executor, "close_pass"),
     (executor_module.head, "head_unit"),
-    (serving, "choose"),
-    (serving, "finite_rows"),
+    (Executor, "sample"),
     (jobs.Job, "_commit"),
     (jobs.Job, "_optimize"),
 )

@@ -253,7 +253,8 @@ class Engine:
             for segment in plan.segments:
                 if segment.kind is Kind.FINETUNE:
                     self._jobs.charge(segment.slot, segment.length * layers)
-            events, tokens = self.serving.commit(plan.segments, computed, self._clock)
+            flight = self.serving.launched(plan.segments, self.executor.sample(computed), view.now)
+            events, tokens = self.serving.commit(flight, self._clock)
             self._events += events
         forwarded = self._accounts.forwarded(plan, view)
         if tokens:

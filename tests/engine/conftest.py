@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ from coserve_engine.messages import (
     StartJob,
     TrainSeq,
 )
-from coserve_engine.model.executor import Executor
-from coserve_engine.serving import serving
-from coserve_engine.serving.sampling import Choice
+from coserve_engine.model.executor import Executor, Forwarded
+from coserve_engine.model.outcome import Sampled
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,13 +152,13 @@ def driver(plain: str) -> Callable[..., Driver]:
 def sampled_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Every row of logits that an engine samples from, one for each token that it says."""
     rows: list[torch.Tensor] = []
-    choose = serving.choose
+    sample = Executor.sample
 
-    def spy(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-        rows.extend(logits.clone())
-        return choose(logits, choices)
+    def spy(executor: Executor, forwarded: Forwarded) -> Sampled:
+        rows.extend(forwarded.logits.clone())
+        return sample(executor, forwarded)
 
-    monkeypatch.setattr(serving, "choose", spy)
+    monkeypatch.setattr(Executor, "sample", spy)
     return rows
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,37 @@ class Here:
 
 
 @dataclass(frozen=True, slots=True)
+class Now:
+    """A mark of what computes at once."""
+
+    now_s: float
+
+    def over(self) -> bool:
+        return True
+
+    def at_s(self) -> float:
+        return self.now_s
+
+
+@dataclass(frozen=True, slots=True)
 class CpuDevice:
     """`Device` without one."""
 
     device: torch.device
+    behind: bool = False
+
+    def mark(self) -> Now:
+        return Now(time.monotonic())
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        """It is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        ints = torch.tensor(columns.all_ints, dtype=torch.int64)
+        return Staged(ints, torch.tensor(columns.all_floats, dtype=torch.float64))
 
     def fetch(self, values: torch.Tensor) -> Here:
         return Here(values.tolist())

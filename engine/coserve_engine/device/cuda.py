@@ -4,11 +4,14 @@ again when the copies that it took part in are over.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
+
+LOOK_S = 2e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,93 @@ class Fetched:
         return numbers
 
 
+class Clock:
+    """Maps events to the host's clock: each is so long after the one that was asked before, since the milliseconds
+    between two are a float32.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._last = self._event(device)
+        self._last.synchronize()
+        self._last_s = time.monotonic()
+
+    @staticmethod
+    def _event(device: torch.device) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def mark(self, device: torch.device) -> EventMark:
+        return EventMark(self, self._event(device))
+
+    def at_s(self, event: torch.cuda.Event, after_s: float, until_s: float) -> float:
+        """Of an event that is over, later than the last one that was asked and, as the host saw, between these times:
+        two clocks drift.
+        """
+        at_s = self._last_s + self._last.elapsed_time(event) / 1e3
+        self._last, self._last_s = event, min(max(at_s, after_s), until_s)
+        return self._last_s
+
+
+@dataclass(slots=True)
+class EventMark:
+    """A mark of a stream."""
+
+    clock: Clock
+    event: torch.cuda.Event
+    after_s: float = 0.0
+    """When it was not over yet."""
+    until_s: float | None = None
+    """When it was."""
+    known_s: float | None = None
+
+    def over(self) -> bool:
+        if self.until_s is None:
+            now = time.monotonic()
+            if self.event.query():  # type: ignore[no-untyped-call]
+                self.until_s = time.monotonic()
+            else:
+                self.after_s = now
+        return self.until_s is not None
+
+    def at_s(self) -> float:
+        assert self.until_s is not None  # or it is not known
+        if self.known_s is None:
+            self.known_s = self.clock.at_s(self.event, self.after_s, self.until_s)
+        return self.known_s
+
+
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
     """`Device` whose copies are of the current stream, as all that is computed."""
 
     device: torch.device
+    clock: Clock
+    behind: bool = True
+
+    @classmethod
+    def of(cls, device: torch.device) -> CudaDevice:
+        return cls(device, Clock(device))
+
+    def mark(self) -> EventMark:
+        return self.clock.mark(self.device)
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        """By looking again and again: the host learns of a mark within LOOK_S."""
+        until = time.monotonic() + seconds
+        while not mark.over() and time.monotonic() < until:
+            time.sleep(LOOK_S)
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        count = len(columns.all_ints)
+        host = torch.empty(count + len(columns.all_floats), dtype=torch.int64, pin_memory=True)
+        host[:count] = torch.tensor(columns.all_ints, dtype=torch.int64)
+        host[count:].view(torch.float64).copy_(torch.tensor(columns.all_floats, dtype=torch.float64))
+        staged = host.to(self.device, non_blocking=True)
+        return Staged(staged[:count], staged[count:].view(torch.float64))
 
     def fetch(self, values: torch.Tensor) -> Fetched:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

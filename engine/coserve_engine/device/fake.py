@@ -1,13 +1,15 @@
-"""A device whose copies take their time, at random, where there is none: whoever reads one too early is found out."""
+"""Devices that take their time, at random, where there is none: whoever reads too early is found out."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from coserve_engine.device.protocol import Rows
+from coserve_engine.device.cpu import CpuDevice, Now
+from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
 
 MOST_LOOKS = 6
 
@@ -41,9 +43,82 @@ class FakeDevice:
     random: random.Random = field(default_factory=lambda: random.Random(0))
     early: int = 0
     waits: int = 0
+    behind: bool = False
+
+    def mark(self) -> Mark:
+        return Now(0.0)
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        """It is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
+    def stage_columns(self, columns: Columns) -> Staged:
+        return CpuDevice(self.device).stage_columns(columns)
+
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))
+
+
+@dataclass(slots=True)
+class At:
+    """A mark that is over at a time of the owner's clock, and numbers that are there then."""
+
+    owner: BehindDevice
+    over_s: float
+    numbers: list[float] = field(default_factory=list)
+
+    def over(self) -> bool:
+        return self.owner.clock() >= self.over_s
+
+    def at_s(self) -> float:
+        assert self.over()  # or nobody knows
+        return self.over_s
+
+    def ready(self) -> bool:
+        return self.over()
+
+    def get(self) -> list[float]:
+        self.owner.waits += not self.over()
+        return self.numbers
+
+
+@dataclass(slots=True)
+class BehindDevice:
+    """`Device` over a CPU's tensors that is through with what it was given at a time of its own: each fetch and mark
+    comes up to `slow_s` after the one before. `waits` are numbers that were taken before they were there, `idle` how
+    often it had nothing left to do.
+    """
+
+    device: torch.device
+    clock: Callable[[], float]
+    pass_time: Callable[[float], None]
+    """Moves the clock."""
+    random: random.Random
+    slow_s: float = 2e-3
+    waits: int = 0
+    idle: int = 0
+    behind: bool = True
+    free_s: float = 0.0
+
+    def _later(self) -> float:
+        now = self.clock()
+        self.idle += self.free_s < now
+        self.free_s = max(self.free_s, now) + self.random.uniform(0.0, self.slow_s)
+        return self.free_s
+
+    def mark(self) -> At:
+        return At(self, self._later())
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        self.pass_time(seconds)
+
+    def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        return CpuDevice(self.device).stage_columns(columns)
+
+    def fetch(self, values: torch.Tensor) -> At:
+        return At(self, self._later(), values.tolist())

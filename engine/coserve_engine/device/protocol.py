@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 Rows = Sequence[float] | Sequence[Sequence[float]]
 """Numbers [N] or [rows, N]; ints where the dtype is one of ints."""
+
+
+class Columns:
+    """Numbers of the host, gathered so that one copy takes all of them to the device."""
+
+    def __init__(self) -> None:
+        self.all_ints: list[int] = []
+        self.all_floats: list[float] = []
+
+    def ints(self, values: Iterable[int]) -> slice:
+        """Add some; where they will be among the `Staged.ints`."""
+        start = len(self.all_ints)
+        self.all_ints.extend(values)
+        return slice(start, len(self.all_ints))
+
+    def floats(self, values: Iterable[float]) -> slice:
+        """Add some; where they will be among the `Staged.floats`."""
+        start = len(self.all_floats)
+        self.all_floats.extend(values)
+        return slice(start, len(self.all_floats))
+
+
+class Staged(NamedTuple):
+    """Columns on the device: int64 [n] and float64 [m]."""
+
+    ints: torch.Tensor
+    floats: torch.Tensor
 
 
 class Pending(Protocol):
@@ -21,14 +48,37 @@ class Pending(Protocol):
         """The numbers; waits for what was enqueued before the fetch."""
 
 
+class Mark(Protocol):
+    """A point in the order of what is computed."""
+
+    def over(self) -> bool:
+        """Whether the device has come there."""
+
+    def at_s(self) -> float:
+        """When it did, in seconds of the host's clock; to be asked in the order of the marks, once each is over."""
+
+
 class Device(Protocol):
-    """Both words are in the order of what is computed."""
+    """All words are in the order of what is computed."""
 
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def behind(self) -> bool:
+        """Whether it computes behind the host, which only enqueues."""
+
+    def mark(self) -> Mark:
+        """The point up to which all is enqueued now."""
+
+    def wait(self, mark: Mark, seconds: float) -> None:
+        """Until a mark is over, for so long at most."""
+
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         """Numbers of the host as a tensor of the device."""
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        """All columns by one copy."""
 
     def fetch(self, values: torch.Tensor) -> Pending:
         """Begin to fetch values [N] as they are now; they may be overwritten at once."""

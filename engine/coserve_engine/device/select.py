@@ -11,4 +11,4 @@ from coserve_engine.device.protocol import Device
 
 def device_of(device: torch.device) -> Device:
     """The `Device` of a torch.device."""
-    return CudaDevice(device) if device.type == "cuda" else CpuDevice(device)
+    return CudaDevice.of(device) if device.type == "cuda" else CpuDevice(device)

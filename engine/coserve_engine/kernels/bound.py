@@ -4,18 +4,22 @@ one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 
+from coserve_engine.device.protocol import Columns, Device, Staged
 from coserve_engine.kernels.dropout import dropout
 from coserve_engine.kernels.lora import AdapterRows, LoraGroup, ScatteredRows
 from coserve_engine.kernels.protocol import Adapted
-from coserve_engine.layout.batch import BatchLayout
+from coserve_engine.kernels.sampling import BoundChoices
+from coserve_engine.layout.batch import BatchLayout, TileCall
+from coserve_engine.layout.choices import ChoiceLayout
 from coserve_engine.numerics import Numerics
+from coserve_engine.scheduler.pages import NULL_PAGE
 from coserve_engine.tensors.kv_cache import PageRun, Reader
 from coserve_engine.tensors.lora import AB, LoraWeights, Pair
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -30,29 +34,53 @@ class KeptRows(NamedTuple):
     first: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all batches of an engine are bound with.
+
+    Args:
+        rope: `rope_table`, of the longest sequence.
+        vocab: tokens that there are.
+        chosen: [N] int64, what the last forward's rows chose.
+    """
+
+    device: Device
+    numerics: Numerics
+    rope: torch.Tensor
+    vocab: int
+    chosen: torch.Tensor
+
+
 @dataclass(frozen=True)
 class BoundBatch:
     """`layout` as the tensors that its T rows are computed with.
 
     Args:
         tokens, positions, write: [T].
-        singles, calls: the pages of each of the layout's.
+        table: [n, most pages] of the n decode rows, null pages where a sequence has fewer; or else `singles`, the pages
+        of each. `calls`: of the layout's.
         sample_rows: [padded number of rows to sample].
+        targets: [n], of each of the layout's `scored`.
         rope: `rope_table`.
-        readers: by a mask's reach, of the decode rows' keys and values; made when first asked for.
+        readers, hidden: by a mask's reach, how the decode rows' keys and values are read, or which of the table's they
+        do not see; made when first asked for.
     """
 
     layout: BatchLayout
     tokens: torch.Tensor
     positions: torch.Tensor
     write: torch.Tensor
+    table: torch.Tensor
     singles: tuple[PageRun, ...]
     calls: tuple[PageRun, ...]
     adapters: AdapterRows
     kept: tuple[KeptRows, ...]
     sample_rows: torch.Tensor
+    choices: BoundChoices
+    targets: tuple[torch.Tensor, ...]
     rope: torch.Tensor
     readers: dict[int | None, tuple[Reader, ...]] = field(default_factory=dict)
+    hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +97,7 @@ class BoundUnit(UnitRows):
 
     @classmethod
     def of_unit(cls, unit: UnitRows, rope: torch.Tensor) -> BoundUnit:
-        return cls(unit.state, unit.layer, unit.spans, unit.pages, rope)
+        return cls(unit.state, unit.layer, unit.spans, unit.runs, rope)
 
     @property
     def adapters(self) -> AdapterRows:
@@ -96,55 +124,88 @@ def bind(
     layout: BatchLayout,
     sequences: Mapping[int, Adapted],
     passes: Mapping[int, PassTensors],
-    numerics: Numerics,
-    rope: torch.Tensor,
+    shared: Shared,
+    *,
+    paged: bool,
 ) -> BoundBatch:
-    """`sequences` and `passes`: those that the layout names."""
-    device = rope.device
-    count, rows = layout.request_rows, layout.rows
-    parts = [_places(layout, 0, count, device)]
-    tuned: list[LoraGroup] = []
-    kept: list[KeptRows] = []
-    for pass_id, start, stop, first in layout.windows:
-        state, members = passes[pass_id], slice(first, first + stop - start)
-        parts.append(state.places[:, members])
-        tuned.append(LoraGroup(state.weights, slice(start, stop), state.drop(members)))
-        kept.append(KeptRows(state, start, stop, first))
-    if len(layout.tokens) > rows:
-        parts.append(_places(layout, rows, len(layout.tokens), device))
-    places = torch.cat(parts, 1)
+    """`paged`: whether the pages of decode rows are to be one table; `sequences` and `passes` are the layout's."""
+    columns = Columns()
+    count, rows, total = layout.request_rows, layout.rows, len(layout.tokens)
+    pieces = [(0, total)] if not layout.windows else [(0, count), (rows, total)]
+    placed = [_put_places(layout, start, stop, columns) for start, stop in pieces]
+    sampled, targets = columns.ints(layout.sample_rows), [columns.ints(some.targets) for some in layout.scored]
+    table = _put_table(layout.singles if paged else (), columns)
+    singles = PageRun.put([] if paged else [call.pages for call in layout.singles], columns)
+    calls = PageRun.put([call.pages for call in layout.calls], columns)
     adapted: list[tuple[LoraWeights, list[int]]] = []
-    for slot, members_of in layout.adapters:
+    for slot, members in layout.adapters:
         weights = sequences[slot].weights
         assert weights is not None  # or the layout would not name it
-        adapted.append((weights, members_of))
+        adapted.append((weights, members))
+    adapters = _put_adapters(adapted, shared.numerics, columns)
+    choices = BoundChoices.put(ChoiceLayout.of(layout.choices, shared.vocab, shared.numerics.row_multiple), columns)
+    staged = shared.device.stage_columns(columns)
+    parts = [staged.ints[at].view(3, -1) for at in placed]
+    tuned: list[LoraGroup] = []
+    kept: list[KeptRows] = []
+    for n, (pass_id, start, stop, first) in enumerate(layout.windows):
+        state, window = passes[pass_id], slice(first, first + stop - start)
+        parts.insert(1 + n, state.places[:, window])
+        tuned.append(LoraGroup(state.weights, slice(start, stop), state.drop(window)))
+        kept.append(KeptRows(state, start, stop, first))
+    places = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return BoundBatch(
         layout,
-        tokens=places[0],
+        tokens=_known(places[0], layout, shared.chosen),
         positions=places[1],
         write=places[2],
-        singles=tuple(PageRun.of(call.pages, device) for call in layout.singles),
-        calls=tuple(PageRun.of(call.pages, device) for call in layout.calls),
-        adapters=(*_adapters(adapted, numerics, device), *tuned),
+        table=table(staged),
+        singles=singles(staged),
+        calls=calls(staged),
+        adapters=(*(rows(staged) for rows in adapters), *tuned),
         kept=tuple(kept),
-        sample_rows=torch.tensor(layout.sample_rows, dtype=torch.int64, device=device),
-        rope=rope,
+        sample_rows=staged.ints[sampled],
+        choices=choices(staged),
+        targets=tuple([staged.ints[at] for at in targets]),
+        rope=shared.rope,
     )
 
 
-def _places(layout: BatchLayout, start: int, stop: int, device: torch.device) -> torch.Tensor:
+def _put_table(calls: Sequence[TileCall], columns: Columns) -> Callable[[Staged], torch.Tensor]:
+    """Pages [n, most pages] of n calls, null pages where one has fewer: put among what will be staged."""
+    most = max([len(call.pages) for call in calls], default=0)
+    start = len(columns.all_ints)
+    for call in calls:
+        columns.ints(call.pages)
+        columns.ints([NULL_PAGE] * (most - len(call.pages)))
+    stop = len(columns.all_ints)
+    return lambda staged: staged.ints[start:stop].view(len(calls), most)
+
+
+def _put_places(layout: BatchLayout, start: int, stop: int, columns: Columns) -> slice:
     """[3, rows]: those of `PassTensors.places`."""
-    columns = [layout.tokens[start:stop], layout.positions[start:stop], layout.write[start:stop]]
-    return torch.tensor(columns, dtype=torch.int64, device=device)
+    first = columns.ints(layout.tokens[start:stop]).start
+    columns.ints(layout.positions[start:stop])
+    return slice(first, columns.ints(layout.write[start:stop]).stop)
 
 
-def _adapters(parts: Iterable[tuple[LoraWeights, list[int]]], numerics: Numerics, device: torch.device) -> AdapterRows:
+def _known(tokens: torch.Tensor, layout: BatchLayout, chosen: torch.Tensor) -> torch.Tensor:
+    """Tokens [T], with those of the last forward's `chosen` where the host does not know them."""
+    if min(layout.tokens, default=0) >= 0:
+        return tokens
+    return torch.where(tokens < 0, chosen[(-1 - tokens).clamp_(min=0)], tokens)
+
+
+def _put_adapters(
+    parts: Iterable[tuple[LoraWeights, list[int]]], numerics: Numerics, columns: Columns
+) -> list[Callable[[Staged], LoraGroup | ScatteredRows]]:
     """Rows of requests by adapter: in place where they are neighbours and need no padding, else gathered."""
-    in_place: list[LoraGroup] = []
+    made: list[Callable[[Staged], LoraGroup | ScatteredRows]] = []
     scattered: list[tuple[LoraWeights, list[int]]] = []
     for weights, rows in parts:
         if rows[-1] - rows[0] == len(rows) - 1 and numerics.pad(len(rows)) == len(rows):
-            in_place.append(LoraGroup(weights, slice(rows[0], rows[-1] + 1)))
+            group = LoraGroup(weights, slice(rows[0], rows[-1] + 1))
+            made.append(lambda staged, group=group: group)  # type: ignore[misc]
         else:
             scattered.append((weights, rows))
-    return (*in_place, ScatteredRows.of(scattered, numerics.row_multiple, device)) if scattered else tuple(in_place)
+    return [*made, ScatteredRows.put(scattered, numerics.row_multiple, columns)] if scattered else made

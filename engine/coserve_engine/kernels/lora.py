@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from coserve_engine.device.protocol import Columns, Staged
 from coserve_engine.kernels.dropout import dropout
 from coserve_engine.numerics import repeat_last
 from coserve_engine.tensors.lora import AB, LoraWeights, Pair
@@ -56,8 +57,10 @@ class ScatteredRows:
     rows: torch.Tensor
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[LoraWeights, list[int]]], multiple: int, device: torch.device) -> ScatteredRows:
-        """The rows of each adapter."""
+    def put(
+        cls, parts: Iterable[tuple[LoraWeights, list[int]]], multiple: int, columns: Columns
+    ) -> Callable[[Staged], ScatteredRows]:
+        """Put the rows of each adapter among what will be staged; to be called with that."""
         weights: list[LoraWeights] = []
         sizes: list[int] = []
         gathered: list[int] = []
@@ -70,8 +73,8 @@ class ScatteredRows:
             real += range(len(gathered), len(gathered) + len(members))
             gathered += padded
             rows += members
-        where = (torch.tensor(index, dtype=torch.int64, device=device) for index in (gathered, real, rows))
-        return cls(tuple(weights), sizes, *where)
+        places = [columns.ints(index) for index in (gathered, real, rows)]
+        return lambda staged: cls(tuple(weights), sizes, *(staged.ints[at] for at in places))
 
     def add(self, x: torch.Tensor, y: torch.Tensor, layer: int, name: str) -> None:
         """Add each adapter's products of its rows of x [T, in] to those of y [T, out]."""

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device
 from coserve_engine.kernels.attention import Attention, Mask
-from coserve_engine.kernels.bound import BoundBatch, BoundUnit
+from coserve_engine.kernels.bound import BoundBatch, BoundUnit, Shared
 from coserve_engine.kernels.functional import (
     encode_heads,
     encode_heads_backward,
@@ -20,7 +21,7 @@ from coserve_engine.kernels.functional import (
     swiglu_backward,
 )
 from coserve_engine.numerics import Numerics
-from coserve_engine.tensors.kv_cache import KVCache, PageRun
+from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
 from coserve_engine.tensors.weights import LayerWeights
 
@@ -133,6 +134,9 @@ class PlainKernels(Generic[B]):
         for state, start, stop, first in b.kept:
             state.final[first : first + stop - start] = x[start:stop]
 
+    def _shared(self, device: Device, chosen: torch.Tensor) -> Shared:
+        return Shared(device, self.numerics, self.rope, self.config.vocab_size, chosen)
+
     def sampled(self, b: B, x: torch.Tensor) -> torch.Tensor:
         return x[b.sample_rows]
 
@@ -159,10 +163,10 @@ class PlainKernels(Generic[B]):
         state, mask = unit.state, self.masks[unit.layer]
         dq = torch.empty(do.shape, dtype=mask.bias.dtype, device=do.device)
         o, lse = unit.kept("o"), unit.kept("lse")
-        for span, pages, (start, stop) in zip(unit.spans, unit.pages, unit.tiles, strict=True):
+        for span, run, (start, stop) in zip(unit.spans, unit.runs, unit.tiles, strict=True):
             tile_end = (span.index + 1) * self.numerics.tile
             first_key = mask.first_key(tile_end)
-            k, v = cache.read(unit.layer, PageRun.of(pages, q.device), first_key, tile_end)
+            k, v = cache.read(unit.layer, run, first_key, tile_end)
             dk, dv = state.dkv[:, :, span.base + first_key : span.stop]
             rows = slice(start, stop)
             part = (do[rows], q[rows], o[rows], lse[rows])

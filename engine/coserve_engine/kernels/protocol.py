@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from coserve_engine.device.protocol import Device
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.kv_cache import KVCache
@@ -53,8 +54,20 @@ class Kernels(Protocol[B, U]):
 
     # ---- forward ----
 
-    def bind(self, layout: BatchLayout, sequences: Mapping[int, Adapted], passes: Mapping[int, PassTensors]) -> B:
-        """`sequences` and `passes`: those that the layout names."""
+    def bind(
+        self,
+        layout: BatchLayout,
+        sequences: Mapping[int, Adapted],
+        passes: Mapping[int, PassTensors],
+        device: Device,
+        chosen: torch.Tensor,
+    ) -> B:
+        """All that the layout says goes to the device in one copy.
+
+        Args:
+            sequences, passes: those that the layout names.
+            chosen: [N] int64, what the last forward's rows chose; a negative token of the layout counts from there.
+        """
 
     def embed(self, table: torch.Tensor, b: B) -> torch.Tensor:
         """Rows of table [vocab, H] -> [T, H]."""
@@ -96,6 +109,11 @@ class Kernels(Protocol[B, U]):
 
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         """Normalised rows [N, H] -> [N, vocab], float32 at least."""
+
+    def sample(self, logits: torch.Tensor, b: B, counts: torch.Tensor) -> torch.Tensor:
+        """Tokens [N], int64, by the batch's choices from logits [N, vocab]; `counts`, a `TokenCounts.table`, counts
+        those of rows with penalties.
+        """
 
     # ---- backward of a unit ----
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from coserve_engine.latency.work import make
+from coserve_engine.layout.choices import Choice
 from coserve_engine.layout.pages import covering, write_places
 from coserve_engine.layout.passes import PassLayout
 from coserve_engine.numerics import Numerics, repeat_last
@@ -20,7 +21,8 @@ class Placed(Protocol):
     """What is laid out of a running request."""
 
     @property
-    def tokens(self) -> Sequence[int]: ...
+    def tokens(self) -> Sequence[int]:
+        """-1 - n stands for the n-th that the last forward chose, and that the host does not know yet."""
 
     @property
     def pages(self) -> tuple[int, ...]: ...
@@ -28,6 +30,15 @@ class Placed(Protocol):
     @property
     def adapter(self) -> int | None:
         """An id that sequences of one adapter share."""
+
+    @property
+    def scored(self) -> int | None:
+        """Of how many of the likeliest tokens log-probabilities are wanted beside those of the tokens that follow its
+        rows; None: of none.
+        """
+
+    def choice(self) -> Choice:
+        """How its next token is chosen."""
 
 
 class TileCall(NamedTuple):
@@ -52,6 +63,17 @@ class AdapterGroup(NamedTuple):
     rows: list[int]
 
 
+class Scored(NamedTuple):
+    """Rows [start, ...) of the request in `slot`, one for each of the `targets`, the tokens that follow them; `top` of
+    the likeliest are to be reported as well.
+    """
+
+    slot: int
+    start: int
+    targets: tuple[int, ...]
+    top: int
+
+
 class Window(NamedTuple):
     """Rows [start, stop) of the batch are rows [first, ...) of a pass."""
 
@@ -69,7 +91,8 @@ class BatchLayout:
         tokens, positions, write: [T] token, position in the sequence, and place in the pool of each row.
         singles: attention of the first rows, one row each: decode. `calls`: of the others but for padding.
         adapters: of requests; rows of windows have their pass's.
-        sample_rows: the last is repeated up to the row multiple; of the `sample_slots`, as many as there are.
+        sample_rows: the last is repeated up to the row multiple; of the `sample_slots`, as many as there are, with
+        the `choices` of these.
         rows: those that are not padding.
     """
 
@@ -82,6 +105,8 @@ class BatchLayout:
     windows: tuple[Window, ...]
     sample_rows: tuple[int, ...]
     sample_slots: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    scored: tuple[Scored, ...]
     rows: int
 
     @property
@@ -104,6 +129,8 @@ def lay_out(
     calls: list[TileCall] = []
     sample_rows: list[int] = []
     sample_slots: list[int] = []
+    choices: list[Choice] = []
+    scored: list[Scored] = []
     adapters: dict[int, AdapterGroup] = {}
     windows: list[Window] = []
     row, page, tile = 0, numerics.page, numerics.tile
@@ -135,10 +162,14 @@ def lay_out(
             if group is None:
                 group = adapters[adapter] = AdapterGroup(slot, [])
             group.rows.extend(range(row, row + length))
+        top = sequence.scored
+        if top is not None and begin + 1 < len(sequence.tokens):
+            scored.append(Scored(slot, row, tuple(sequence.tokens[begin + 1 : end + 1]), top))
         row += length
         if sample:
             sample_rows.append(row - 1)
             sample_slots.append(slot)
+            choices.append(sequence.choice())
     for segment in (s for s in segments if s.kind is Kind.FINETUNE):
         rows, first, stop = passes[segment.slot], segment.start, segment.start + segment.length
         tokens += rows.tokens[first:stop]
@@ -162,5 +193,7 @@ def lay_out(
         windows=tuple(windows),
         sample_rows=tuple(repeat_last(sample_rows, numerics.row_multiple)),
         sample_slots=tuple(sample_slots),
+        choices=tuple(choices),
+        scored=tuple(scored),
         rows=row,
     )

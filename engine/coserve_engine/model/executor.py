@@ -5,9 +5,10 @@ about requests or jobs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,13 +18,15 @@ from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import check_length, read_model_config
 from coserve_engine.kernels.functional import repeat_last_row
+from coserve_engine.kernels.sampling import BoundChoices
 from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
-from coserve_engine.layout.batch import lay_out
+from coserve_engine.layout.batch import BatchLayout, lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
-from coserve_engine.model import head
+from coserve_engine.model import head, outcome
 from coserve_engine.model.loading import load_weights
 from coserve_engine.model.losses import LOSSES, LossTerms
+from coserve_engine.model.outcome import Sampled
 from coserve_engine.model.passes import PassState
 from coserve_engine.model.rope import rope_table
 from coserve_engine.model.sequences import Computable
@@ -31,6 +34,7 @@ from coserve_engine.model.transformer import Transformer
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.lora import LoraLayout, LoraWeights
@@ -41,14 +45,20 @@ class Forwarded:
     """What a forward left.
 
     Args:
-        slots: the requests that sample.
-        logits: [len(slots), vocab], their last rows.
+        layout: of its batch, which is bound as `batch`.
+        logits: [N, vocab], last rows of the layout's `sample_slots`.
         hidden: [T, H], all rows before the last norm: those of requests first, in the plan's order.
     """
 
-    slots: tuple[int, ...]
+    layout: BatchLayout
+    batch: Any
     logits: torch.Tensor
     hidden: torch.Tensor
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The requests that sample."""
+        return self.layout.sample_slots
 
 
 class Executor:
@@ -79,8 +89,11 @@ class Executor:
                 f"less than one sequence of maxModelLength {config.max_model_length}; raise kvCacheMemory"
             )
         self.cache = KVCache(self.model, pages, self.numerics, self.dtypes.cache, self.device)
-        self.ledger = PageLedger(pages, self.cache.scrub)
+        self.ledger = PageLedger(pages, self._scrub)
         self.buffers = Buffers(self.device)
+        self.counts = TokenCounts(self.model.vocab_size, self.copies)
+        self._chosen = torch.zeros(0, dtype=torch.int64, device=self.device)
+        """[N], what the rows of the last forward that sampled chose."""
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
@@ -131,11 +144,13 @@ class Executor:
     def close_pass(self, pass_id: int) -> None:
         """Forget a live pass; its pages and buffers are the next one's."""
         state = self.passes.pop(pass_id)
-        pages = tuple(page for table in state.layout.tables for page in table)
-        if not state.finite(self.copies):
-            self.cache.scrub(pages)
+        if not state.finite:
+            self._scrub(tuple(page for table in state.layout.tables for page in table))
         self.ledger.free(f"pass:{pass_id}")
         self.buffers.release(pass_id)
+
+    def _scrub(self, pages: tuple[int, ...]) -> None:
+        self.cache.scrub(self.copies.stage(pages, torch.int64))
 
     def forward(
         self,
@@ -146,7 +161,7 @@ class Executor:
         """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
         passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
         layout = lay_out(segments, sequences, passes, self.numerics)
-        batch = self.kernels.bind(layout, sequences, self.passes)
+        batch = self.kernels.bind(layout, sequences, self.passes, self.copies, self._chosen)
         hidden = self.transformer.forward(batch, self.cache, goes_on)
         if hidden is None:
             return None
@@ -155,16 +170,40 @@ class Executor:
             state.fwd_tile = sum(span.stop <= first + stop - start for span in state.spans)
         count = len(layout.sample_slots)
         if count == 0:
-            return Forwarded((), hidden[:0], hidden)
-        return Forwarded(layout.sample_slots, self._logits(self.kernels.sampled(batch, hidden))[:count], hidden)
+            return Forwarded(layout, batch, hidden[:0], hidden)
+        return Forwarded(layout, batch, self._logits(self.kernels.sampled(batch, hidden))[:count], hidden)
 
-    def log_probabilities(self, rows: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [N, vocab] of the tokens after hidden rows [N, H]."""
-        return head.log_probabilities(self._logits(repeat_last_row(rows, self.numerics.row_multiple)))[: rows.shape[0]]
+    def sample(self, forwarded: Forwarded) -> Sampled:
+        """Choose the tokens of a forward, and begin to fetch all that requests get of it."""
+        layout, batch, logits = forwarded.layout, forwarded.batch, forwarded.logits
+        parts: list[torch.Tensor] = []
+        if layout.sample_slots:
+            self._chosen = self.kernels.sample(logits, batch, self.counts.table)
+            parts += [self._chosen.double(), outcome.finite(logits).double()]
+            parts += self._reported(batch.choices, logits)
+        for (_, start, targets, top), wanted in zip(layout.scored, batch.targets, strict=True):
+            parts += self._scores(forwarded.hidden[start : start + len(targets)], wanted, tops=top > 0)
+        return Sampled(layout, self.copies.fetch(torch.cat(parts)) if parts else None)
 
-    def log_probabilities_of(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities [len(rows), vocab] of some rows of logits [N, vocab], which stay as they are."""
-        return head.log_probabilities(repeat_last_row(logits[list(rows)], self.numerics.row_multiple))[: len(rows)]
+    def _reported(self, choices: BoundChoices, logits: torch.Tensor) -> Iterator[torch.Tensor]:
+        """`outcome.report` of the rows whose log-probabilities are wanted."""
+        count = choices.layout.reports
+        if count:
+            rows = choices.ints("reported")
+            logp = self.log_probabilities(logits[rows])[:count]
+            yield outcome.report(logp, self._chosen[rows[:count]], tops=choices.layout.tops)
+
+    def _scores(self, hidden: torch.Tensor, targets: torch.Tensor, *, tops: bool) -> Iterator[torch.Tensor]:
+        """`outcome.report` of the `targets` [n] that follow hidden rows [n, H]."""
+        for part, wanted in zip(
+            torch.split(hidden, outcome.SCORED_ROWS), torch.split(targets, outcome.SCORED_ROWS), strict=True
+        ):
+            logits = self._logits(repeat_last_row(part, self.numerics.row_multiple))
+            yield outcome.report(self.log_probabilities(logits)[: part.shape[0]], wanted, tops=tops)
+
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of rows of logits [N, vocab], in their place; N is a multiple of the row multiple."""
+        return head.log_probabilities(logits)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights

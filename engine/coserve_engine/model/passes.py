@@ -102,7 +102,8 @@ class PassState(PassTensors):
 
     def fetch(self, device: Device) -> None:
         """Begin to fetch what came of it: the head is done, and says all."""
-        self._outcome = device.fetch(torch.cat([self._finite(), self.losses]))
+        finite = torch.isfinite(self.final).all().unsqueeze(0)
+        self._outcome = device.fetch(torch.cat([finite, self.losses]))
         self.terms.fetch(device)
 
     @property
@@ -110,14 +111,10 @@ class PassState(PassTensors):
         """Whether what came of it is there."""
         return self._outcome is not None and self._outcome.ready() and self.terms.ready
 
-    def _finite(self) -> torch.Tensor:
-        """[1]: whether all hidden rows are finite."""
-        return torch.isfinite(self.final).all().unsqueeze(0)
-
-    def finite(self, device: Device) -> bool:
-        """Whether all hidden rows are finite; waits where the head is not done."""
-        outcome = self._outcome or device.fetch(self._finite())
-        return bool(outcome.get()[0])
+    @property
+    def finite(self) -> bool:
+        """Whether all hidden rows are known to be finite."""
+        return self._outcome is not None and self._outcome.ready() and bool(self._outcome.get()[0])
 
     def loss_sum(self) -> float:
         """Sum of weight * -log p, tile by tile in order; the head is done."""

@@ -8,11 +8,16 @@ from typing import Protocol
 
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import Placed
+from coserve_engine.layout.choices import Choice
+from coserve_engine.messages import SamplingParams
 from coserve_engine.tensors.lora import LoraWeights
 
 
 class Computable(Placed, Adapted, Protocol):
     """A running request, or what stands for one."""
+
+
+GREEDY = SamplingParams(max_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +31,10 @@ class SequenceRows:
     @property
     def adapter(self) -> int | None:
         return None if self.weights is None else id(self.weights)
+
+    @property
+    def scored(self) -> None:
+        return None
+
+    def choice(self) -> Choice:
+        return Choice(GREEDY, len(self.tokens))

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-
-import torch
+from typing import NamedTuple
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
 from coserve_engine.latency.work import make
+from coserve_engine.layout.choices import Choice
 from coserve_engine.limits import check
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
 from coserve_engine.scheduler.load import RequestLoad
 from coserve_engine.scheduler.pages import HEADROOM_PAGES, PageLedger
 from coserve_engine.scheduler.plan import SequenceView
 from coserve_engine.serving.prefix import KeyChain
-from coserve_engine.serving.processors import Processors
-from coserve_engine.serving.sampling import Choice
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.lora import LoraWeights
 
 
 @dataclass(slots=True)
 class Request:
-    """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache."""
+    """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache, or will be
+    when what was launched is over. A token that the host does not know yet is negative: -1 - n stands for the n-th
+    that the last forward chose.
+    """
 
     command: AddRequest
     slot: int
@@ -36,7 +38,10 @@ class Request:
     finetune_s_at_arrival: float
     tokens: list[int]
     chain: KeyChain
-    processors: Processors | None
+    enders: tuple[int, ...]
+    """Tokens that would end it."""
+    counts: int | None = None
+    """Where its tokens are counted while it runs, if a penalty asks."""
     pages: tuple[int, ...] = ()
     done: int = 0
     registered: int = 0
@@ -49,6 +54,10 @@ class Request:
     placed_s: float = 0.0
     """When it got its first place."""
     last_emit_s: float | None = None
+    expected_s: float = 0.0
+    """When a token that the host does not know yet is expected."""
+    starts: int = 0
+    """How often it got a place: what was launched before it was put out is not its own any more."""
 
     @property
     def owner(self) -> str:
@@ -60,19 +69,38 @@ class Request:
         return self.command.params
 
     @property
+    def penalised(self) -> bool:
+        """Whether a token's logit depends on how often it was seen."""
+        p = self.params
+        return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def output_tokens(self) -> int:
         return len(self.tokens) - len(self.command.prompt)
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are wanted and not all there yet."""
-        return self.params.prompt_logprobs is not None and self.last_emit_s is None
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside those of its prompt; None where no log-probabilities are,
+        or all are there.
+        """
+        return None if self.last_emit_s is not None else self.params.prompt_logprobs
 
     def view(self, ttft_s: float, tpot_s: float) -> SequenceView:
         """As a policy sees it; the promise is its own where it brings one."""
         c = self.command
         promise = c.ttft_s or ttft_s, c.tpot_s or tpot_s
-        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, self.last_emit_s, *promise)
+        last_s = self.expected_s if self.tokens[-1] < 0 else self.last_emit_s
+        return SequenceView.of(self.slot, self.done, len(self.tokens), c.arrival_s, last_s, *promise)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it ends with the token that is on its way."""
+        return self.output_tokens >= self.params.max_tokens
+
+    def forget_unknown(self) -> None:
+        """Drop tokens that the host does not know: they will be chosen again, and be the same."""
+        while self.tokens[-1] < 0:
+            self.tokens.pop()
 
     @property
     def adapter(self) -> int | None:
@@ -92,14 +120,25 @@ class Request:
 
     def choice(self) -> Choice:
         """How its next token is chosen."""
-        return make(Choice, (self.command.params, len(self.tokens), self.processors))
+        params, length = self.command.params, len(self.tokens)
+        banned = self.enders if length - len(self.command.prompt) < params.min_tokens else ()
+        return make(Choice, (params, length, banned, self.counts))
+
+
+class Computed(NamedTuple):
+    """What a forward computes of a request, which had `starts` then: its tokens up to `end`, and the one at `place`."""
+
+    request: Request
+    starts: int
+    end: int
+    place: int | None
 
 
 class RequestTable:
     """Waiting and running requests, and their pages. `running` is in order of arrival, as `waiting` is behind it."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger, device: torch.device) -> None:
-        self._config, self._model, self._ledger, self._device = config, model, ledger, device
+    def __init__(self, config: EngineConfig, model: ModelConfig, ledger: PageLedger, counts: TokenCounts) -> None:
+        self._config, self._model, self._ledger, self._counts = config, model, ledger, counts
         self._slots = 0
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -112,7 +151,7 @@ class RequestTable:
     def views(self, ttft_s: float, tpot_s: float) -> tuple[SequenceView, ...]:
         """The running requests as a policy sees them; those of one adapter follow each other, as will their rows."""
         by_adapter = sorted(self.running.values(), key=lambda request: request.adapter_order)
-        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter)
+        return tuple(request.view(ttft_s, tpot_s) for request in by_adapter if not request.ending)
 
     def add(self, command: AddRequest, weights: LoraWeights | None, finetune_s: float) -> None:
         """Queue a request.
@@ -140,14 +179,16 @@ class RequestTable:
             )
         self._slots += 1
         chain = KeyChain(command.adapter, numerics.page, 0 if weights is None else weights.load)
-        processors = Processors.create(params, prompt, self._enders(params), self._device)
-        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, processors))
+        enders = self._enders(params)
+        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, enders))
 
     def _enders(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._model.eos_token_ids)
 
     def grow(self, request: Request) -> bool:
         """Pages for all that a running request knows; False where there are none."""
+        if request.ending:
+            return True
         lacking = self._config.numerics.pages(len(request.tokens)) - len(request.pages)
         if lacking > 0:
             try:
@@ -160,6 +201,7 @@ class RequestTable:
         """Its pages are free and it waits first in line. What it computed may stay in the cache for a while."""
         request = next(reversed(self.running.values()))
         self.release(request)
+        request.forget_unknown()
         request.pages, request.done, request.registered = (), 0, 0
         request.prompt_logprobs.clear()
         self.waiting.appendleft(request)
@@ -191,7 +233,7 @@ class RequestTable:
         """Pages that a request can begin with, and whether the one after them is being computed."""
         length = len(request.tokens)
         request.chain.extend(request.tokens, length)
-        if request.scores_prompt:
+        if request.scored is not None:
             return (), False
         keys = request.chain.keys[: (length - 1) // self._config.numerics.page]  # the last token must be computed
         hits = self._ledger.match(keys)
@@ -203,6 +245,10 @@ class RequestTable:
             request.owner, self._config.numerics.pages(length), hits, tainted=request.weights is not None
         )
         request.registered, request.done = len(hits), len(hits) * page
+        request.starts += 1
+        if request.penalised:
+            prompt = len(request.command.prompt)
+            request.counts = self._counts.take(request.tokens[:prompt], request.tokens[prompt:])
         for key in request.chain.keys[len(hits) :]:
             self._computing.setdefault(key, request.slot)
         if request.last_emit_s is None:
@@ -224,17 +270,32 @@ class RequestTable:
         known = (*self.waiting, *self.running.values())
         return next((request for request in known if request.command.request_id == request_id), None)
 
-    def advance(self, request: Request, rows: int) -> None:
-        """`rows` more tokens of a running request are in the cache."""
-        request.done += rows
-        if request.weights is None or request.finite:
-            self._register(request)
+    def launched(self, request: Request, end: int, chosen: int | None, expected_s: float) -> Computed:
+        """The tokens of a running request up to `end` will be in the cache; `chosen`: which of the tokens that this
+        forward chooses, about `expected_s`, is its next, if any is.
+        """
+        request.done = end
+        place = None
+        if chosen is not None:
+            place, request.expected_s = len(request.tokens), expected_s
+            request.tokens.append(-1 - chosen)
+        return Computed(request, request.starts, end, place)
 
-    def _register(self, request: Request) -> None:
+    def current(self, computed: Computed) -> bool:
+        """Whether the request still runs, and was not put out in between."""
+        request = computed.request
+        return request.starts == computed.starts and self.running.get(request.slot) is request
+
+    def advance(self, request: Request, end: int) -> None:
+        """The first `end` tokens of a running request are in the cache, and known."""
+        if request.weights is None or request.finite:
+            self._register(request, end)
+
+    def _register(self, request: Request, end: int) -> None:
         """Let others find the pages that are full. Those of an adapter that may have diverged are not offered."""
-        full = request.done // self._config.numerics.page
+        full = end // self._config.numerics.page
         if request.registered < full:
-            request.chain.extend(request.tokens, request.done)
+            request.chain.extend(request.tokens, end)
             self._not_computing(request, full)
             for index in range(request.registered, full):
                 self._ledger.register(request.pages[index], request.chain.keys[index])
@@ -246,19 +307,19 @@ class RequestTable:
             if self._computing.get(key) == request.slot:
                 del self._computing[key]
 
-    def emit(self, request: Request, token: int, now: float) -> FinishReason | None:
-        """Append a sampled token to a running request's; a finished request is released."""
-        request.tokens.append(token)
+    def emit(self, computed: Computed, token: int, now: float) -> FinishReason | None:
+        """A running request's token is known; a finished request is released."""
+        request, place = computed.request, computed.place
+        assert place is not None  # or there is no token
+        request.tokens[place] = token
         request.last_emit_s = now
         if not request.finite:
             request.finite = True
-            self._register(request)
-        if request.processors is not None:
-            request.processors.add(token)
+            self._register(request, computed.end)
         params, finish = request.command.params, None
         if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
             finish = FinishReason.STOP
-        elif request.output_tokens >= params.max_tokens:
+        elif place + 1 - len(request.command.prompt) >= params.max_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
             self.release(request)
@@ -269,6 +330,9 @@ class RequestTable:
         del self.running[request.slot]
         self._not_computing(request, len(request.chain.keys))
         self._ledger.free(request.owner, forget=forget)
+        if request.counts is not None:
+            self._counts.give(request.counts)
+            request.counts = None
         self._leave_headroom()
 
     def _leave_headroom(self) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-
-import torch
+from dataclasses import dataclass
 
 from coserve_engine.errors import RequestError
 from coserve_engine.latency.work import make
 from coserve_engine.messages import AdapterVersion, AddRequest, Event, PromptDone, RequestFailed, Token
-from coserve_engine.model.executor import Executor, Forwarded
+from coserve_engine.model.executor import Executor
+from coserve_engine.model.outcome import Sampled
 from coserve_engine.scheduler.plan import Kind, Segment
-from coserve_engine.serving import logprobs
-from coserve_engine.serving.requests import Request, RequestTable
-from coserve_engine.serving.sampling import choose, finite_rows
+from coserve_engine.serving.requests import Computed, Request, RequestTable
 from coserve_engine.tensors.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """What a forward that was enqueued computes of requests, and what will come of it."""
+
+    rows: tuple[Computed, ...]
+    sampled: Sampled
 
 
 class Serving:
@@ -22,7 +28,7 @@ class Serving:
 
     def __init__(self, executor: Executor, adapters: Mapping[AdapterVersion, LoraWeights]) -> None:
         self._executor, self._adapters = executor, adapters
-        self.requests = RequestTable(executor.config, executor.model, executor.ledger, executor.device)
+        self.requests = RequestTable(executor.config, executor.model, executor.ledger, executor.counts)
 
     def add(self, command: AddRequest, finetune_s: float) -> list[Event]:
         """Queue a request; `finetune_s` are the seconds given to finetuning so far. Says what it cannot do."""
@@ -60,35 +66,40 @@ class Serving:
         while 0 < lacking <= self._executor.ledger.held_by("pass:") and drop_pass():
             lacking = table.admit(now_s)
 
-    def commit(
-        self, segments: tuple[Segment, ...], forwarded: Forwarded, now: Callable[[], float]
-    ) -> tuple[list[Event], tuple[Token, ...]]:
-        """Take over what a forward computed, and choose the next tokens."""
-        first, running = 0, self.requests.running
-        for segment in segments:
-            kind, slot, _, length, _ = segment
+    def launched(self, segments: tuple[Segment, ...], sampled: Sampled, expected_s: float) -> Flight:
+        """A forward of `segments` was enqueued, and will be through about `expected_s`."""
+        rows: list[Computed] = []
+        samples = 0
+        for kind, slot, start, length, sample in segments:
             if kind is Kind.FINETUNE:
                 continue
-            request = running[slot]
-            if request.scores_prompt:
-                self._score_prompt(request, segment, forwarded.hidden[first : first + length])
-            self.requests.advance(request, length)
-            first += length
-        if not forwarded.slots:
-            return [], ()
-        finite = finite_rows(forwarded.logits)
-        requests = [running[slot] for slot in forwarded.slots]
-        chosen = choose(forwarded.logits, [request.choice() for request in requests])
-        wanted = [
-            (row, chosen[row], request.params.logprobs)
-            for row, request in enumerate(requests)
-            if request.params.logprobs is not None
-        ]
-        reported = logprobs.of_choices(self._executor, forwarded.logits, wanted)
+            chosen = samples if sample else None
+            rows.append(self.requests.launched(self.requests.running[slot], start + length, chosen, expected_s))
+            samples += sample
+        return Flight(tuple(rows), sampled)
+
+    def commit(self, flight: Flight, now: Callable[[], float]) -> tuple[list[Event], tuple[Token, ...]]:
+        """Take over what a forward computed: tokens, and what is reported of them. What it computed of requests that
+        are gone is of no use.
+        """
+        table = self.requests
+        chosen, scored = flight.sampled.collect(self._executor.model.vocab_size)
+        current = [row for row in flight.rows if table.current(row)]
+        for row in current:
+            request = row.request
+            if request.scored is not None:
+                if not request.prompt_logprobs:
+                    request.prompt_logprobs.append(None)
+                request.prompt_logprobs += scored.get(request.slot, ())
+            table.advance(request, row.end)
         events: list[Event] = []
         tokens: list[Token] = []
-        for row, request in enumerate(requests):
-            if not finite[row]:
+        of_slot = dict(zip(flight.sampled.layout.sample_slots, chosen, strict=True))
+        for row in current:
+            if row.place is None:
+                continue
+            request, (token, finite, reported) = row.request, of_slot[row.request.slot]
+            if not finite:
                 events.append(self._diverged(request))
                 continue
             name = request.command.request_id
@@ -97,17 +108,9 @@ class Serving:
                 scores = tuple(request.prompt_logprobs) if asked else None
                 events.append(PromptDone(name, request.cached_tokens, scores, request.placed_s))
             at = now()
-            finish = self.requests.emit(request, chosen[row], at)
-            tokens.append(make(Token, (name, chosen[row], finish, at, reported.get(row))))
+            finish = table.emit(row, token, at)
+            tokens.append(make(Token, (name, token, finish, at, reported)))
         return events, tuple(tokens)
-
-    def _score_prompt(self, request: Request, segment: Segment, hidden: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow the segment's rows hidden [length, H]."""
-        if segment.start == 0:
-            request.prompt_logprobs.append(None)
-        targets = request.command.prompt[segment.start + 1 : segment.start + 1 + segment.length]
-        top = request.params.prompt_logprobs or 0
-        request.prompt_logprobs += logprobs.of_prompt(self._executor, hidden[: len(targets)], targets, top)
 
     def _diverged(self, request: Request) -> RequestFailed:
         self.requests.release(request, forget=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Columns, Staged
 from coserve_engine.numerics import Numerics
 
 Reader = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
@@ -24,12 +25,21 @@ class PageRun:
     """[n], or None where the pages are first, first + 1, ..."""
 
     @classmethod
-    @lru_cache(maxsize=4096)
-    def of(cls, pages: tuple[int, ...], device: torch.device) -> PageRun:
-        """These pages; asked again in every iteration of a sequence."""
-        first = pages[0]
-        neighbours = all(page == first + i for i, page in enumerate(pages))
-        return cls(first, None if neighbours else torch.tensor(pages, dtype=torch.int64, device=device))
+    def put(cls, tables: Iterable[tuple[int, ...]], columns: Columns) -> Callable[[Staged], tuple[PageRun, ...]]:
+        """Put pages of several sequences among what will be staged, where they are no neighbours; to be called with
+        that.
+        """
+        runs = [_in_place(pages) or (pages[0], columns.ints(pages)) for pages in tables]
+        return lambda staged: tuple(
+            [run if isinstance(run, PageRun) else cls(run[0], staged.ints[run[1]]) for run in runs]
+        )
+
+
+@lru_cache(maxsize=4096)
+def _in_place(pages: tuple[int, ...]) -> PageRun | None:
+    """The run of pages that are neighbours; asked again in every iteration of a sequence."""
+    first = pages[0]
+    return PageRun(first, None) if all(page == first + i for i, page in enumerate(pages)) else None
 
 
 class KVCache:
@@ -84,9 +94,8 @@ class KVCache:
 
         return gather(self.k[layer]), gather(self.v[layer])
 
-    def scrub(self, pages: tuple[int, ...]) -> None:
-        """Zero pages that may hold values which are not finite: a masked key still meets 0 * value."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.k.device)
+    def scrub(self, pages: torch.Tensor) -> None:
+        """Zero pages [n] that may hold values which are not finite: a masked key still meets 0 * value."""
         for pool in (self.k, self.v):
             layers, heads, _, size = pool.shape
-            pool.view(layers, heads, -1, self._page, size).index_fill_(2, index, 0.0)
+            pool.view(layers, heads, -1, self._page, size).index_fill_(2, pages, 0.0)

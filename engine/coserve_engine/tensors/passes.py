@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from coserve_engine.config import ModelConfig
-from coserve_engine.device.protocol import Device
+from coserve_engine.device.protocol import Columns, Device
 from coserve_engine.layout.passes import PassLayout, TileSpan
 from coserve_engine.tensors.buffers import Buffers, Shape
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept
+from coserve_engine.tensors.kv_cache import PageRun
 from coserve_engine.tensors.lora import LoraLayout, LoraWeights
 
 
@@ -48,6 +49,10 @@ class PassTensors:
         columns = [layout.tokens, layout.positions, layout.write]
         self.places = device.stage(columns, torch.int64)
         """[3, rows]: token, position in the sequence, and place in the pool."""
+        pages = Columns()
+        runs = PageRun.put(layout.pages if training else (), pages)
+        self.runs = runs(device.stage_columns(pages))
+        """Of each tile's `layout.pages`, for backward."""
         self.row_keys: torch.Tensor | None = None
         """[rows], where training drops inputs."""
         compute, wide = dtypes.compute, dtypes.accumulate
@@ -86,14 +91,14 @@ class UnitRows:
     layer: int
     spans: tuple[TileSpan, ...]
     """Last tile first: the order of every sum over positions."""
-    pages: tuple[tuple[int, ...], ...]
-    """Up to each tile's end."""
+    runs: tuple[PageRun, ...]
+    """Pages up to each tile's end."""
 
     @classmethod
     def of(cls, state: PassTensors, layer: int, first: int, end: int) -> UnitRows:
         """Tiles [first, end)."""
-        spans, pages = state.layout.spans[first:end], state.layout.pages[first:end]
-        return cls(state, layer, spans[::-1], pages[::-1])
+        spans, runs = state.layout.spans[first:end], state.runs[first:end]
+        return cls(state, layer, spans[::-1], runs[::-1])
 
     @property
     def start(self) -> int:

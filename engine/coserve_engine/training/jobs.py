@@ -193,11 +193,13 @@ class Job:
 
     def _optimize(self, c: OptimStep) -> Pending:
         """Enqueue a step, which counts from now on; whether it changed anything is for its event alone."""
-        e, outcome = self._executor, torch.tensor([math.nan, 0.0])
+        e = self._executor
         if self._finite:
             how = AdamW(c.lr, c.beta1, c.beta2, c.eps, c.weight_decay, c.max_grad_norm)
             outcome = e.kernels.optimize(self._state.param, self._grad, self._state.adam, how)
             self.weights.renew()
+        else:
+            outcome = e.copies.stage([math.nan, 0.0], torch.float64)
         self._grad.zero_()
         self._summed, self._finite = False, True
         self._done(c, steps=1)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from coserve_engine.config import ModelConfig, Rope
+from coserve_engine.device.cpu import CpuDevice
+from coserve_engine.device.protocol import Columns
 from coserve_engine.kernels.attention import (
     Attention,
     Mask,
@@ -79,11 +81,18 @@ def test_rows_that_are_not_padded_differ(monkeypatch: pytest.MonkeyPatch) -> Non
     assert differing(6, 320, [(first, 1) for first in range(64)]) > 0
 
 
+def run_of(*pages: int) -> PageRun:
+    columns = Columns()
+    columns.ints((7, 7))
+    (run,) = PageRun.put([pages], columns)(CpuDevice(CPU).stage_columns(columns))
+    return run
+
+
 def test_neighbouring_pages_are_read_in_place() -> None:
     config = ModelConfig(16, 8, 1, 2, 2, 4, 8, 1e-5, Rope(1e4), 1024, (), False, (None,), False, ())
     cache = KVCache(config, 8, NUMERICS, torch.float32, CPU)
     cache.k.copy_(draw(*cache.k.shape))
-    run, gathered = PageRun.of((2, 3, 4), CPU), PageRun.of((2, 4, 3), CPU)
+    run, gathered = run_of(2, 3, 4), run_of(2, 4, 3)
     assert run.index is None and gathered.index is not None
     k, _ = cache.read(0, run, 64, 192)
     assert k.data_ptr() == cache.k[0, :, 3 * 64].data_ptr()
@@ -99,7 +108,7 @@ def test_a_reader_reads_every_layer(pages: tuple[int, ...]) -> None:
     cache = KVCache(config, 8, NUMERICS, torch.float32, CPU)
     cache.k.copy_(draw(*cache.k.shape))
     cache.v.copy_(draw(*cache.v.shape, seed=1))
-    run = PageRun.of(pages, CPU)
+    run = run_of(*pages)
     read = cache.reader(run, 64, 192)
     for layer in range(3):
         for found, expected in zip(read(layer), cache.read(layer, run, 64, 192), strict=True):

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.layout.batch import AdapterGroup, BatchLayout, lay_out
+from coserve_engine.layout.choices import Choice
 from coserve_engine.layout.passes import PassLayout, pages_of_pass
+from coserve_engine.messages import SamplingParams
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.pages import NULL_PAGE
 from coserve_engine.scheduler.plan import Kind, Segment
@@ -25,6 +27,10 @@ class Sequence:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     adapter: int | None
+    scored: int | None = None
+
+    def choice(self) -> Choice:
+        return Choice(SamplingParams(1), len(self.tokens))
 
 
 class Work(NamedTuple):
@@ -71,8 +77,9 @@ def works(draw: st.DrawFn) -> Work:
         kind = draw(st.sampled_from((Kind.DECODE, Kind.PREFILL)))
         length = 1 if kind is Kind.DECODE else length
         tokens = tuple(1000 * slot + at for at in range(start + length))
-        adapter = draw(st.sampled_from((None, 7, 8)))
-        sequences[slot] = Sequence(tokens, pages(numerics.pages(start + length) + draw(st.integers(0, 2))), adapter)
+        adapter, top = draw(st.sampled_from((None, 7, 8))), draw(st.sampled_from((None, 0, 5)))
+        held = pages(numerics.pages(start + length) + draw(st.integers(0, 2)))
+        sequences[slot] = Sequence(tokens, held, adapter, top)
         sample = kind is Kind.DECODE or draw(st.booleans())
         (decode if kind is Kind.DECODE else prefill).append(Segment(kind, slot, start, length, sample))
     passes = {}
@@ -148,6 +155,19 @@ def broken(work: Work, layout: BatchLayout) -> set[str]:
     samples = list(layout.sample_rows)
     if list(zip(layout.sample_slots, samples, strict=False)) != ends or len(samples) != numerics.pad(len(ends)):
         found.add("samples")
+    if [c.position for c in layout.choices] != [len(work.sequences[slot].tokens) for slot, _ in ends]:
+        found.add("samples")
+    scored: dict[int, list[int]] = {}
+    for n, (s, *_) in enumerate(sources):
+        if s.kind is not Kind.FINETUNE and work.sequences[s.slot].scored is not None:
+            scored.setdefault(s.slot, []).append(n)
+    asked = []
+    for slot, members in scored.items():
+        following = [work.sequences[slot].tokens[at + 1 : at + 2] for at in (sources[n][2] for n in members)]
+        targets = tuple(token for some in following for token in some)
+        asked += [(slot, members[0], targets, work.sequences[slot].scored)] if targets else []
+    if list(layout.scored) != asked:
+        found.add("scored")
     if set(samples[len(ends) :]) - {samples[len(ends) - 1]} if ends else samples:
         found.add("samples")
     return found
@@ -166,6 +186,7 @@ BREAKS: dict[str, Callable[[BatchLayout], BatchLayout]] = {
     "adapters": lambda b: replace(b, adapters=(AdapterGroup(0, [*b.adapters[0].rows, 1]), *b.adapters[1:])),
     "windows": lambda b: replace(b, windows=(b.windows[0]._replace(first=64),)),
     "samples": lambda b: replace(b, sample_rows=(b.sample_rows[0] + 1, *b.sample_rows[1:])),
+    "scored": lambda b: replace(b, scored=(b.scored[0]._replace(start=b.scored[0].start + 1),)),
     "padding": lambda b: replace(b, write=(*b.write[:-1], 64)),
     "positions": lambda b: replace(b, positions=(b.positions[0] + 1, *b.positions[1:])),
 }
@@ -178,7 +199,7 @@ def test_a_broken_one_fails(name: str) -> None:
     sequences = {
         0: Sequence(tuple(range(70)), (1, 2), 7),
         1: Sequence(tuple(range(9)), (3,), None),
-        2: Sequence(tuple(range(80)), (5, 4), 7),
+        2: Sequence(tuple(range(80)), (5, 4), 7, 3),
     }
     passes = {50: PassLayout.of([tuple(range(100))], (8, 9), numerics, training=True)}
     segments = (

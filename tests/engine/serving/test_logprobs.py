@@ -20,9 +20,8 @@ from coserve_engine.messages import (
     TokenLogprobs,
     TrainSeq,
 )
-from coserve_engine.model import head
+from coserve_engine.model import head, outcome
 from coserve_engine.numerics import Numerics
-from coserve_engine.serving import logprobs
 
 VERSION = AdapterVersion("a", 1)
 ASK = SamplingParams(12, temperature=0.8, seed=3, ignore_eos=True, logprobs=3)
@@ -89,14 +88,10 @@ def test_the_comparison_notices(
     d.engine._adapters[VERSION] = adapter.weights
     if broken == "another function":
         monkeypatch.setattr(
-            d.engine.executor,
-            "log_probabilities_of",
-            lambda logits, rows: logits[rows].double().log_softmax(-1).float(),
+            d.engine.executor, "log_probabilities", lambda logits: logits.double().log_softmax(-1).float()
         )
     elif broken == "raw rows":
-        monkeypatch.setattr(
-            d.engine.executor, "log_probabilities_of", lambda logits, rows: (logits[rows] / 0.8).log_softmax(-1)
-        )
+        monkeypatch.setattr(d.engine.executor, "log_probabilities", lambda logits: (logits / 0.8).log_softmax(-1))
     tokens = score(d, draw_tokens(5, 70), ASK, None if broken == "other weights" else VERSION)
     expected = trained(r, adapter, tokens, PassMode.EVAL)
     assert not torch.equal(torch.tensor([one.logprob for one in of_output(d)]), expected[69:])
@@ -147,7 +142,7 @@ def test_a_prompt_is_scored_in_pieces_and_computed_whole(
     for name in ("first", "second"):
         d.submit(AddRequest(name, prompt, SamplingParams(1, ignore_eos=True, prompt_logprobs=2), 0.0))
         d.run()
-    assert max(rows) <= logprobs.CHUNK_ROWS
+    assert max(rows) <= outcome.SCORED_ROWS
     assert [e.cached_tokens for e in d.of(PromptDone)] == [0, 0]
     assert sum(e.prefill_tokens for e in d.of(IterationDone)) == 400
     assert of_prompt(d, "first") == of_prompt(d, "second")

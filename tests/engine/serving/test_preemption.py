@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from coserve_engine.config import EngineConfig
+from coserve_engine.device.cpu import CpuDevice
 from coserve_engine.errors import OutOfPagesError
 from coserve_engine.messages import AddRequest, Cancel, PassDone, RequestFailed, SamplingParams, StopJob
 from coserve_engine.numerics import Numerics
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.serving.requests import RequestTable
 from coserve_engine.serving.serving import Serving
+from coserve_engine.tensors.counts import TokenCounts
 
 PAGE_BYTES = 8192
 TINY = {"kv_cache_bytes": 20 * PAGE_BYTES, "max_model_length": 256, "numerics": Numerics(page=16)}
@@ -55,7 +57,7 @@ def move_about(seed: int, moves: int) -> Counter[str]:
         config=config,
         model=SimpleNamespace(vocab_size=4, eos_token_ids=(3,)),
         ledger=ledger,
-        device=torch.device("cpu"),
+        counts=TokenCounts(4, CpuDevice(torch.device("cpu"))),
         numerics=config.numerics,
     )
     serving = Serving(executor, {})
@@ -72,7 +74,8 @@ def move_about(seed: int, moves: int) -> Counter[str]:
         match source.choice(("add", *["step"] * 8, "cancel", "pass", "end pass")):
             case "add":
                 prompt = (*[n % 3] * source.choice((0, 16, 48)), *(source.randrange(3) for _ in range(20)))
-                params = SamplingParams(source.choice((2, 10, 150)), ignore_eos=source.random() < 0.9)
+                length, endless = source.choice((2, 10, 150)), source.random() < 0.9
+                params = SamplingParams(length, ignore_eos=endless, frequency_penalty=0.5 * (n % 2))
                 seen["added"] += 1
                 seen["refused"] += len(serving.add(AddRequest(f"r{n}", prompt, params, float(n)), 0.0))
             case "cancel":
@@ -96,8 +99,9 @@ def move_about(seed: int, moves: int) -> Counter[str]:
                     rest = len(request.tokens) - request.done
                     rows = rest if source.random() < 0.8 else source.randint(1, rest)
                     assert config.numerics.pages(request.done + rows) <= len(request.pages), "rows have a place"
-                    table.advance(request, rows)
-                    if rows == rest and table.emit(request, source.randrange(4), 0.0):
+                    computed = table.launched(request, request.done + rows, 0 if rows == rest else None, 0.0)
+                    table.advance(request, computed.end)
+                    if rows == rest and table.emit(computed, source.randrange(4), 0.0):
                         seen["finished"] += 1
         assert_sound(table, ledger, passes)
     seen["preempted"], seen["hits"] = table.preemptions, table.prefix_hits
@@ -107,6 +111,7 @@ def move_about(seed: int, moves: int) -> Counter[str]:
         pass
     assert_sound(table, ledger, {})
     assert ledger.free_pages == ledger.total
+    assert sorted(executor.counts._free) == list(range(len(executor.counts.table)))
     ledger.reserve("request:0", ledger.total)
     return seen
 

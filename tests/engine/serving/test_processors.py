@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from choices import Requests, choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
+from coserve_engine.kernels import sampling
+from coserve_engine.kernels.sampling import CANDIDATES, Likeliest, sorted_whole, widening
+from coserve_engine.layout.choices import Choice
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenBatch
-from coserve_engine.serving import sampling
-from coserve_engine.serving.processors import Processors, process
-from coserve_engine.serving.sampling import CANDIDATES, Choice, choose
 
 VOCAB = 400
-CPU = torch.device("cpu")
 PROMPT = (1, 2, 3, 2)
 OUTPUT = (2, 5, 5, 5, 7)
 
@@ -28,17 +28,12 @@ def random_logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def after(params: SamplingParams, output: tuple[int, ...] = OUTPUT, enders: tuple[int, ...] = ()) -> Processors:
-    """A request's processors once it has said `output`."""
-    made = Processors.create(params, PROMPT, enders, CPU)
-    assert made is not None
-    for token in output:
-        made.add(token)
-    return made
-
-
-def processed(params: SamplingParams, logits: torch.Tensor, enders: tuple[int, ...] = ()) -> torch.Tensor:
-    return process(logits, [(row, after(params, enders=enders)) for row in range(logits.shape[0])])
+def processed(
+    params: SamplingParams, logits: torch.Tensor, enders: tuple[int, ...] = (), output: tuple[int, ...] = OUTPUT
+) -> torch.Tensor:
+    """Logits of requests that have said `output`."""
+    requests = Requests(VOCAB, PROMPT, output, enders)
+    return requests.processed(logits, [requests.choice(params) for _ in range(logits.shape[0])])
 
 
 # ---- penalties, bias, min_tokens ----
@@ -76,7 +71,7 @@ def test_min_tokens_is_transformers(length: int) -> None:
     logits, output = random_logits(3), OUTPUT[:length] + (8,) * max(0, length - len(OUTPUT))
     minimum = reference.MinNewTokensLengthLogitsProcessor(len(PROMPT), 4, [6, 11], device="cpu")
     expected = minimum(torch.tensor([[*PROMPT, *output]]), logits.clone())
-    found = process(logits, [(0, after(SamplingParams(10, min_tokens=4), output, enders=(6, 11)))])
+    found = processed(SamplingParams(10, min_tokens=4), logits, (6, 11), output)
     assert torch.equal(found, expected)
     assert bool(torch.isinf(found).any()) is (length < 4)
 
@@ -124,19 +119,25 @@ def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return torch.softmax(scores, -1)[0].double()
 
 
-def farthest(params: SamplingParams, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
+def farthest(
+    params: SamplingParams, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, likeliest: Likeliest = widening
+) -> float:
     """How far the share of a fine grid of numbers that leads to a token is from its probability, in grid steps."""
     grid = 20_000
-    monkeypatch.setattr(sampling, "sample_u", lambda seed, position: (position + 0.5) / grid)
-    found = choose(random_logits(7).expand(grid, -1), [Choice(params, position) for position in range(grid)])
+    monkeypatch.setattr(sampling, "uniforms", lambda seeds, positions: (positions + 0.5) / grid)
+    choices = [Choice(params, position) for position in range(grid)]
+    found = choose(random_logits(7).expand(grid, -1), choices, likeliest)
     share = torch.bincount(torch.tensor(found), minlength=VOCAB).double() / grid
     assert not bool(share[expected == 0].any())
     return float((share - expected).abs().max()) * grid
 
 
+@pytest.mark.parametrize("likeliest", (widening, sorted_whole))
 @pytest.mark.parametrize("params", CUTS, ids=str)
-def test_what_is_left_to_draw_from_is_transformers(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert farthest(params, distribution(random_logits(7), params), monkeypatch) <= 2
+def test_what_is_left_to_draw_from_is_transformers(
+    params: SamplingParams, likeliest: Likeliest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert farthest(params, distribution(random_logits(7), params), monkeypatch, likeliest) <= 2
 
 
 @pytest.mark.parametrize("change", ({"top_k": 41}, {"top_p": 0.88}, {"min_p": 0.03}, {"temperature": 0.82}), ids=str)
@@ -168,21 +169,35 @@ def parameters(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-def choice_of(params: SamplingParams, position: int) -> Choice:
-    made = Processors.create(params, PROMPT, (6,), CPU)
-    for token in OUTPUT if made is not None else ():
-        made.add(token)
-    return Choice(params, position, made)
+def said(several: list[SamplingParams], rows: list[int], logits: torch.Tensor, likeliest: Likeliest) -> list[int]:
+    """What these rows choose together."""
+    requests = Requests(VOCAB, PROMPT, OUTPUT, (6,))
+    return requests.choose(logits[rows], [requests.choice(several[n], n) for n in rows], likeliest)
 
 
 @settings(deadline=None)
 @given(st.lists(parameters(), min_size=1, max_size=9), st.integers(0, 1000))
 def test_a_row_does_not_see_its_neighbours(several: list[SamplingParams], seed: int) -> None:
-    logits = random_logits(seed, len(several))
-    together = choose(logits, [choice_of(params, n) for n, params in enumerate(several)])
-    alone = [choose(logits[n : n + 1], [choice_of(params, n)])[0] for n, params in enumerate(several)]
-    assert together == alone
+    logits, rows = random_logits(seed, len(several)), list(range(len(several)))
+    together = said(several, rows, logits, widening)
+    assert together == [said(several, [n], logits, widening)[0] for n in rows]
     assert all(0 <= token < VOCAB for token in together)
+
+
+@settings(deadline=None)
+@given(st.lists(parameters(), min_size=1, max_size=9), st.integers(0, 1000))
+def test_sorting_all_finds_what_widening_does(several: list[SamplingParams], seed: int) -> None:
+    logits, rows = random_logits(seed, len(several)), list(range(len(several)))
+    assert said(several, rows, logits, sorted_whole) == said(several, rows, logits, widening)
+
+
+def test_what_is_chosen_is_counted() -> None:
+    """By the table itself, where a row has penalties: a repetition costs what it should without a word of the host."""
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 9], logits[:, 11] = 3.0, 2.9
+    requests = Requests(VOCAB, PROMPT)
+    choices = [requests.choice(SamplingParams(9, frequency_penalty=1.0)), Choice(SamplingParams(9), 0)]
+    assert [requests.choose(logits, choices) for _ in range(4)] == [[9, 9], [11, 9], [9, 9], [11, 9]]
 
 
 def test_randomness_that_is_drawn_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +205,11 @@ def test_randomness_that_is_drawn_breaks_it(monkeypatch: pytest.MonkeyPatch) -> 
     several = [SamplingParams(20, 1.0, seed=n) for n in range(8)]
     logits = random_logits(1, 8)
     generator = random.Random(0)
-    monkeypatch.setattr(sampling, "sample_u", lambda seed, position: generator.random())
-    together = choose(logits, [choice_of(params, n) for n, params in enumerate(several)])
-    assert together != [choose(logits[n : n + 1], [choice_of(params, n)])[0] for n, params in enumerate(several)]
+    monkeypatch.setattr(
+        sampling, "uniforms", lambda seeds, _: torch.tensor([generator.random() for _ in seeds], dtype=torch.float64)
+    )
+    together = said(several, list(range(8)), logits, widening)
+    assert together != [said(several, [n], logits, widening)[0] for n in range(8)]
 
 
 # ---- in the engine ----

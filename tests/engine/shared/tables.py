@@ -26,6 +26,6 @@ def use_fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Executors made from now on compute nothing."""
 
     def select(config: Any, numerics: Any, dtypes: Any, rope: Any, *, backward: bool) -> FakeKernels:
-        return FakeKernels(config, dtypes, rope.device)
+        return FakeKernels(config, numerics, dtypes, rope)
 
     monkeypatch.setattr(executor, "select", select)

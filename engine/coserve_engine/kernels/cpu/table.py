@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device
 from coserve_engine.kernels import bound
 from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.kernels.bound import BoundBatch, BoundUnit
@@ -16,6 +17,7 @@ from coserve_engine.kernels.cpu.optim import adamw
 from coserve_engine.kernels.lora import linear, linear_backward
 from coserve_engine.kernels.plain import PlainKernels, layer_masks
 from coserve_engine.kernels.protocol import Adapted
+from coserve_engine.kernels.sampling import choose, widening
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
@@ -50,9 +52,14 @@ class CpuKernels(PlainKernels[BoundBatch]):
     # ---- forward ----
 
     def bind(
-        self, layout: BatchLayout, sequences: Mapping[int, Adapted], passes: Mapping[int, PassTensors]
+        self,
+        layout: BatchLayout,
+        sequences: Mapping[int, Adapted],
+        passes: Mapping[int, PassTensors],
+        device: Device,
+        chosen: torch.Tensor,
     ) -> BoundBatch:
-        return bound.bind(layout, sequences, passes, self.numerics, self.rope)
+        return bound.bind(layout, sequences, passes, self._shared(device, chosen), paged=False)
 
     def linear(
         self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: BoundBatch
@@ -75,6 +82,9 @@ class CpuKernels(PlainKernels[BoundBatch]):
 
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         return head.forward(x)
+
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+        return choose(logits, b.choices, counts, widening)
 
     # ---- backward of a unit ----
 

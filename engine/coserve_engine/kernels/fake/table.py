@@ -9,25 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device
+from coserve_engine.kernels import bound
+from coserve_engine.kernels.bound import BoundBatch, Shared
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
+from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
 from coserve_engine.tensors.weights import FrozenLinear, LayerWeights
-
-
-class FakeBatch(NamedTuple):
-    """A layout, and whether any of its rows has an adapter."""
-
-    layout: BatchLayout
-    adapted: bool
 
 
 class FakeLinear:
@@ -52,8 +48,9 @@ class FakeKernels:
     """`Kernels` that count their launches by word."""
 
     config: ModelConfig
+    numerics: Numerics
     dtypes: Dtypes
-    device: torch.device
+    rope: torch.Tensor
     launches: Counter[str] = field(default_factory=Counter)
     exact: bool = False
     fused: tuple[tuple[str, ...], ...] = ()
@@ -67,11 +64,17 @@ class FakeKernels:
     # ---- forward ----
 
     def bind(
-        self, layout: BatchLayout, sequences: Mapping[int, Adapted], passes: Mapping[int, PassTensors]
-    ) -> FakeBatch:
-        return FakeBatch(layout, bool(layout.adapters or layout.windows))
+        self,
+        layout: BatchLayout,
+        sequences: Mapping[int, Adapted],
+        passes: Mapping[int, PassTensors],
+        device: Device,
+        chosen: torch.Tensor,
+    ) -> BoundBatch:
+        shared = Shared(device, self.numerics, self.rope, self.config.vocab_size, chosen)
+        return bound.bind(layout, sequences, passes, shared, paged=True)
 
-    def embed(self, table: torch.Tensor, b: FakeBatch) -> torch.Tensor:
+    def embed(self, table: torch.Tensor, b: BoundBatch) -> torch.Tensor:
         self.launches["embed"] += 1
         return _zeros(table, len(b.layout.tokens), table.shape[1])
 
@@ -86,10 +89,10 @@ class FakeKernels:
         return x
 
     def linear(
-        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: FakeBatch
+        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: BoundBatch
     ) -> tuple[torch.Tensor, ...]:
         self.launches["linear"] += 1
-        self.launches["adapters"] += 2 * b.adapted
+        self.launches["adapters"] += 2 * bool(b.adapters)
         return tuple(w.linears[name].forward(x) for name in group)
 
     def encode(
@@ -99,13 +102,13 @@ class FakeKernels:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        b: FakeBatch,
+        b: BoundBatch,
         cache: KVCache,
     ) -> torch.Tensor:
         self.launches["encode"] += 1
         return q
 
-    def attend(self, layer: int, q: torch.Tensor, b: FakeBatch, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, layer: int, q: torch.Tensor, b: BoundBatch, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         self.launches["attend"] += bool(b.layout.singles) + bool(b.layout.calls)
         return q, q[..., 0].to(self.dtypes.accumulate)
 
@@ -113,19 +116,23 @@ class FakeKernels:
         self.launches["gate"] += 1
         return gate
 
-    def keep(self, layer: int, b: FakeBatch, values: Mapping[str, torch.Tensor]) -> None:
+    def keep(self, layer: int, b: BoundBatch, values: Mapping[str, torch.Tensor]) -> None:
         self.launches["keep"] += bool(b.layout.windows)
 
-    def keep_final(self, b: FakeBatch, x: torch.Tensor) -> None:
+    def keep_final(self, b: BoundBatch, x: torch.Tensor) -> None:
         self.launches["keep"] += bool(b.layout.windows)
 
-    def sampled(self, b: FakeBatch, x: torch.Tensor) -> torch.Tensor:
+    def sampled(self, b: BoundBatch, x: torch.Tensor) -> torch.Tensor:
         self.launches["sampled"] += 1
         return x[: len(b.layout.sample_rows)]
 
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         self.launches["logits"] += 1
-        return torch.zeros(x.shape[0], self.config.vocab_size, dtype=self.dtypes.accumulate, device=self.device)
+        return torch.zeros(x.shape[0], self.config.vocab_size, dtype=self.dtypes.accumulate, device=x.device)
+
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+        self.launches["sample"] += 1
+        return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
 
     # ---- backward of a unit ----
 
@@ -200,4 +207,4 @@ class FakeKernels:
     def optimize(self, param: torch.Tensor, grad: torch.Tensor, state: AdamState, how: AdamW) -> torch.Tensor:
         """Norm and clipping, then the update."""
         self.launches["optimize"] += 2
-        return torch.ones(2, device=self.device)
+        return torch.ones(2, device=self.rope.device)

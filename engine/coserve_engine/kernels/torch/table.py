@@ -5,23 +5,24 @@ requests, where the CPU's words keep bits and go row by row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
 from coserve_engine.config import ModelConfig
+from coserve_engine.device.protocol import Device
 from coserve_engine.kernels import bound
 from coserve_engine.kernels.attention import Attention, reference_backward, reference_forward
 from coserve_engine.kernels.bound import BoundBatch, BoundUnit
 from coserve_engine.kernels.lora import AdapterRows, add_adapters, linear
 from coserve_engine.kernels.plain import PlainKernels, PlainLinear, layer_masks, layer_windows
 from coserve_engine.kernels.protocol import GATE_UP, QKV, Adapted
+from coserve_engine.kernels.sampling import choose, sorted_whole
 from coserve_engine.kernels.torch.attention import attend_rows, hidden_keys
 from coserve_engine.kernels.torch.optim import adamw
 from coserve_engine.kernels.torch.products import adapter_backward, wide_product
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
-from coserve_engine.scheduler.pages import NULL_PAGE
 from coserve_engine.tensors.adam import AdamState, AdamW
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
@@ -30,17 +31,7 @@ from coserve_engine.tensors.weights import FrozenLinear, LayerWeights
 
 
 @dataclass(frozen=True)
-class DecodedBatch(BoundBatch):
-    """With the pages [n, pages] of the n decode rows, null pages where a sequence has fewer, and by a window what these
-    do not see of them, made when first asked for.
-    """
-
-    table: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TorchKernels(PlainKernels[DecodedBatch]):
+class TorchKernels(PlainKernels[BoundBatch]):
     """`Kernels` in any of `Dtypes`. `windows`: one a layer."""
 
     dtypes: Dtypes
@@ -71,28 +62,17 @@ class TorchKernels(PlainKernels[DecodedBatch]):
     # ---- forward ----
 
     def bind(
-        self, layout: BatchLayout, sequences: Mapping[int, Adapted], passes: Mapping[int, PassTensors]
-    ) -> DecodedBatch:
-        pages = [call.pages for call in layout.singles]
-        longest = max(map(len, pages), default=0)
-        table = [[*some, *([NULL_PAGE] * (longest - len(some)))] for some in pages]
-        made = bound.bind(replace(layout, singles=()), sequences, passes, self.numerics, self.rope)
-        return DecodedBatch(
-            layout,
-            made.tokens,
-            made.positions,
-            made.write,
-            (),
-            made.calls,
-            made.adapters,
-            made.kept,
-            made.sample_rows,
-            made.rope,
-            table=torch.tensor(table, dtype=torch.int64, device=self.rope.device),
-        )
+        self,
+        layout: BatchLayout,
+        sequences: Mapping[int, Adapted],
+        passes: Mapping[int, PassTensors],
+        device: Device,
+        chosen: torch.Tensor,
+    ) -> BoundBatch:
+        return bound.bind(layout, sequences, passes, self._shared(device, chosen), paged=True)
 
     def linear(
-        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: DecodedBatch
+        self, w: LayerWeights, layer: int, group: tuple[str, ...], x: torch.Tensor, b: BoundBatch
     ) -> tuple[torch.Tensor, ...]:
         return self._linear(w, layer, group, x, b.adapters)
 
@@ -109,7 +89,7 @@ class TorchKernels(PlainKernels[DecodedBatch]):
             add_adapters(x, part, adapters, layer, name)
         return parts
 
-    def _attend_singles(self, layer: int, q: torch.Tensor, b: DecodedBatch, cache: KVCache) -> torch.Tensor:
+    def _attend_singles(self, layer: int, q: torch.Tensor, b: BoundBatch, cache: KVCache) -> torch.Tensor:
         page, window = self.numerics.page, self.windows[layer]
         hidden = b.hidden.get(window)
         if hidden is None:
@@ -120,6 +100,9 @@ class TorchKernels(PlainKernels[DecodedBatch]):
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         assert isinstance(head, PlainLinear)  # its own
         return wide_product(x, head.weight.t(), self.dtypes.accumulate)
+
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+        return choose(logits, b.choices, counts, sorted_whole)
 
     # ---- backward of a unit ----
 

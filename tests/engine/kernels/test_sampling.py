@@ -9,13 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from choices import choose
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coserve_engine.kernels.sampling import uniforms
+from coserve_engine.layout.choices import Choice, ChoiceLayout
 from coserve_engine.messages import AddRequest, SamplingParams
-from coserve_engine.serving.sampling import Choice, choose, sample_u
 
 DRAWS = 20_000
+MASK = (1 << 64) - 1
+
+
+def sample_u(seed: int, position: int) -> float:
+    """The definition: two rounds of SplitMix64 in Python's integers."""
+
+    def mix(z: int) -> int:
+        z = (z + 0x9E3779B97F4A7C15) & MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        return z ^ (z >> 31)
+
+    return (mix(mix(seed & MASK) ^ position) >> 11) * 2.0**-53
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -58,8 +73,11 @@ def test_neighbours_are_independent() -> None:
 
 
 @given(seed=st.integers(-(1 << 70), 1 << 70), position=st.integers(0, 1 << 40))
-def test_any_seed_gives_a_number_below_one(seed: int, position: int) -> None:
-    assert 0.0 <= sample_u(seed, position) < 1.0
+def test_tensors_compute_the_same_number(seed: int, position: int) -> None:
+    (signed,) = ChoiceLayout.of([Choice(SamplingParams(1, 1.0, seed=seed), position)], 8, 4).seed[:1]
+    found = float(uniforms(torch.tensor([signed]), torch.tensor([position])))
+    assert found == sample_u(seed, position)
+    assert 0.0 <= found < 1.0
 
 
 LOGITS = torch.tensor([2.0, -1.0, 1.5, 0.0, 1.9, -3.0, 0.7, 1.0])

@@ -1,0 +1,214 @@
+"""Choosing tokens, all rows of an iteration at once; a row's choice depends on that row alone.
+
+Randomness is addressed, not drawn: (seed, position) names the number, so a replay chooses the same token. A token is
+found by inverting the distribution's sum: over the vocabulary as it is where nothing is cut off, else over the
+likeliest tokens in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from coserve_engine.device.protocol import Columns, Staged
+from coserve_engine.layout.choices import ROWS, ChoiceLayout
+from coserve_engine.numerics import repeat_last
+from coserve_engine.tensors.counts import ONCE_MORE
+
+CANDIDATES = 256
+
+Likeliest = Callable[[torch.Tensor, "BoundChoices", torch.Tensor], torch.Tensor]
+"""(p [D, vocab] of the drawn rows, choices, u [D, 1]) -> tokens of the rows that are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundChoices:
+    """A ChoiceLayout of N rows as tensors: D rows are drawn, columns of these are [D, 1]; P rows have penalties."""
+
+    layout: ChoiceLayout
+    staged: Staged
+    at: dict[str, slice]
+
+    @classmethod
+    def put(cls, layout: ChoiceLayout, columns: Columns) -> Callable[[Staged], BoundChoices]:
+        """Put them among what will be staged; to be called with that."""
+        rows, counts, *penalties = layout.penalties
+        ints = {
+            "penalised": rows,
+            "counts": counts,
+            "biased_rows": layout.biased.rows,
+            "biased": layout.biased.tokens,
+            "banned_rows": layout.banned.rows,
+            "banned": layout.banned.tokens,
+            "drawn": layout.drawn,
+            "seed": layout.seed,
+            "position": layout.position,
+            "whole": layout.whole,
+            "cut": layout.cut,
+            "reported": layout.reported,
+        }
+        floats = {
+            "repetition": penalties[0],
+            "frequency": penalties[1],
+            "presence": penalties[2],
+            "bias": layout.bias,
+            "temperature": layout.temperature,
+            "min_p": layout.min_p,
+            "top_k": layout.top_k,
+            "top_p": layout.top_p,
+        }
+        at = {name: columns.ints(values) for name, values in ints.items() if values}
+        at |= {name: columns.floats(values) for name, values in floats.items() if values}
+        return lambda staged: cls(layout, staged, at)
+
+    def ints(self, name: str) -> torch.Tensor:
+        """int64 [n]."""
+        return self.staged.ints[self.at[name]]
+
+    def column(self, name: str) -> torch.Tensor:
+        """float64 [n, 1]."""
+        return self.staged.floats[self.at[name]].unsqueeze(1)
+
+
+# ---- randomness ----
+
+_GOLDEN, _M1, _M2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def _shift_xor(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """z ^ (z >> bits), the shift filled with zeros (that of int64 repeats the sign)."""
+    return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64 (Steele et al., 2014) of int64, modulo 2^64."""
+    z = _shift_xor(z + _GOLDEN, 30) * _M1
+    return _shift_xor(_shift_xor(z, 27) * _M2, 31)
+
+
+def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), float64 [N], for requests' seeds int64 [N] and the positions [N] of tokens: the upper 53 bits
+    of two rounds of SplitMix64.
+    """
+    return ((_mix(_mix(seeds) ^ positions) >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+# ---- what changes logits before ----
+
+
+def process(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor) -> torch.Tensor:
+    """Logits [N, vocab] after penalties, bias and bans; the argument stays as it is. `counts`: the table of
+    `TokenCounts`.
+    """
+    layout = choices.layout
+    if not (layout.penalties.rows or layout.bias or layout.banned.rows):
+        return logits
+    changed = logits.clone()
+    if layout.penalties.rows:
+        rows = choices.ints("penalised")
+        changed[rows] = _penalised(changed[rows], choices, counts[choices.ints("counts")])
+    if layout.bias:
+        added = choices.column("bias").squeeze(1).to(changed.dtype)
+        changed.index_put_((choices.ints("biased_rows"), choices.ints("biased")), added, accumulate=True)
+    if layout.banned.rows:
+        never = torch.full((), float("-inf"), dtype=changed.dtype, device=changed.device)
+        changed.index_put_((choices.ints("banned_rows"), choices.ints("banned")), never)
+    return changed
+
+
+def _penalised(scores: torch.Tensor, choices: BoundChoices, counts: torch.Tensor) -> torch.Tensor:
+    """Repetition as in transformers (Keskar et al., CTRL, 2019), then frequency and presence as in OpenAI's API, of
+    scores [P, vocab] with counts int32 [P, vocab].
+    """
+    repetition, frequency, presence = (
+        choices.column(name).to(scores.dtype) for name in ("repetition", "frequency", "presence")
+    )
+    repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
+    scores = torch.where(counts > 0, repeated, scores)
+    times = counts // ONCE_MORE
+    return scores.sub_(frequency * times).sub_(presence * (times > 0))
+
+
+# ---- the choice ----
+
+
+def choose(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor, likeliest: Likeliest) -> torch.Tensor:
+    """A token, int64, for each row of logits [N, vocab]; it is counted in `counts` where its row asks for that."""
+    layout = choices.layout
+    scores = process(logits, choices, counts)
+    tokens = scores.argmax(-1)
+    if layout.drawn:
+        rows, some = choices.ints("drawn"), slice(layout.draws)
+        tokens.index_copy_(0, rows[some], _draw(scores[rows], choices, likeliest)[some])
+    if layout.penalties.rows:
+        once = torch.full((), ONCE_MORE, dtype=counts.dtype, device=counts.device)
+        counts.index_put_((choices.ints("counts"), tokens[choices.ints("penalised")]), once, accumulate=True)
+    return tokens
+
+
+def _draw(scores: torch.Tensor, choices: BoundChoices, likeliest: Likeliest) -> torch.Tensor:
+    """A token for each of the drawn rows' scores [D, vocab]; none for those that are padding."""
+    layout, vocab = choices.layout, scores.shape[1]
+    u = uniforms(choices.ints("seed"), choices.ints("position")).unsqueeze(1)
+    p = torch.softmax(scores / choices.column("temperature").to(scores.dtype), -1)
+    if any(layout.min_p):
+        p = p.where(p >= choices.column("min_p").to(p.dtype) * p.amax(-1, keepdim=True), 0.0)
+    tokens = torch.zeros(p.shape[0], dtype=torch.int64, device=p.device)
+    if layout.whole:
+        some = choices.ints("whole")
+        mass = p[some].cumsum(-1, dtype=torch.float64)
+        found = torch.searchsorted(mass, u[some] * mass[:, -1:], right=True).clamp_(max=vocab - 1)
+        tokens.index_copy_(0, some, found.squeeze(1))
+    if layout.cut:
+        tokens.index_copy_(0, choices.ints("cut"), likeliest(p, choices, u))
+    return tokens
+
+
+def sorted_whole(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
+    """`Likeliest` that sorts all tokens: nothing is asked of the host."""
+    some = choices.ints("cut")
+    top_k, top_p = choices.column("top_k")[some], choices.column("top_p")[some]
+    return _among_likeliest(p[some], p.shape[1], top_k, top_p, u[some])[0]
+
+
+def widening(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
+    """`Likeliest` for a CPU, where sorting a vocabulary takes longer than all the rest: the likeliest CANDIDATES are
+    tried first, then more of them; only a row that is nearly flat is sorted whole.
+    """
+    left, width = choices.layout.cut[: choices.layout.cuts], min(CANDIDATES, p.shape[1])
+    tokens = torch.zeros(p.shape[0], dtype=torch.int64)
+    while left:
+        some = torch.tensor(repeat_last(left, ROWS))
+        top_k, top_p = choices.column("top_k")[some], choices.column("top_p")[some]
+        found, decided = _among_likeliest(p[some], width, top_k, top_p, u[some])
+        tokens[some] = found
+        left = [place for place, done in zip(left, decided.tolist(), strict=False) if not done]
+        width = min(16 * width, p.shape[1])
+    return tokens[choices.ints("cut")]
+
+
+def _among_likeliest(
+    p: torch.Tensor, width: int, top_k: torch.Tensor, top_p: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens drawn from what top_k [N, 1] and then top_p [N, 1] leave of p [N, vocab] at u [N, 1].
+
+    Only the `width` likeliest are looked at. Returns tokens [N], and whether that decided each [N].
+    """
+    if width == p.shape[1]:
+        values, order = p.sort(descending=True, stable=True)
+    else:
+        values, order = p.topk(width)
+    ranks = torch.arange(width, device=p.device)
+    mass = values.cumsum(-1, dtype=torch.float64)
+    within = top_k <= width
+    last_rank = top_k.clamp(max=width).long() - 1
+    total = torch.where(top_k < p.shape[1], mass.gather(1, last_rank), p.sum(-1, keepdim=True, dtype=torch.float64))
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], 1)
+    kept = ((before < top_p * total) & (ranks < top_k)).sum(-1, keepdim=True).clamp_(min=1)
+    nucleus_within = (top_k >= p.shape[1]) & (mass[:, -1:] >= top_p * total)
+    decided = within | nucleus_within if width < p.shape[1] else torch.ones_like(within)
+    target = u * mass.gather(1, kept - 1)
+    place = torch.searchsorted(mass, target, right=True).minimum(kept - 1)
+    return order.gather(1, place).squeeze(1), decided.squeeze(1)
