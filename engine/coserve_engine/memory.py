@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from coserve_engine.config import LINEARS, EngineConfig, ModelConfig
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.hardware import CUDA, Hardware
 from coserve_engine.job_messages import LoraSpec
 from coserve_engine.kernels.cpu.linears import PackedLinear
+from coserve_engine.kernels.torch.attention import GATHERED_BYTES
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept, row_values
 from coserve_engine.tensors.kv_cache import KVCache
@@ -29,6 +32,13 @@ cannot use.
 """
 CPU_KV_BYTES = 256 << 20
 """Of the cache on a CPU, where nothing else is asked for."""
+LOGIT_BYTES = 96
+"""Of a logit while tokens are chosen, where each row has penalties, top_p and log-probabilities: copies, the sorted
+ones with their ids, sums in float64 (60 as measured on a CPU), and what a GPU's sort needs beside them.
+"""
+TRAINED_LOGIT_BYTES = 32
+"""Of a logit of a tile of a pass, or of a prompt that is scored (25 as measured)."""
+ITERATION = "engine.maxBatchTokens, engine.maxRequests, model.maxModelLength"
 MOST_PAGES = 1 << 18
 """Of a pool that takes what is left: a tiny model would have millions, which the books of pages cannot keep."""
 
@@ -132,7 +142,8 @@ def _parts(model: ModelConfig, config: EngineConfig, jobs: int, *, gpu: bool) ->
         Part("weights", weight_values(model) * compute),
         *((Part("weights as oneDNN lays them out", packed),) if packed else ()),
         Part("positions", 2 * positions * model.head_size * wide, "model.maxModelLength"),
-        Part("an iteration", iteration_bytes(model, config), "engine.maxBatchTokens, engine.maxRequests"),
+        Part("an iteration", iteration_bytes(model, config), ITERATION),
+        Part("counts for penalties", counts_bytes(model, config), "engine.maxRequests"),
     )
     if not config.finetuning:
         return parts
@@ -200,12 +211,36 @@ def pass_bytes(model: ModelConfig, config: EngineConfig, rows: int) -> int:
     return rows * (kept * compute + lse + ends) + lora_values(model, config.max_rank) * wide
 
 
-def iteration_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """From above, what is alive at once within a layer of a full batch, or between the last and the choice of tokens:
-    logits, their log-probabilities, and both once more sorted.
+def counts_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of a place for each request that runs, as `TokenCounts` makes them: twice as many again and again, half of them
+    once more meanwhile.
     """
+    places = 1 << (max(4, config.places) - 1).bit_length()
+    return 3 * places // 2 * model.vocab_size * torch.int32.itemsize
+
+
+def iteration_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """From above, what is alive at once beside what outlives an iteration: rows of a layer with their attention, or
+    logits and the choice of tokens; where a CPU's kernels compute they take less.
+    """
+    hidden = config.max_batch_tokens * model.hidden * Dtypes.of(config.dtype).compute.itemsize
+    logits = max(config.places * LOGIT_BYTES, config.numerics.tile * TRAINED_LOGIT_BYTES) * model.vocab_size
+    return max(hidden + logits, _rows_bytes(model, config) + _attention_bytes(model, config))
+
+
+def _rows_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of rows within a layer: 3 values of each width in both dtypes forward, 4 in a unit of a whole pass backward."""
     compute, wide = _item_bytes(config)
-    queries = model.heads * model.head_size
-    row = 6 * model.hidden + 2 * queries + 4 * model.kv_heads * model.head_size + 3 * model.intermediate
-    logits = max(config.places, config.numerics.tile) * model.vocab_size * 4 * wide
-    return config.max_batch_tokens * row * compute + logits
+    width = model.hidden + (model.heads + model.kv_heads) * model.head_size + model.intermediate
+    unit = max(PASS_TOKENS, config.numerics.pad(config.max_model_length)) if config.finetuning else 0
+    return (compute + wide) * width * max(3 * config.max_batch_tokens, 4 * unit)
+
+
+def _attention_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of decode rows with gathered keys, or of a tile of one sequence with all heads' scores; in the dtype of sums."""
+    _, wide = _item_bytes(config)
+    numerics = config.numerics
+    keys = numerics.pages(numerics.pad(config.max_model_length)) * numerics.page
+    gathered, scores = model.kv_heads * model.head_size * keys * wide, model.heads * keys * wide
+    rows = min(config.places, max(1, GATHERED_BYTES // gathered))
+    return max(rows * (2 * gathered + 3 * scores), 4 * gathered + 5 * numerics.tile * scores)

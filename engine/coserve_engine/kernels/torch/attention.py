@@ -8,6 +8,9 @@ import math
 
 import torch
 
+GATHERED_BYTES = 512 << 20
+"""Of the keys, or values, that are gathered at once in the dtype for sums; one row's may be more."""
+
 
 def hidden_keys(positions: torch.Tensor, keys: int, window: int | None) -> torch.Tensor:
     """Which of so many first keys of its sequence a row does not see: bool [n, 1, 1, keys] for positions [n]."""
@@ -24,7 +27,8 @@ def attend_rows(
     hidden: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One row of each of n sequences: q [n, H, D] -> o [n, H, D], computed in `dtype`.
+    """One row of each of n sequences: q [n, H, D] -> o [n, H, D], computed in `dtype`, in parts where GATHERED_BYTES
+    are not enough for all.
 
     Args:
         k, v: a layer's pools [KVH, positions, D].
@@ -32,6 +36,10 @@ def attend_rows(
         hidden: `hidden_keys` of all the table's.
     """
     n, heads, size = q.shape
+    most = max(1, GATHERED_BYTES // (k.shape[0] * table.shape[1] * page * size * dtype.itemsize))
+    if n > most:
+        parts = [slice(first, first + most) for first in range(0, n, most)]
+        return torch.cat([attend_rows(q[rows], k, v, table[rows], page, hidden[rows], dtype) for rows in parts])
 
     def gathered(pool: torch.Tensor) -> torch.Tensor:
         """[n, KVH, pages * page, D]."""
