@@ -21,7 +21,6 @@ from typing import Any
 from measure import optimizer_step
 from random_model import VOCAB, write_random_model
 
-from coserve_engine import engine as engine_module
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
@@ -40,6 +39,7 @@ from coserve_engine.model import executor as executor_module
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
 from coserve_engine.model.transformer import Transformer
+from coserve_engine.running import at_once
 from coserve_engine.scheduler.iteration import Accounts
 from coserve_engine.serving.serving import Serving
 from coserve_engine.training import jobs
@@ -64,7 +64,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("room for requests", Serving, "make_room"),
     ("view", Engine, "_view"),
     ("tokens", Serving, "commit"),
-    ("units", engine_module, "run_units"),
+    ("units", at_once, "run_units"),
     ("accounts and lesson", Accounts, "close"),
     ("load report", Engine, "_report"),
 )

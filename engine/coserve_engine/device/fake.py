@@ -48,7 +48,7 @@ class FakeDevice:
     def mark(self) -> Mark:
         return Now(0.0)
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +111,7 @@ class BehindDevice:
     def mark(self) -> At:
         return At(self, self._later())
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         self.pass_time(seconds)
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:

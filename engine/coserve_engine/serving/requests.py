@@ -28,8 +28,8 @@ from coserve_engine.tensors.lora import LoraWeights
 @dataclass(slots=True)
 class Request:
     """A request and what it holds. `tokens` are prompt and output; the first `done` are in the KV cache, or will be
-    when what was launched is over. A token that the host does not know yet is negative: -1 - n stands for the n-th that the
-    last forward chose.
+    when what was launched is over. A token that the host does not know yet is negative: -1 - n stands for the n-th
+    that the last forward chose.
     """
 
     command: AddRequest
