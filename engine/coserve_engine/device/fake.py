@@ -118,7 +118,7 @@ class BehindDevice:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def stage_columns(self, columns: Columns) -> Staged:
-        return CpuDevice(self.device).stage_columns(columns)
+        return Staged(*(part.to(self.device) for part in CpuDevice(self.device).stage_columns(columns)))
 
     def fetch(self, values: torch.Tensor) -> At:
         return At(self, self._later(), values.tolist())
