@@ -13,7 +13,6 @@ from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
 from coserve_engine.latency.cost import CostModel
-from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -21,7 +20,6 @@ from coserve_engine.messages import (
     AddRequest,
     Cancel,
     Command,
-    Emission,
     EngineReady,
     Event,
     ExportAdapter,
@@ -35,17 +33,18 @@ from coserve_engine.messages import (
     Shutdown,
     StartJob,
     StopJob,
-    Token,
-    TokenBatch,
     UnloadAdapter,
 )
 from coserve_engine.model.calibrate import budget_s, calibrate
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.probe import probe_row_invariance
-from coserve_engine.scheduler.iteration import Accounts, Clock, run_units
+from coserve_engine.running.ahead import Ahead
+from coserve_engine.running.at_once import AtOnce
+from coserve_engine.running.parts import Parts
+from coserve_engine.scheduler.iteration import Clock
 from coserve_engine.scheduler.load import Demand, saturation_percent
-from coserve_engine.scheduler.plan import Kind, PassView, Plan, Policy, Unit, View
-from coserve_engine.scheduler.schedule import decide, gives_way
+from coserve_engine.scheduler.plan import PassView, Policy, View
+from coserve_engine.scheduler.schedule import decide
 from coserve_engine.serving.serving import Serving
 from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.training.job_table import JobTable
@@ -81,8 +80,10 @@ class Engine:
         self._events: list[Event] = []
         self._files = FileWork()
         self._jobs = JobTable(config, self.executor, self._files, self._events.append)
-        self._pausing = Clock(clock, paused)
-        self._accounts = Accounts(self.cost, self._pausing)
+        self._parts = Parts(self.executor, self.serving, self._jobs, self.cost, self._events)
+        self._runner = (
+            Ahead(self._parts, clock) if self.executor.copies.behind else AtOnce(self._parts, Clock(clock, paused))
+        )
         self._reserve_s = 0.0
         self._plan_id = 0
         self._last_report = -1.0
@@ -108,7 +109,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to compute and nothing to wait for but commands."""
-        busy = self.requests.running or self.requests.waiting or self._events
+        busy = self.requests.running or self.requests.waiting or self._events or self._runner.busy
         return not busy and self._files.idle and self._jobs.idle
 
     # ---- commands ----
@@ -123,7 +124,7 @@ class Engine:
 
     @_accept.register
     def _(self, command: AddRequest) -> None:
-        self._events += self.serving.add(command, self._accounts.time.finetune_s)
+        self._events += self.serving.add(command, self._runner.accounts.time.finetune_s)
 
     @_accept.register
     def _(self, command: Cancel) -> None:
@@ -194,27 +195,22 @@ class Engine:
                 with the others.
         """
         started = self._clock()
-        self._accounts.begin()
+        begins_s = self._runner.begin(started)
         self._files.collect()
         self.serving.make_room(self._jobs.drop_youngest, started)
         self._jobs.advance(may_open=not self.requests.waiting)
-        view = self._view(started)
+        view = self._view(begins_s)
         plan = self._policy(view, self.cost, self._plan_id)
         self._plan_id += 1
         if plan.segments or plan.units:
-            self._run(plan, view, interrupted, emit)
+            self._runner.run(plan, view, interrupted, emit)
             self._jobs.advance(may_open=not self.requests.waiting)
         else:
-            self._accounts.rest()
+            self._runner.rest(emit)
         if self.idle:
-            self._accounts.rest()
+            self._runner.accounts.rest()
         self._report()
-        return self._taken()
-
-    def _taken(self) -> list[Event]:
-        events = list(self._events)
-        self._events.clear()
-        return events
+        return self._parts.taken()
 
     def _view(self, now: float) -> View:
         ttft, tpot, slowdown = self.config.ttft_s, self.config.tpot_s, self.config.max_slowdown_percent
@@ -232,43 +228,6 @@ class Engine:
             reserve_s=self._reserve_s,
         )
 
-    def _run(
-        self,
-        plan: Plan,
-        view: View,
-        interrupted: Callable[[], bool],
-        emit: Callable[[list[Event]], None] | None,
-    ) -> None:
-        tokens: tuple[Token, ...] = ()
-        if plan.segments:
-            layers = self.executor.model.layers
-
-            def goes_on(layer: int) -> bool:
-                return not (gives_way(plan, view, self.cost, layer / layers) and interrupted())
-
-            computed = self.executor.forward(plan.segments, self.requests.running, goes_on)
-            if computed is None:
-                self._accounts.rest()
-                return
-            for segment in plan.segments:
-                if segment.kind is Kind.FINETUNE:
-                    self._jobs.charge(segment.slot, segment.length * layers)
-            flight = self.serving.launched(plan.segments, self.executor.sample(computed), view.now)
-            events, tokens = self.serving.commit(flight, self._clock)
-            self._events += events
-        forwarded = self._accounts.forwarded(plan, view)
-        if tokens:
-            emission = Emission(forwarded.late_s, forwarded.pauses_s, forwarded.finetuned, plan.work.prefill > 0)
-            self._events.append(TokenBatch(tokens, emission))
-        if plan.units and emit is not None and self._events:
-            emit(self._taken())  # a client sees a token when it is there, not when the units are done
-        units = run_units(plan, view, self.cost, self._pausing, forwarded, self._backward, interrupted)
-        self._events.append(self._accounts.close(plan, view, forwarded, units, self.executor.model.layers))
-
-    def _backward(self, unit: Unit, work: UnitWork) -> None:
-        self.executor.backward(unit)
-        self._jobs.charge(unit.pass_id, work.rows)
-
     def _report(self) -> None:
         now = self._clock()
         if now - self._last_report < LOAD_REPORT_S:
@@ -277,7 +236,7 @@ class Engine:
         requests = (r.load() for r in (*self.requests.running.values(), *self.requests.waiting))
         ledger = self.executor.ledger
         held = ledger.held_by("request:")
-        demand = Demand.of(requests, now, self._accounts.time, held, ledger.total)
+        demand = Demand.of(requests, now, self._runner.accounts.time, held, ledger.total)
         tile, reaches = self.executor.numerics.tile, self.executor.reaches
         percent = saturation_percent(demand, self.cost, self.config.ttft_s, self.config.tpot_s, tile, reaches)
         self._events.append(

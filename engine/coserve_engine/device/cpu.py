@@ -46,7 +46,7 @@ class CpuDevice:
     def mark(self) -> Now:
         return Now(time.monotonic())
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:

@@ -80,7 +80,8 @@ class EventMark:
         return self.until_s is not None
 
     def at_s(self) -> float:
-        assert self.until_s is not None  # or it is not known
+        if not self.over() or self.until_s is None:
+            raise RuntimeError("a mark was asked for its time before it was over")
         if self.known_s is None:
             self.known_s = self.clock.at_s(self.event, self.after_s, self.until_s)
         return self.known_s
@@ -101,10 +102,10 @@ class CudaDevice:
     def mark(self) -> EventMark:
         return self.clock.mark(self.device)
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         """By looking again and again: the host learns of a mark within LOOK_S."""
         until = time.monotonic() + seconds
-        while not mark.over() and time.monotonic() < until:
+        while not (mark is not None and mark.over()) and time.monotonic() < until:
             time.sleep(LOOK_S)
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:

@@ -48,7 +48,7 @@ class FakeDevice:
     def mark(self) -> Mark:
         return Now(0.0)
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
@@ -111,14 +111,14 @@ class BehindDevice:
     def mark(self) -> At:
         return At(self, self._later())
 
-    def wait(self, mark: Mark, seconds: float) -> None:
+    def wait(self, mark: Mark | None, seconds: float) -> None:
         self.pass_time(seconds)
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def stage_columns(self, columns: Columns) -> Staged:
-        return CpuDevice(self.device).stage_columns(columns)
+        return Staged(*(part.to(self.device) for part in CpuDevice(self.device).stage_columns(columns)))
 
     def fetch(self, values: torch.Tensor) -> At:
         return At(self, self._later(), values.tolist())

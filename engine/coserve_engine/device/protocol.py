@@ -71,8 +71,8 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """The point up to which all is enqueued now."""
 
-    def wait(self, mark: Mark, seconds: float) -> None:
-        """Until a mark is over, for so long at most."""
+    def wait(self, mark: Mark | None, seconds: float) -> None:
+        """So long, or until a mark is over."""
 
     def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
         """Numbers of the host as a tensor of the device."""

@@ -174,12 +174,12 @@ def bind(
 def _put_table(calls: Sequence[TileCall], columns: Columns) -> Callable[[Staged], torch.Tensor]:
     """Pages [n, most pages] of n calls, null pages where one has fewer: put among what will be staged."""
     most = max([len(call.pages) for call in calls], default=0)
-    start = len(columns.all_ints)
+    flat: list[int] = []
     for call in calls:
-        columns.ints(call.pages)
-        columns.ints([NULL_PAGE] * (most - len(call.pages)))
-    stop = len(columns.all_ints)
-    return lambda staged: staged.ints[start:stop].view(len(calls), most)
+        flat += call.pages
+        flat += [NULL_PAGE] * (most - len(call.pages))
+    at = columns.ints(flat)
+    return lambda staged: staged.ints[at].view(len(calls), most)
 
 
 def _put_places(layout: BatchLayout, start: int, stop: int, columns: Columns) -> slice:

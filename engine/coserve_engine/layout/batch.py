@@ -139,23 +139,25 @@ def lay_out(
             continue
         sequence, position, end = sequences[slot], begin, begin + length
         pages = sequence.pages
-        if length == 1:
+        if kind is Kind.DECODE:
+            first = position % tile
+            tile_end = position - first + tile
             tokens.append(sequence.tokens[position])
             positions.append(position)
             write.append(pages[position // page] * page + position % page)
+            singles.append(make(TileCall, (row, row + 1, first, tile_end, covering(pages, tile_end, numerics), False)))
         else:
             tokens += sequence.tokens[position:end]
             positions += range(position, end)
             write += write_places(pages, position, end, numerics)
-        made = singles if kind is Kind.DECODE else calls
-        while position < end:
-            first = position % tile
-            tile_end = position - first + tile
-            count = min(end, tile_end) - position
-            start = row + position - begin
-            covered = covering(pages, tile_end, numerics)
-            made.append(make(TileCall, (start, start + count, first, tile_end, covered, False)))
-            position += count
+            while position < end:
+                first = position % tile
+                tile_end = position - first + tile
+                count = min(end, tile_end) - position
+                start = row + position - begin
+                covered = covering(pages, tile_end, numerics)
+                calls.append(make(TileCall, (start, start + count, first, tile_end, covered, False)))
+                position += count
         adapter = sequence.adapter
         if adapter is not None:
             group = adapters.get(adapter)

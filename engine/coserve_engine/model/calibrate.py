@@ -12,6 +12,7 @@ from functools import partial
 from statistics import median
 
 from coserve_engine.config import LINEARS
+from coserve_engine.device.timing import seconds_of
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.regimes import SWEEP, TIMES, Regime, find_regime, may_have_knee
@@ -214,8 +215,6 @@ class _Run:
             self._time(unit, partial(executor.backward, Unit(PASS_ID, layer, first, stop)))
 
     def _time(self, work: ForwardWork | UnitWork, run: Callable[[], object]) -> None:
-        begin = self._clock()
-        run()
-        seconds = self._clock() - begin
+        seconds = seconds_of(self._executor.copies, self._clock, run)
         self.measured.append((self._number, work, seconds))
         _learn(self._expected, work, seconds)

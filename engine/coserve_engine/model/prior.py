@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from coserve_engine.config import LINEARS, ModelConfig
+from coserve_engine.device.timing import seconds_of
 from coserve_engine.latency.fit import Prior
 from coserve_engine.latency.work import ForwardWork, UnitWork
 from coserve_engine.model.executor import Executor
@@ -56,12 +58,8 @@ class Rates:
 
         def best_s(linear: FrozenLinear, rows: int, width: int) -> float:
             x = torch.ones(rows, width, dtype=executor.dtype, device=executor.device)
-            times = []
-            for _ in range(TRIES):
-                begin = clock()
-                linear.forward(x)
-                times.append(clock() - begin)
-            return max(LEAST_S, min(times))
+            run = partial(linear.forward, x)
+            return max(LEAST_S, min(seconds_of(executor.copies, clock, run) for _ in range(TRIES)))
 
         head_s = best_s(weights.head, numerics.row_multiple, model.hidden)
         bytes_per_s, rows = model.vocab_size * model.hidden * itemsize / head_s, numerics.tile

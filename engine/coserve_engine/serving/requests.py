@@ -95,7 +95,7 @@ class Request:
     @property
     def ending(self) -> bool:
         """Whether it ends with the token that is on its way."""
-        return self.output_tokens >= self.params.max_tokens
+        return self.tokens[-1] < 0 and self.output_tokens >= self.params.max_tokens
 
     def forget_unknown(self) -> None:
         """Drop tokens that the host does not know: they will be chosen again, and be the same."""
@@ -187,10 +187,8 @@ class RequestTable:
 
     def grow(self, request: Request) -> bool:
         """Pages for all that a running request knows; False where there are none."""
-        if request.ending:
-            return True
         lacking = self._config.numerics.pages(len(request.tokens)) - len(request.pages)
-        if lacking > 0:
+        if lacking > 0 and not request.ending:
             try:
                 request.pages += self._ledger.extend(request.owner, lacking)
             except OutOfPagesError:

@@ -197,6 +197,6 @@ def test_reports_leave_a_job_in_the_slack_out(
     both.submit(start_job(), *training(steps=150, micros=2))
     with_job = mean_saturation(both, draw_tokens)
     assert not both.engine.jobs["job"].idle
-    assert both.engine._accounts.time.finetune_s > 10.0, "finetuning took a share of the time"
+    assert both.engine._runner.accounts.time.finetune_s > 10.0, "finetuning took a share of the time"
     assert sum(counted) / len(counted) > without + 20.0, "counted as demand, it would bring a new replica"
     assert abs(with_job - without) < 7.0

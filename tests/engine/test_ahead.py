@@ -1,0 +1,249 @@
+"""On a device that computes behind the host an iteration is enqueued before the one before is over. What comes of it is
+what an engine that waits says, bit for bit, whatever ends a request in between.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import Driver, FakeClock
+
+from coserve_engine.config import EngineConfig
+from coserve_engine.device.fake import BehindDevice
+from coserve_engine.engine import Engine
+from coserve_engine.kernels import bound
+from coserve_engine.messages import (
+    AddRequest,
+    Cancel,
+    FinishReason,
+    ForwardBackward,
+    LoraSpec,
+    Pass,
+    PassDone,
+    PassMode,
+    PromptDone,
+    RequestFailed,
+    SamplingParams,
+    StartJob,
+    StepDone,
+    TokenBatch,
+    TrainSeq,
+)
+from coserve_engine.model import executor
+from coserve_engine.numerics import Numerics
+from coserve_engine.running import ahead
+from coserve_engine.scheduler.timeline import Timeline
+
+CPU = torch.device("cpu")
+SETTINGS = {"max_model_length": 256, "kv_cache_bytes": 2 << 20, "threads": 1}
+TINY = {"kv_cache_bytes": 18 * 8192, "max_batch_tokens": 40, "numerics": Numerics(page=16)}
+"""Room for about two requests: others are put out."""
+
+
+@pytest.fixture
+def behind(plain: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
+    """A driver of an engine whose device is late by times drawn from a seed."""
+
+    def make(seed: int = 0, slow_s: float = 2e-3, **settings: Any) -> Driver:
+        clock = FakeClock(1e-5, seed)
+
+        def pass_time(seconds: float) -> None:
+            clock.now += seconds
+
+        device = BehindDevice(CPU, clock, pass_time, random.Random(seed), slow_s)
+        monkeypatch.setattr(executor, "device_of", lambda _: device)
+        return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
+
+    return make
+
+
+def orders(draw_tokens: Any, seed: int, count: int = 12) -> list[AddRequest]:
+    """Requests of every kind: drawn, penalised, scored, some that end by a token that they happen to choose."""
+    source = random.Random(seed)
+    made = []
+    for n in range(count):
+        params = SamplingParams(
+            source.randint(1, 120),
+            temperature=source.choice((0.0, 0.8, 3.0)),
+            top_p=source.choice((1.0, 0.9)),
+            seed=n,
+            frequency_penalty=source.choice((0.0, 0.4)),
+            min_tokens=0,
+            stop_token_ids=tuple(source.sample(range(3, 120), source.choice((0, 0, 6)))),
+            logprobs=source.choice((None, 0, 3)),
+            prompt_logprobs=source.choice((None, None, 2)),
+            ignore_eos=source.random() < 0.5,
+        )
+        made.append(AddRequest(f"r{n}", draw_tokens(n // 2, source.randint(1, 60)), params, 0.0))
+    return made
+
+
+def story(d: Driver) -> dict[str, list[object]]:
+    """All that each request was told of its tokens."""
+    found: dict[str, list[object]] = {}
+    for event in d.events:
+        if isinstance(event, PromptDone):
+            found.setdefault(event.request_id, []).append(event.logprobs)
+        for token in event.tokens if isinstance(event, TokenBatch) else ():
+            found.setdefault(token.request_id, []).append((token.token, token.finish, token.logprobs))
+    return found
+
+
+def serve(d: Driver, asked: list[AddRequest], seed: int, *commands: Any) -> Driver:
+    """The requests, a few at a time, beside a job."""
+    source = random.Random(seed)
+    d.submit(*commands)
+    for one in asked:
+        d.submit(one)
+        for _ in range(source.randint(0, 2)):
+            d.step()
+    return d.run()
+
+
+def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many forwards are unseen, at each that is enqueued."""
+    seen: list[int] = []
+    enqueue = Timeline.enqueue
+
+    def spy(self: Timeline, predicted_s: float, now: float, *, forward: bool = False) -> int:
+        if forward:
+            seen.append(self.unseen)
+        return enqueue(self, predicted_s, now, forward=forward)
+
+    monkeypatch.setattr(Timeline, "enqueue", spy)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [{}, TINY], ids=["roomy", "tiny"])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_says_what_an_engine_that_waits_does(
+    behind: Any, driver: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch, seed: int, settings: dict[str, Any]
+) -> None:
+    asked, unseen = orders(draw_tokens, seed), depths(monkeypatch)
+    late = serve(behind(seed, **settings), asked, seed)
+    now = serve(driver(**settings), asked, seed)
+    assert story(late) == story(now)
+    assert set(story(late)) == {one.request_id for one in asked}
+    finishes = {token.finish for batch in late.of(TokenBatch) for token in batch.tokens}
+    assert finishes == {None, FinishReason.STOP, FinishReason.LENGTH}
+    assert set(unseen) == {0, 1}
+    device = late.engine.executor.copies
+    assert device.waits == 0
+    assert late.engine.executor.ledger.held_by("request:") == 0
+    assert bool(late.engine.requests.preemptions) is bool(settings)
+
+
+def test_a_token_that_is_not_taken_on_the_device_breaks_it(
+    behind: Any, driver: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: rows whose token the host does not know yet are computed with another."""
+    asked = orders(draw_tokens, 0)
+    now = serve(driver(), asked, 0)
+    monkeypatch.setattr(bound, "_known", lambda tokens, layout, chosen: tokens.clamp(min=0))
+    assert story(serve(behind(0), asked, 0)) != story(now)
+
+
+def test_what_was_launched_before_a_request_was_put_out_is_not_its_own(driver: Any, draw_tokens: Any) -> None:
+    d = driver()
+    d.submit(AddRequest("r", draw_tokens(1, 30), SamplingParams(60, ignore_eos=True), 0.0))
+    d.step()
+    table = d.engine.requests
+    (request,) = table.running.values()
+    computed = table.launched(request, request.done + 1, 0, 0.0)
+    assert table.current(computed)
+    table.preempt_youngest()
+    assert not table.current(computed)
+    assert request.tokens == [*draw_tokens(1, 30), *d.tokens()["r"]]
+    table.admit(0.0)
+    assert request.slot in table.running
+    assert not table.current(computed)
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_a_cancelled_request_says_no_more(behind: Any, draw_tokens: Any, after: int) -> None:
+    """Whatever of it is under way."""
+    d = behind(after)
+    params = SamplingParams(60, ignore_eos=True)
+    d.submit(AddRequest("a", draw_tokens(1, 30), params, 0.0), AddRequest("b", draw_tokens(2, 30), params, 0.0))
+    for _ in range(after):
+        d.step()
+    d.submit(Cancel("a"))
+    before = len(d.tokens().get("a", ()))
+    d.submit(AddRequest("a", draw_tokens(3, 5), SamplingParams(4, ignore_eos=True), 0.0))
+    d.run()
+    assert len(d.tokens()["a"]) == before + 4
+    assert len(d.tokens()["b"]) == 60
+    assert d.engine.executor.ledger.held_by("request:") == 0
+
+
+def test_a_job_learns_the_same_beside_requests(
+    behind: Any, driver: Any, draw_tokens: Any, training: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, unseen = orders(draw_tokens, 5), depths(monkeypatch)
+    commands = (StartJob("job", LoraSpec(4, 8.0, ("q_proj", "down_proj"), 0.1), 1), *training(steps=3))
+    late, now = serve(behind(5), asked, 5, *commands), serve(driver(jitter_s=1e-5), asked, 5, *commands)
+    for kind in (PassDone, StepDone):
+        assert late.of(kind) == now.of(kind)
+        assert late.of(kind)
+    assert torch.equal(late.parameters(), now.parameters())
+    assert story(late) == story(now)
+    assert late.engine.executor.copies.waits == 0
+    assert set(unseen) == {0, 1}
+
+
+def test_the_device_rarely_waits_for_the_host(behind: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode of a few requests: but for the first plans there is always something enqueued. The control is an engine
+    that plans when nothing is unseen.
+    """
+
+    def idle() -> int:
+        d = behind(3, slow_s=4e-3)
+        params = SamplingParams(80, ignore_eos=True)
+        d.submit(*(AddRequest(f"r{n}", draw_tokens(n, 20), params, 0.0) for n in range(3)))
+        d.run()
+        found: int = d.engine.executor.copies.idle
+        return found
+
+    running_ahead = idle()
+    monkeypatch.setattr("coserve_engine.scheduler.timeline.MOST_UNSEEN", 0)
+    waiting = idle()
+    assert running_ahead < waiting / 4
+
+
+def test_a_request_that_diverges_ends_alone(behind: Any, driver: Any, draw_tokens: Any) -> None:
+    """Its row is enqueued once more before the host sees that its logits are not finite."""
+    d = behind(2)
+    params = SamplingParams(30, ignore_eos=True)
+    d.submit(AddRequest("good", draw_tokens(1, 30), params, 0.0), AddRequest("bad", draw_tokens(2, 30), params, 0.0))
+    while "bad" not in d.tokens():
+        d.step()
+    bad = next(r for r in d.engine.requests.running.values() if r.command.request_id == "bad")
+    cache, page = d.engine.executor.cache, d.engine.executor.numerics.page
+    cache.v[:, :, bad.pages[0] * page : bad.pages[0] * page + 8] = float("nan")
+    d.run()
+    alone = driver()
+    alone.submit(AddRequest("good", draw_tokens(1, 30), params, 0.0))
+    assert d.tokens()["good"] == alone.run().tokens()["good"]
+    assert [e.request_id for e in d.of(RequestFailed)] == ["bad"]
+
+
+def test_a_request_that_comes_stops_a_forward_that_serves_nobody(
+    behind: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of it is enqueued than a lead, and the windows are computed again."""
+    monkeypatch.setattr(ahead, "gives_way", lambda plan, view, cost, done: not view.sequences)
+    d = behind(4, slow_s=1e-3)
+    seq = TrainSeq(0, draw_tokens(1, 200), (1.0,) * 200)
+    d.submit(StartJob("job", LoraSpec(4, 8.0, ("q_proj",)), 1))
+    d.step()
+    d.submit(ForwardBackward("job", 1, Pass(1, "job", 0, 0, (seq,), PassMode.TRAIN)))
+    for _ in range(3):
+        d.step(lambda: True)
+    (state,) = d.engine.executor.passes.values()
+    assert state.fwd_tile == 0
+    d.run()
+    assert len(d.of(PassDone)) == 1
