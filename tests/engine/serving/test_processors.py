@@ -191,6 +191,16 @@ def test_sorting_all_finds_what_widening_does(several: list[SamplingParams], see
     assert said(several, rows, logits, sorted_whole) == said(several, rows, logits, widening)
 
 
+@pytest.mark.parametrize("likeliest", (widening, sorted_whole))
+@pytest.mark.parametrize("top_p", (0.9999999, 1 - 1e-12))
+def test_a_nucleus_that_rounding_never_fills_is_all_tokens(top_p: float, likeliest: Likeliest) -> None:
+    """The sum of a large vocabulary's probabilities may stay below top_p."""
+    choices = [Choice(SamplingParams(1, 1.0, top_p, seed=n), n) for n in range(64)]
+    found = choose(random_logits(3, 64, 50_000), choices, likeliest)
+    assert all(0 <= token < 50_000 for token in found)
+    assert len(set(found)) > 50
+
+
 def test_what_is_chosen_is_counted() -> None:
     """By the table itself, where a row has penalties: a repetition costs what it should without a word of the host."""
     logits = torch.zeros(2, VOCAB)
