@@ -13,6 +13,7 @@ from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
 from coserve_engine.latency.cost import CostModel
+from coserve_engine.memory import iteration_bytes
 from coserve_engine.messages import (
     AdapterFailed,
     AdapterLoaded,
@@ -91,6 +92,7 @@ class Engine:
     def ready(self) -> EngineReady:
         """Calibrate the latency model; the first thing to call."""
         e = self.executor
+        e.copies.reserve(iteration_bytes(e.model, self.config))
         calibrated = calibrate(e, self.cost, self._clock, budget_s(self._loading_s))
         started = self._clock()
         odd = probe_row_invariance(e.transformer, backward=self.config.finetuning) if e.kernels.exact else ()

@@ -62,8 +62,10 @@ def set_environment(threads: int = 1, dtype: str = "float32") -> None:
     virtual machine, where each address is looked up twice). On Intel's processors MKL would split the sums of few rows
     over threads, and add them up in another order without AVX-512 or in float64: it is asked for one order, however
     many rows or threads there are (conditional numerical reproducibility, strict). In float32 with one thread and
-    AVX-512 oneDNN has the wide weights, and strict sums would only take longer.
+    AVX-512 oneDNN has the wide weights, and strict sums would only take longer. A GPU's memory is taken in segments
+    that grow, so that what one iteration freed holds whatever the next needs.
     """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     processor = _processor()
     if INTEL in processor and (threads > 1 or dtype != "float32" or "avx512f" not in processor):

@@ -16,6 +16,8 @@ from coserve_engine.config import EngineConfig
 from coserve_engine.device.fake import BehindDevice
 from coserve_engine.engine import Engine
 from coserve_engine.kernels import bound
+from coserve_engine.latency.work import decode_work
+from coserve_engine.memory import iteration_bytes
 from coserve_engine.messages import (
     AddRequest,
     Cancel,
@@ -212,6 +214,17 @@ def test_the_device_rarely_waits_for_the_host(behind: Any, draw_tokens: Any, mon
     monkeypatch.setattr("coserve_engine.scheduler.timeline.MOST_UNSEEN", 0)
     waiting = idle()
     assert running_ahead < waiting / 4
+
+
+def test_a_start_measures_the_device_and_not_the_host(behind: Any) -> None:
+    """A forward is what lies between two marks, each up to 50 ms late; the host's clock stands still meanwhile. What an
+    iteration takes of memory is asked for before.
+    """
+    d = behind(6, slow_s=0.05)
+    d.engine.ready()
+    assert d.engine.cost.forward_s(decode_work([48] * 8, 64)) > 5e-3
+    e = d.engine.executor
+    assert e.copies.reserved == iteration_bytes(e.model, e.config)
 
 
 def test_a_request_that_diverges_ends_alone(behind: Any, driver: Any, draw_tokens: Any) -> None:

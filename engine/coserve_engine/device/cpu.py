@@ -43,6 +43,9 @@ class CpuDevice:
     device: torch.device
     behind: bool = False
 
+    def reserve(self, size: int) -> None:
+        """Nothing is asked of a system."""
+
     def mark(self) -> Now:
         return Now(time.monotonic())
 

@@ -99,6 +99,10 @@ class CudaDevice:
     def of(cls, device: torch.device) -> CudaDevice:
         return cls(device, Clock(device))
 
+    def reserve(self, size: int) -> None:
+        """torch keeps what was freed, and gives it out again in parts."""
+        torch.empty(size, dtype=torch.uint8, device=self.device)
+
     def mark(self) -> EventMark:
         return self.clock.mark(self.device)
 

@@ -45,6 +45,9 @@ class FakeDevice:
     waits: int = 0
     behind: bool = False
 
+    def reserve(self, size: int) -> None:
+        """Nothing is asked of a system."""
+
     def mark(self) -> Mark:
         return Now(0.0)
 
@@ -99,6 +102,7 @@ class BehindDevice:
     slow_s: float = 2e-3
     waits: int = 0
     idle: int = 0
+    reserved: int = 0
     behind: bool = True
     free_s: float = 0.0
 
@@ -107,6 +111,9 @@ class BehindDevice:
         self.idle += self.free_s < now
         self.free_s = max(self.free_s, now) + self.random.uniform(0.0, self.slow_s)
         return self.free_s
+
+    def reserve(self, size: int) -> None:
+        self.reserved = size
 
     def mark(self) -> At:
         return At(self, self._later())

@@ -68,6 +68,11 @@ class Device(Protocol):
     def behind(self) -> bool:
         """Whether it computes behind the host, which only enqueues."""
 
+    def reserve(self, size: int) -> None:
+        """So many bytes will be needed in each iteration: take them from the system once, where it would be asked again
+        and again.
+        """
+
     def mark(self) -> Mark:
         """The point up to which all is enqueued now."""
 
