@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from engine_driver import PATIENCE_S, gather
 
 from coserve_engine.config import DeviceChoice, EngineConfig
-from coserve_engine.host import YIELDS, EngineHost
+from coserve_engine.host import SWITCH_S, YIELDS, EngineHost, settle
 from coserve_engine.messages import (
     AddRequest,
     EngineFailed,
@@ -67,6 +68,16 @@ def test_it_gives_way_to_the_process_that_started_it(host: EngineHost, ready: En
     own = os.getpriority(os.PRIO_PROCESS, 0)
     threads = [int(task.name) for task in Path(f"/proc/{host.pid}/task").iterdir()]
     assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, own + YIELDS)}
+
+
+def test_an_iteration_waits_less_for_a_thread_that_has_the_interpreter() -> None:
+    before = sys.getswitchinterval()
+    try:
+        settle()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S) < before
+    finally:
+        sys.setswitchinterval(before)
+        gc.unfreeze()
 
 
 def test_ready_comes_first(ready: EngineReady) -> None:
@@ -168,7 +179,7 @@ def test_a_machine_without_what_is_asked_for_is_an_event(plain: str) -> None:
 PARENT = """
 import sys, time
 from coserve_engine.config import EngineConfig
-from coserve_engine.host import YIELDS, EngineHost
+from coserve_engine.host import SWITCH_S, YIELDS, EngineHost, settle
 if __name__ == "__main__":
     host = EngineHost.start(EngineConfig(sys.argv[1], max_model_length=256, kv_cache_bytes=2 << 20))
     while not host.events(1.0):
