@@ -24,11 +24,12 @@ class Clock(NamedTuple):
 
 
 class Forwarded(NamedTuple):
-    """A forward that has ended at `end_s`, `late_s` after it was to end by plan (before, where negative), with
-    `paused_s` of pauses in it, and `pauses_s` in it and all iterations before; `finetuned`: it had windows, or units
-    ran before it.
+    """A forward that began at `start_s` and has ended at `end_s`, `late_s` after it was to end by plan (before, where
+    negative), with `paused_s` of pauses in it, and `pauses_s` in it and all iterations before; `finetuned`: it had
+    windows, or units ran before it.
     """
 
+    start_s: float
     end_s: float
     clock_paused_s: float
     """`Clock.paused` at its end."""
@@ -107,9 +108,12 @@ class Accounts:
         """An iteration begins."""
         self._paused_s = self._clock.paused()
 
-    def forwarded(self, plan: Plan, view: View) -> Forwarded:
-        """The forward of an iteration that began at `view.now` has just ended, or there was none."""
-        end_s, paused_s = self._clock.now(), self._clock.paused()
+    def forwarded(self, plan: Plan, view: View, span: tuple[float, float] | None = None) -> Forwarded:
+        """The forward of an iteration that began at `view.now` has just ended, or there was none. `span`: when it began
+        and ended, where a device says so.
+        """
+        start_s, end_s = span or (view.now, self._clock.now())
+        paused_s = self._clock.paused()
         pauses_s = self._pauses_s + paused_s - (self._last_end[1] if self._last_end else self._paused_s)
         begun_s = min(view.now, self._begin_by_s)
         deadline_s = min([s.deadline for s in view.sequences if s.decoding], default=-math.inf)
@@ -118,13 +122,13 @@ class Accounts:
         else:
             by_s = begun_s + self._cost.forward_bound_s(plan.work)
         finetuned = self._units_ran or plan.work.finetune > 0
-        return Forwarded(end_s, paused_s, paused_s - self._paused_s, pauses_s, end_s - by_s, finetuned)
+        return Forwarded(start_s, end_s, paused_s, paused_s - self._paused_s, pauses_s, end_s - by_s, finetuned)
 
     def close(self, plan: Plan, view: View, forwarded: Forwarded, units: Units, layers: int) -> IterationDone:
         """An iteration has ended with `units`."""
         cost = self._cost
         times, end_s, paused_s = units
-        forward_s = forwarded.end_s - view.now - forwarded.paused_s
+        forward_s = forwarded.end_s - forwarded.start_s - forwarded.paused_s
         unit_s, units_expected_s, backward_rows = 0.0, 0.0, 0
         for work, seconds in times:
             unit_s += seconds
@@ -134,7 +138,7 @@ class Accounts:
         if self._last_end is not None:
             last_s, last_paused_s = self._last_end
             pause_s = paused_s - last_paused_s
-            turnaround_s = view.now - last_s - (self._paused_s - last_paused_s)
+            turnaround_s = forwarded.start_s - last_s - (self._paused_s - last_paused_s)
         total_s, serving_s = cost.forward_s(plan.work), cost.forward_s(plan.serving)
         prefill_s = serving_s - cost.forward_s(plan.serving._replace(prefill=0)) if plan.serving.prefill else 0.0
         per_s = forward_s / total_s if total_s > 0 else 0.0
@@ -142,7 +146,7 @@ class Accounts:
         self.time.add(
             finetune_s,
             per_s * prefill_s,
-            end_s - view.now + (turnaround_s or 0.0),
+            end_s - forwarded.start_s + (turnaround_s or 0.0),
             busy=bool(view.sequences),
         )
         excess_s = forwarded.late_s
@@ -154,9 +158,9 @@ class Accounts:
         self._begin_by_s = forwarded.end_s + plan.units_s + cost.turnaround_s
         self._units_ran = bool(times)
         return IterationDone(
-            started_s=view.now,
-            duration_s=end_s - view.now,
-            until_s=plan.until,
+            started_s=forwarded.start_s,
+            duration_s=end_s - forwarded.start_s,
+            until_s=plan.until + (forwarded.start_s - view.now),
             decode_tokens=plan.work.decode,
             prefill_tokens=plan.work.prefill,
             finetune_tokens=plan.work.finetune,
