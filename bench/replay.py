@@ -41,8 +41,9 @@ from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity, work_conserving_bound
 from coserve_engine.simulate.machine import machine_of
 from coserve_engine.simulate.pauses import NONE
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate, read_trace
-from coserve_engine.simulate.world import Setup, World, alone_tokens_per_s
+from coserve_engine.simulate.world import World, alone_tokens_per_s
 
 TRACE = Path(__file__).parents[1] / "examples" / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
 PASS_TOKENS, PASSES_PER_STEP = 512, 4

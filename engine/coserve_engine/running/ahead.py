@@ -102,7 +102,8 @@ class Ahead:
             self._units(now)
         now.sealed = True
         self._close(now)
-        self._wait(lambda: self._timeline.plan_at(self._now()))
+        needs_host = any(sequence.needs_host for sequence in view.sequences)
+        self._wait(lambda: self._timeline.plan_at(self._now(), needs_host=needs_host))
 
     # ---- the host ----
 

@@ -76,7 +76,8 @@ class Plan:
 
 class SequenceView(NamedTuple):
     """A running request: `done` tokens are in the cache, `known` tokens are known (prompt and sampled), the
-    next token is due at `deadline` and each later one `tpot_s` after the one before.
+    next token is due at `deadline` and each later one `tpot_s` after the one before. One that `needs_host` cannot be
+    planned before its last token is known there.
     """
 
     slot: int
@@ -85,16 +86,25 @@ class SequenceView(NamedTuple):
     deadline: float
     arrival: float
     tpot_s: float
+    needs_host: bool = False
 
     @classmethod
     def of(
-        cls, slot: int, done: int, known: int, arrival: float, last: float | None, ttft_s: float, tpot_s: float
+        cls,
+        slot: int,
+        done: int,
+        known: int,
+        arrival: float,
+        last: float | None,
+        ttft_s: float,
+        tpot_s: float,
+        needs_host: bool = False,
     ) -> SequenceView:
         """The deadline rule: the first token within `ttft_s` of arrival, each later one within `tpot_s` of the `last`
         (None: there is none yet).
         """
         deadline = arrival + ttft_s if last is None else last + tpot_s
-        return make(cls, (slot, done, known, deadline, arrival, tpot_s))
+        return make(cls, (slot, done, known, deadline, arrival, tpot_s, needs_host))
 
     @property
     def decoding(self) -> bool:

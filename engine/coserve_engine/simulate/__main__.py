@@ -16,8 +16,9 @@ from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import DEFAULT_SIZES, SIZES, read_machine
 from coserve_engine.simulate.pauses import NONE, read_pauses
 from coserve_engine.simulate.policies import named, policy_named
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, drawn, read_trace
-from coserve_engine.simulate.world import Setup, alone_tokens_per_s
+from coserve_engine.simulate.world import alone_tokens_per_s
 
 SLOWDOWNS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, None)
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from coserve_engine.latency.work import decode_work, prefill_work
 from coserve_engine.simulate.machine import Machine
 from coserve_engine.simulate.policies import serving_alone
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate
-from coserve_engine.simulate.world import Setup, World
+from coserve_engine.simulate.world import World
 
 ATTAINED_PERCENT = 99.0
 SEARCH_REQUESTS = 1000

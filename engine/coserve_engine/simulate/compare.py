@@ -9,14 +9,16 @@ from coserve_engine.latency.reserve import Reserve
 from coserve_engine.latency.work import ForwardWork
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, part, work_conserving_bound
 from coserve_engine.simulate.policies import policy_named
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate
-from coserve_engine.simulate.world import Setup, World
+from coserve_engine.simulate.world import World
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One run. Percentages: attainment strict and by mean, finetuning of alone and of the bound, iterations over,
-    mean error of predictions. `simulated_s`: how long it was.
+    mean error of predictions. `unit_wait_ms`: the longest that a request waited for units that were under way when it
+    came, or enqueued. `simulated_s`: how long it was.
     """
 
     policy: str
@@ -30,6 +32,7 @@ class Row:
     p99_gap_ms: float
     over: float
     error: float
+    unit_wait_ms: float
     simulated_s: float
 
 
@@ -68,6 +71,7 @@ class Case:
             p99_gap_ms=result.gap_ms(99),
             over=result.over_percent,
             error=result.error_percent,
+            unit_wait_ms=1e3 * result.unit_wait_s,
             simulated_s=result.seconds,
         )
 
@@ -83,6 +87,7 @@ HEAD = (
     "gap P99 ms",
     "over %",
     "error %",
+    "wait ms",
 )
 
 
@@ -93,7 +98,7 @@ def table(rows: Iterable[Row]) -> str:
         return (
             f"{r.policy:<20}{r.slo_ms:>11.0f}{r.load_percent:>11.0f}{r.strict:>11.2f}{r.by_mean:>11.2f}"
             f"{r.finetuning:>11.1f}{r.of_bound:>11.1f}{r.median_gap_ms:>11.1f}{r.p99_gap_ms:>11.1f}{r.over:>11.3f}"
-            f"{r.error:>11.1f}"
+            f"{r.error:>11.1f}{r.unit_wait_ms:>11.1f}"
         )
 
     return "\n".join([f"{'policy':<20}" + "".join(f"{name:>11}" for name in HEAD), *map(line, rows)])

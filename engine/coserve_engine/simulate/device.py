@@ -5,6 +5,20 @@ output tiles. Shares of the peaks are those that libraries are reported to reach
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+
+class Host(NamedTuple):
+    """Seconds of the processor beside it for an iteration: to plan it, stage it and read what the one before gave,
+    besides launches; and for each request in it.
+    """
+
+    plan_s: float
+    request_s: float
+
+    def planning_s(self, requests: int) -> float:
+        """Of an iteration of so many requests."""
+        return self.plan_s + requests * self.request_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +80,5 @@ H200 = Device(
     launch_s=5e-6,
     kernel_s=1e-6,
 )
+BUDGET = Host(plan_s=4e-3 / 3, request_s=2e-3 / 192)
+"""What an engine's host may take: 2 ms at 64 requests, 4 ms at 256."""

@@ -15,15 +15,21 @@ from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.regimes import SWEEP, TIMES, find_regime, may_have_knee
 from coserve_engine.latency.work import NO_WORK, Features, ForwardWork, UnitWork, decode_work, prefill_work
 from coserve_engine.scheduler.plan import PassShape
+from coserve_engine.simulate.device import Host
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.roofline import LLAMA_ON_H200
 
 
 class Machine(Protocol):
-    """A model on a device, of so many `layers`; `turnaround_ms` from the end of an iteration to the next plan."""
+    """A model on a device, of so many `layers`. A device that computes behind its `host` is planned ahead; where there
+    is none the host computes itself, `turnaround_ms` from the end of an iteration to the next plan.
+    """
 
     @property
     def layers(self) -> int: ...
+
+    @property
+    def host(self) -> Host | None: ...
 
     @property
     def turnaround_ms(self) -> float: ...
@@ -44,6 +50,9 @@ class Machine(Protocol):
 
     def unit_s(self, work: UnitWork) -> float:
         """Seconds of a unit without noise."""
+
+    def launch_s(self, work: ForwardWork | UnitWork) -> float:
+        """Seconds of the host to launch it: a device is not through with it before."""
 
     def slower(self, factor: float) -> Machine:
         """A part of the machine: everything takes `factor` times as long."""
@@ -81,6 +90,7 @@ class LinearMachine:
     head: UnitCost
     layers: int
     turnaround_ms: float = 1.0
+    host: Host | None = None
 
     def forward_s(self, work: ForwardWork) -> float:
         """Seconds of a forward without noise."""
@@ -103,6 +113,10 @@ class LinearMachine:
     def unit_s(self, work: UnitWork) -> float:
         """Seconds of a unit without noise."""
         return _seconds(self.head if work.head else self.unit, work.features())
+
+    def launch_s(self, work: ForwardWork | UnitWork) -> float:
+        """None: what is launched is computed."""
+        return 0.0
 
     def slower(self, factor: float) -> LinearMachine:
         """A part of the machine: everything takes `factor` times as long."""
@@ -194,13 +208,18 @@ def calibrated(machine: Machine, tile: int, noise: float, source: random.Random)
             *(prefill_work(0, n, tile) for n in (16, 192, 384)),
             *(ForwardWork(finetune=tile, calls=1, kv_rows=kv, pairs=tile * kv) for kv in range(tile, 385, tile)),
         ):
-            cost.observe(work, machine.forward_s(work) * error(), ())
+            cost.observe(work, _alone_s(machine, work, machine.forward_s(work)) * error(), ())
         for head in (False, True):
             for tiles in (1, 2, 3) * 3:
                 unit = UnitWork(head, tiles * tile, tiles, 0 if head else tiles * tile * 192)
-                cost.observe(NO_WORK, 0.0, [(unit, machine.unit_s(unit) * error())])
+                cost.observe(NO_WORK, 0.0, [(unit, _alone_s(machine, unit, machine.unit_s(unit)) * error())])
     cost.forget_errors()
     return cost
+
+
+def _alone_s(machine: Machine, work: ForwardWork | UnitWork, device_s: float) -> float:
+    """Seconds of what is launched when the device has nothing else."""
+    return max(device_s, machine.launch_s(work))
 
 
 def _sweep(
@@ -211,6 +230,6 @@ def _sweep(
     found = []
     for tiles in SWEEP * TIMES:
         work, units = shape.forward(0, tiles), [shape.backward(layer, 0, tiles) for layer in (0, machine.layers)]
-        times = [(unit, machine.unit_s(unit) * error()) for unit in units]
-        found.append((work, machine.forward_s(work) * error(), times))
+        times = [(unit, _alone_s(machine, unit, machine.unit_s(unit)) * error()) for unit in units]
+        found.append((work, _alone_s(machine, work, machine.forward_s(work)) * error(), times))
     return found

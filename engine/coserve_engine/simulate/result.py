@@ -38,6 +38,9 @@ class Result:
     over_bound: int = 0
     errors: float = 0.0
     """Sum of |predicted / actual - 1|."""
+    unit_wait_s: float = 0.0
+    """The longest that a request waited for units before the first forward that was planned after it came."""
+    longest_unit_s: float = 0.0
     seconds: float = 0.0
     finetune_tokens: float = 0.0
 

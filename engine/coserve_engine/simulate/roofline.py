@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from coserve_engine.config import LINEARS, ModelConfig, Rope
 from coserve_engine.latency.work import ForwardWork, UnitWork
-from coserve_engine.simulate.device import H200, Device
+from coserve_engine.simulate.device import BUDGET, H200, Device, Host
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears that are one product, from the same input."""
@@ -29,12 +29,13 @@ HEAD_ROWS, LOGIT_PASSES = 2048, 6
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """A model on a device; `itemsize` bytes a number, `turnaround_ms` from the end of an iteration to the next plan."""
+    """A model on a device; `itemsize` bytes a number."""
 
     device: Device
     model: ModelConfig
     itemsize: int = 2
-    turnaround_ms: float = 0.5
+    host: Host | None = BUDGET
+    turnaround_ms: float = 0.0
 
     @property
     def layers(self) -> int:
@@ -45,17 +46,14 @@ class Roofline:
         return replace(self, device=self.device.slower(factor))
 
     def forward_s(self, work: ForwardWork) -> float:
-        """Seconds of a forward: a graph where it is decode alone, else kernels that are launched one by one while the
-        device computes.
-        """
+        """Seconds of a forward on the device: a graph where it is decode alone, else kernels one by one."""
         decode, prefill, finetune, _, kv_rows, pairs = work
-        graph = work.rows == decode <= GRAPH_ROWS
+        graph = _is_graph(work)
         kernels = self.layers * (DECODE_KERNELS if graph else MIXED_KERNELS)
         rows, sampled = (bucket(decode),) * 2 if graph else (work.rows, decode + (prefill > 0))
         device_s = self.layers * _layer_s(self, rows)
         device_s += self._attention_s(kv_rows, pairs) + self.layers * self._lora_s(finetune)
-        device_s += self._logits_s(sampled) + kernels * self.device.kernel_s
-        return max(device_s, (GRAPH_LAUNCHES if graph else kernels) * self.device.launch_s)
+        return device_s + self._logits_s(sampled) + kernels * self.device.kernel_s
 
     def unit_s(self, work: UnitWork) -> float:
         """Seconds of a unit: gradients of a layer's inputs and of its adapters, or logits and their gradient."""
@@ -66,12 +64,16 @@ class Roofline:
                 part = min(HEAD_ROWS, rows - first)
                 device_s += d.product_s(part, m.vocab_size, m.hidden, self.itemsize)
                 device_s += d.product_s(part, m.hidden, m.vocab_size, self.itemsize)
-            kernels = HEAD_KERNELS * -(-rows // HEAD_ROWS)
         else:
             device_s = _layer_back_s(self, rows) + 2 * self._lora_s(rows)
             device_s += work.pairs * 10 * m.heads * m.head_size / (ATTENTION_BACKWARD * d.flops_per_s)
-            kernels = UNIT_KERNELS
-        return max(device_s + kernels * d.kernel_s, kernels * d.launch_s)
+        return device_s + _unit_kernels(work) * d.kernel_s
+
+    def launch_s(self, work: ForwardWork | UnitWork) -> float:
+        """Seconds of the host to launch it."""
+        if isinstance(work, UnitWork):
+            return _unit_kernels(work) * self.device.launch_s
+        return (GRAPH_LAUNCHES if _is_graph(work) else self.layers * MIXED_KERNELS) * self.device.launch_s
 
     @property
     def ridge_rows(self) -> float:
@@ -118,6 +120,14 @@ class Roofline:
         m = self.model
         heads = (m.heads + 2 * m.kv_heads) * m.head_size
         return self.device.moved_s(self.itemsize * rows * (8 * m.hidden + 2 * heads + 3 * m.intermediate))
+
+
+def _is_graph(work: ForwardWork) -> bool:
+    return work.rows == work.decode <= GRAPH_ROWS
+
+
+def _unit_kernels(work: UnitWork) -> int:
+    return HEAD_KERNELS * -(-work.rows // HEAD_ROWS) if work.head else UNIT_KERNELS
 
 
 def bucket(rows: int) -> int:

@@ -20,8 +20,9 @@ from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import CPU
 from coserve_engine.simulate.pauses import HEAVY, NONE, Pauses, Pausing, read_pauses
 from coserve_engine.simulate.result import Result
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate, drawn
-from coserve_engine.simulate.world import Setup, World
+from coserve_engine.simulate.world import World
 
 TPOT_S = 0.2
 GAP_S = 0.1

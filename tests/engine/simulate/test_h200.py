@@ -15,8 +15,9 @@ from coserve_engine.simulate.machine import CPU, SIZES, calibrated
 from coserve_engine.simulate.policies import serving_alone
 from coserve_engine.simulate.result import Result
 from coserve_engine.simulate.roofline import LLAMA_ON_H200
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate, read_trace
-from coserve_engine.simulate.world import Setup, World, alone_tokens_per_s
+from coserve_engine.simulate.world import World, alone_tokens_per_s
 
 TRACE = Path(__file__).parents[3] / "examples" / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
 SETUP = Setup(LLAMA_ON_H200, tpot_s=0.05, **SIZES["h200"]._asdict())
@@ -73,15 +74,15 @@ def test_a_cpu_has_no_knee_and_an_h200_has_one() -> None:
 
 
 def test_units_and_windows_are_bounded_by_seconds_not_by_tiles(trace: list[Arrival]) -> None:
-    rows: list[int] = []
+    tiles: list[int] = []
 
-    class Seen(World):
-        def _backward(self, unit, work) -> None:  # type: ignore[no-untyped-def]
-            rows.append(work.rows)
-            super()._backward(unit, work)
+    def policy(view, cost, plan_id):  # type: ignore[no-untyped-def]
+        plan = decide(view, cost, plan_id)
+        tiles.extend(unit.end - unit.first for unit in plan.units)
+        return plan
 
-    Seen(SETUP, at_rate(trace[:60], 0.3 * CAPACITY), decide).run()
-    assert max(rows) == SETUP.pass_tokens
+    run(trace[:60], 0.3, policy)
+    assert max(tiles) * SETUP.tile == SETUP.pass_tokens
 
 
 def test_short_samples_are_packed_up_to_the_rows_that_fill_the_device() -> None:

@@ -19,15 +19,17 @@ from coserve_engine.latency.work import ForwardWork, prefill_work
 from coserve_engine.scheduler.load import Demand, saturation_percent
 from coserve_engine.scheduler.plan import Policy, View
 from coserve_engine.scheduler.schedule import IDLE_SHARE, WAIT_SHARE, decide
-from coserve_engine.simulate import world
+from coserve_engine.simulate import at_once, world
 from coserve_engine.simulate.__main__ import main
 from coserve_engine.simulate.bound import capacity, service_s, work_conserving_bound
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import CPU, ForwardCost, read_machine
 from coserve_engine.simulate.policies import fixed_budget, loquetier, named, temporal
+from coserve_engine.simulate.requests import Requests
 from coserve_engine.simulate.result import RequestTimes, Result
+from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate, drawn, mean_rate, read_trace
-from coserve_engine.simulate.world import Setup, World, alone_tokens_per_s
+from coserve_engine.simulate.world import World, alone_tokens_per_s
 
 TRACE = Path(__file__).parents[3] / "examples" / "data" / "AzureLLMInferenceTrace_conv_10min.csv"
 CAPACITY = {0.1: 2.5, 0.2: 3.7}
@@ -147,7 +149,7 @@ def test_a_request_that_comes_to_nobody_does_not_wait_for_a_long_forward(monkeyp
     setup = Setup(CPU.slower(3), noise=0.0)
     layer_s = setup.ttft_s * IDLE_SHARE / setup.machine.layers
     assert longest_wait_s(setup) < WAIT_SHARE * setup.ttft_s + layer_s
-    monkeypatch.setattr(world, "gives_way", lambda *_: False)
+    monkeypatch.setattr(at_once, "gives_way", lambda *_: False)
     assert longest_wait_s(setup) > 2 * WAIT_SHARE * setup.ttft_s
 
 
@@ -177,19 +179,19 @@ def test_pages_that_lack_are_taken_from_passes(trace: list[Arrival]) -> None:
 def test_the_youngest_is_preempted_and_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight requests fit when they come and outgrow the pool together; the oldest never waits again."""
     preempted: list[int] = []
-    preempt = World._preempt_youngest
+    preempt = Requests.preempt_youngest
 
-    def spy(self: World) -> None:
-        preempted.append(next(reversed(self._running)))
+    def spy(self: Requests) -> None:
+        preempted.append(next(reversed(self.running)))
         preempt(self)
 
-    monkeypatch.setattr(World, "_preempt_youngest", spy)
+    monkeypatch.setattr(Requests, "preempt_youngest", spy)
     setup = Setup(CPU, tpot_s=1.0, noise=0.0, kv_pages=1 + 8 * 3)
     w = World(setup, [Arrival(0.001 * n, 60, 200) for n in range(8)], decide)
     result = w.run()
     assert preempted and 1 not in preempted
     assert [len(r.gaps_s) for r in result.requests] == [199] * 8
-    assert w._pool.extend() and w._pool.headroom == 0 and not w._running
+    assert w.pool.extend() and w.pool.headroom == 0 and not w.requests.running
     stalls = [max(r.gaps_s) for r in result.requests]
     assert stalls[0] < 1.0 < max(stalls)
 
@@ -311,7 +313,7 @@ def test_the_command_takes_pauses(capsys: pytest.CaptureFixture[str]) -> None:
     def finetuning(*options: str) -> float:
         assert main(["--drawn", "1", *QUICK, "--policies", "ours", *options]) == 0
         (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ours")]
-        return float(row.split()[-6])
+        return float(row.split()[-7])
 
     assert 0 < finetuning("--pauses", "heavy") < finetuning()
 
