@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import busy
 import exactness
 import machine
-import mixed
 import torch
 from models import LLAMA_31_8B, MEDIUM, write_model
 from random_models import MODELS, PLAIN
@@ -49,7 +49,7 @@ def steps(device: torch.device, found: Callable[[str], Figures], folder: Path, *
     if not rehearse:
         yield Step("parity medium", 20, lambda _: exactness.parity(model("medium"), device))
     yield Step("parity of a job", scaled(10), lambda _: exactness.jobs(model("plain"), device))
-    yield Step("waits", scaled(20), lambda _: mixed.waits(model("plain"), folder / "adapters", device))
+    yield Step("waits", scaled(20), lambda _: busy.waits(model("plain"), folder / "adapters", device))
 
     def rates(_: float) -> Figures:
         found = machine.rates(device, *((64, 1 << 12, 0.01) if rehearse else (8192, 1 << 30, 5.0)))

@@ -25,9 +25,9 @@ sys.path += [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
 
 import exactness  # noqa: E402
 import floors  # noqa: E402
+from busy import noted  # noqa: E402
 from held import Peak, compare  # noqa: E402
 from machine import Rates  # noqa: E402
-from mixed import noted  # noqa: E402
 from models import LLAMA_31_8B, write_config, write_model  # noqa: E402
 from runner import OtherRunError, OutOfTimeError, Results, Step, run_steps  # noqa: E402
 

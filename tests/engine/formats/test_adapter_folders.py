@@ -136,6 +136,35 @@ def test_linears_without_tensors_add_nothing(rig: Any, plain: str, draw_tokens: 
     assert (found - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64))
+def test_bfloat16_rounds_factors_once(rig: Any, draw_tokens: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Whatever precision they were saved in; a fp16 or fp32 adapter on a base in bfloat16 is the usual case."""
+    path, tokens = folder / "adapter_model.safetensors", draw_tokens(1, 70)
+    saved = {name: value.to(dtype) for name, value in load_file(path).items()}
+    save_file(saved, path)
+    found = engine_logits(rig(dtype="bfloat16"), folder, tokens)
+    save_file({name: value.bfloat16() for name, value in saved.items()}, path)
+    assert torch.equal(found, engine_logits(rig(dtype="bfloat16"), folder, tokens))
+
+
+@pytest.mark.parametrize("absent", (("k_proj",), ("q_proj", "v_proj"), ("gate_proj",)))
+def test_a_part_of_a_fused_product_without_tensors_adds_nothing(
+    rig: Any, plain: str, draw_tokens: Any, tmp_path: Path, absent: tuple[str, ...]
+) -> None:
+    """Queries, keys and values are one product there, gate and up another."""
+    made, tokens = save_adapter(plain, tmp_path, target_modules="all-linear"), draw_tokens(1, 70)
+    path = made / "adapter_model.safetensors"
+    tensors = load_file(path)
+    rest = {name: value for name, value in tensors.items() if not any(linear in name for linear in absent)}
+    zeros = {name: torch.zeros_like(value) for name, value in tensors.items() if "lora_B" in name and name not in rest}
+    whole = engine_logits(rig(dtype="bfloat16"), made, tokens)
+    save_file(tensors | zeros, path)
+    expected = engine_logits(rig(dtype="bfloat16"), made, tokens)
+    save_file(rest, path)
+    assert torch.equal(engine_logits(rig(dtype="bfloat16"), made, tokens), expected)
+    assert not torch.equal(whole, expected), "what is absent did something"
+
+
 def test_adapters_of_many_shapes_in_one_batch(driver: Any, plain: str, draw_tokens: Any, tmp_path: Path) -> None:
     """Each request's greedy tokens are those it gets from PEFT alone."""
     names = ("two", "ranks_and_alphas", "a_layer", "rslora")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from coserve_engine.config import LINEARS
+from coserve_engine.device.protocol import Staged
 from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.kernels import lora
 from coserve_engine.kernels.lora import ScatteredRows
@@ -72,13 +75,18 @@ def test_rows_without_padding_break_it(
 def test_rows_written_where_they_were_not_read_break_it(
     rig: Any, draw_tokens: Any, random_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = ScatteredRows.of
+    real = ScatteredRows.put
 
-    def shifted(*parts: Any) -> ScatteredRows:
-        made = real(*parts)
-        return ScatteredRows(made.weights, made.sizes, made.gathered, made.real, made.rows.roll(1))
+    def shifted(*parts: Any) -> Callable[[Staged], ScatteredRows]:
+        put = real(*parts)
 
-    monkeypatch.setattr(ScatteredRows, "of", shifted)
+        def bind(staged: Staged) -> ScatteredRows:
+            made = put(staged)
+            return replace(made, rows=made.rows.roll(1))
+
+        return bind
+
+    monkeypatch.setattr(ScatteredRows, "put", shifted)
     assert differing(rig, draw_tokens, random_adapter, 0) > 0
 
 

@@ -160,6 +160,23 @@ async def test_a_job_without_a_whole_checkpoint_fails_and_says_so(cluster: Any) 
     assert "manifest.json" in result.message
 
 
+async def test_an_agent_that_computes_otherwise_fails_the_job_at_once(cluster: Any) -> None:
+    """Another try would end alike, and an older checkpoint, too."""
+    first = await cluster.agent()
+    await cluster.feed_some(cluster.a, 6)
+    await cluster.bind(cluster.a, first)
+    await cluster.step_reached(cluster.a, 6)
+    first.kill()
+    second = await cluster.agent(dtype="bfloat16")
+    await cluster.bind(cluster.a, second)
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Failed), result
+    assert result.reason == "EndpointRejected"
+    assert "dtype is float32, and this engine's is bfloat16" in result.message
+    assert "set engine.dtype of the endpoint to float32" in result.message
+    assert "tries again" not in second.log
+
+
 async def test_an_emptied_redis_costs_nothing(cluster: Any) -> None:
     agent = await cluster.agent()
     material = await cluster.feed_some(cluster.a, 7)
