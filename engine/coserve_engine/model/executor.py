@@ -158,10 +158,17 @@ class Executor:
         sequences: Mapping[int, Computable],
         goes_on: Callable[[int], bool] = lambda layer: True,
     ) -> Forwarded | None:
-        """Run a batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
+        """Bind a batch and run it."""
+        return self.run(*self.bind(segments, sequences), goes_on)
+
+    def bind(self, segments: tuple[Segment, ...], sequences: Mapping[int, Computable]) -> tuple[BatchLayout, Any]:
+        """The layout of a batch, and the batch as the kernels have bound it."""
         passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
         layout = lay_out(segments, sequences, passes, self.numerics)
-        batch = self.kernels.bind(layout, sequences, self.passes, self.copies, self._chosen)
+        return layout, self.kernels.bind(layout, sequences, self.passes, self.copies, self._chosen)
+
+    def run(self, layout: BatchLayout, batch: Any, goes_on: Callable[[int], bool]) -> Forwarded | None:
+        """Run a bound batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
         hidden = self.transformer.forward(batch, self.cache, goes_on)
         if hidden is None:
             return None

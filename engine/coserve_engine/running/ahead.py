@@ -110,6 +110,7 @@ class Ahead:
     def _forward(self, now: _Iteration) -> None:
         parts, plan = self._parts, now.plan
         expected_s = parts.cost.forward_s(plan.work)
+        bound = parts.executor.bind(plan.segments, parts.serving.requests.running)
         at_s = self._now()
         id = self._timeline.enqueue(expected_s, at_s, forward=True)
         self._timeline.planned(at_s - self._begun_s)
@@ -128,7 +129,7 @@ class Ahead:
             self._wait(lambda: -math.inf if self._interrupted() else self._timeline.end_of(id, self._now()) - ahead_s)
             return not (gives_way(plan, now.view, parts.cost, layer / parts.layers) and self._interrupted())
 
-        computed = parts.executor.forward(plan.segments, parts.serving.requests.running, goes_on)
+        computed = parts.executor.run(*bound, goes_on)
         if computed is None:
             now.dropped = True
             self._timeline.shortened(id, expected_s * ran / parts.layers)
