@@ -216,7 +216,8 @@ def counts_bytes(model: ModelConfig, config: EngineConfig) -> int:
     once more meanwhile.
     """
     places = 1 << (max(4, config.places) - 1).bit_length()
-    return 3 * places // 2 * model.vocab_size * torch.int32.itemsize
+    seen = 2 * config.max_model_length * torch.int64.itemsize
+    return 3 * places // 2 * (model.vocab_size * torch.int32.itemsize + seen)
 
 
 def iteration_bytes(model: ModelConfig, config: EngineConfig) -> int:

@@ -14,6 +14,7 @@ import torch
 from coserve_engine.device.protocol import Device
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.tensors.adam import AdamState, AdamW
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.lora import LoraWeights
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -110,10 +111,8 @@ class Kernels(Protocol[B, U]):
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         """Normalised rows [N, H] -> [N, vocab], float32 at least."""
 
-    def sample(self, logits: torch.Tensor, b: B, counts: torch.Tensor) -> torch.Tensor:
-        """Tokens [N], int64, by the batch's choices from logits [N, vocab]; `counts`, a `TokenCounts.table`, counts
-        those of rows with penalties.
-        """
+    def sample(self, logits: torch.Tensor, b: B, counts: TokenCounts) -> torch.Tensor:
+        """Tokens [N], int64, by the batch's choices from logits [N, vocab]; `counts` are of rows with penalties."""
 
     # ---- backward of a unit ----
 

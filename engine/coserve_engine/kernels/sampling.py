@@ -15,7 +15,7 @@ import torch
 from coserve_engine.device.protocol import Columns, Staged
 from coserve_engine.layout.choices import ROWS, ChoiceLayout
 from coserve_engine.numerics import repeat_last
-from coserve_engine.tensors.counts import ONCE_MORE
+from coserve_engine.tensors.counts import ONCE_MORE, TokenCounts
 
 CANDIDATES = 256
 
@@ -34,10 +34,11 @@ class BoundChoices:
     @classmethod
     def put(cls, layout: ChoiceLayout, columns: Columns) -> Callable[[Staged], BoundChoices]:
         """Put them among what will be staged; to be called with that."""
-        rows, counts, *penalties = layout.penalties
+        rows, places, lengths, *penalties = layout.penalties
         ints = {
             "penalised": rows,
-            "counts": counts,
+            "places": places,
+            "lengths": lengths,
             "biased_rows": layout.biased.rows,
             "biased": layout.biased.tokens,
             "banned_rows": layout.banned.rows,
@@ -98,17 +99,14 @@ def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 # ---- what changes logits before ----
 
 
-def process(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor) -> torch.Tensor:
-    """Logits [N, vocab] after penalties, bias and bans; the argument stays as it is. `counts`: the table of
-    `TokenCounts`.
-    """
+def process(logits: torch.Tensor, choices: BoundChoices, counts: TokenCounts) -> torch.Tensor:
+    """Logits [N, vocab] after penalties, bias and bans; the argument stays as it is."""
     layout = choices.layout
     if not (layout.penalties.rows or layout.bias or layout.banned.rows):
         return logits
     changed = logits.clone()
     if layout.penalties.rows:
-        rows = choices.ints("penalised")
-        changed[rows] = _penalised(changed[rows], choices, counts[choices.ints("counts")])
+        _penalise(changed, choices, counts)
     if layout.bias:
         added = choices.column("bias").squeeze(1).to(changed.dtype)
         changed.index_put_((choices.ints("biased_rows"), choices.ints("biased")), added, accumulate=True)
@@ -118,24 +116,36 @@ def process(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor) -
     return changed
 
 
-def _penalised(scores: torch.Tensor, choices: BoundChoices, counts: torch.Tensor) -> torch.Tensor:
-    """Repetition as in transformers (Keskar et al., CTRL, 2019), then frequency and presence as in OpenAI's API, of
-    scores [P, vocab] with counts int32 [P, vocab].
+def _penalise(logits: torch.Tensor, choices: BoundChoices, counts: TokenCounts) -> None:
+    """Repetition as in transformers (Keskar et al., CTRL, 2019), then frequency and presence as in OpenAI's API.
+
+    Only tokens that were seen are touched; one that stands there several times gets the same value as often.
     """
+    places, most = choices.ints("places").unsqueeze(1), max(choices.layout.penalties.lengths)
+    at = choices.ints("penalised").unsqueeze(1), counts.seen[:, :most][places.squeeze(1)]
     repetition, frequency, presence = (
-        choices.column(name).to(scores.dtype) for name in ("repetition", "frequency", "presence")
+        choices.column(name).to(logits.dtype) for name in ("repetition", "frequency", "presence")
     )
-    repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
-    scores = torch.where(counts > 0, repeated, scores)
-    times = counts // ONCE_MORE
-    return scores.sub_(frequency * times).sub_(presence * (times > 0))
+    scores, times = logits[at], counts.counts[places, at[1]] >> 1  # without whether the prompt has it
+    scores = torch.where(scores < 0, scores * repetition, scores / repetition)
+    scores -= frequency * times
+    scores -= presence * (times > 0)
+    logits.index_put_(at, scores)
+
+
+def _count(tokens: torch.Tensor, choices: BoundChoices, counts: TokenCounts) -> None:
+    """The tokens [N] of rows with penalties were seen."""
+    places, chosen = choices.ints("places"), tokens[choices.ints("penalised")]
+    once = torch.full((), ONCE_MORE, dtype=counts.counts.dtype, device=chosen.device)
+    counts.counts.index_put_((places, chosen), once, accumulate=True)
+    counts.seen.index_put_((places, choices.ints("lengths")), chosen)
 
 
 # ---- the choice ----
 
 
-def choose(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor, likeliest: Likeliest) -> torch.Tensor:
-    """A token, int64, for each row of logits [N, vocab]; it is counted in `counts` where its row asks for that."""
+def choose(logits: torch.Tensor, choices: BoundChoices, counts: TokenCounts, likeliest: Likeliest) -> torch.Tensor:
+    """A token, int64, for each row of logits [N, vocab]; `counts` are of those with penalties."""
     layout = choices.layout
     scores = process(logits, choices, counts)
     tokens = scores.argmax(-1)
@@ -143,8 +153,7 @@ def choose(logits: torch.Tensor, choices: BoundChoices, counts: torch.Tensor, li
         rows, some = choices.ints("drawn"), slice(layout.draws)
         tokens.index_copy_(0, rows[some], _draw(scores[rows], choices, likeliest)[some])
     if layout.penalties.rows:
-        once = torch.full((), ONCE_MORE, dtype=counts.dtype, device=counts.device)
-        counts.index_put_((choices.ints("counts"), tokens[choices.ints("penalised")]), once, accumulate=True)
+        _count(tokens, choices, counts)
     return tokens
 
 

@@ -15,26 +15,34 @@ ROWS = 4
 """Rows are padded to a multiple: the sum of a lone row may be split over threads, and then has other bits."""
 
 
+class Seen(NamedTuple):
+    """Where the tokens that a request has seen stand and are counted (`TokenCounts`), and how many stand there."""
+
+    place: int
+    length: int
+
+
 class Choice(NamedTuple):
     """What a row's choice depends on besides its logits.
 
     Args:
         position: of the token to choose.
         banned: tokens that are not to be chosen, such as what would end an answer before `min_tokens`.
-        counts: where the tokens that it has seen are counted (`TokenCounts`); None where no penalty asks.
+        seen: None where no penalty asks.
     """
 
     params: SamplingParams
     position: int
     banned: tuple[int, ...] = ()
-    counts: int | None = None
+    seen: Seen | None = None
 
 
 class Penalties(NamedTuple):
-    """Of rows: where their tokens are counted, and what they are penalised by."""
+    """Of rows: the places and lengths of what they have seen, and what they are penalised by."""
 
     rows: list[int]
-    counts: list[int]
+    places: list[int]
+    lengths: list[int]
     repetition: list[float]
     frequency: list[float]
     presence: list[float]
@@ -89,8 +97,8 @@ class ChoiceLayout:
         reported: list[int] = []
         drawn: list[int] = []
         for row, choice in enumerate(choices):
-            params, _, never, counts = choice
-            if counts is not None:
+            params, _, never, seen = choice
+            if seen is not None:
                 penalised.append((row, choice))
             if params.logit_bias:
                 biased += [(row, *pair) for pair in params.logit_bias]
@@ -131,9 +139,11 @@ class ChoiceLayout:
 
 def _penalties(penalised: Sequence[tuple[int, Choice]]) -> Penalties:
     params = [choice.params for _, choice in penalised]
+    seen = [choice.seen for _, choice in penalised if choice.seen is not None]
     return Penalties(
         rows=[row for row, _ in penalised],
-        counts=[choice.counts for _, choice in penalised if choice.counts is not None],
+        places=[one.place for one in seen],
+        lengths=[one.length for one in seen],
         repetition=[one.repetition_penalty for one in params],
         frequency=[one.frequency_penalty for one in params],
         presence=[one.presence_penalty for one in params],

@@ -185,7 +185,7 @@ class Executor:
         layout, batch, logits = forwarded.layout, forwarded.batch, forwarded.logits
         parts: list[torch.Tensor] = []
         if layout.sample_slots:
-            self._chosen = self.kernels.sample(logits, batch, self.counts.table)
+            self._chosen = self.kernels.sample(logits, batch, self.counts)
             parts += [self._chosen.double(), outcome.finite(logits).double()]
             parts += self._reported(batch.choices, logits)
         for (_, start, targets, top), wanted in zip(layout.scored, batch.targets, strict=True):

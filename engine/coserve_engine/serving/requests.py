@@ -14,7 +14,7 @@ from typing import NamedTuple
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
 from coserve_engine.latency.work import make
-from coserve_engine.layout.choices import Choice
+from coserve_engine.layout.choices import Choice, Seen
 from coserve_engine.limits import check
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenLogprobs
 from coserve_engine.scheduler.load import RequestLoad
@@ -40,8 +40,8 @@ class Request:
     chain: KeyChain
     enders: tuple[int, ...]
     """Tokens that would end it."""
-    counts: int | None = None
-    """Where its tokens are counted while it runs, if a penalty asks."""
+    counted: tuple[int, int] | None = None
+    """While it runs, if a penalty asks: where its tokens are counted, and how many of its prompt's differ."""
     pages: tuple[int, ...] = ()
     done: int = 0
     registered: int = 0
@@ -121,8 +121,12 @@ class Request:
     def choice(self) -> Choice:
         """How its next token is chosen."""
         params, length = self.command.params, len(self.tokens)
-        banned = self.enders if length - len(self.command.prompt) < params.min_tokens else ()
-        return make(Choice, (params, length, banned, self.counts))
+        output = length - len(self.command.prompt)
+        banned, seen = self.enders if output < params.min_tokens else (), None
+        if self.counted is not None:
+            place, first = self.counted
+            seen = Seen(place, first + output)
+        return make(Choice, (params, length, banned, seen))
 
 
 class Computed(NamedTuple):
@@ -246,7 +250,8 @@ class RequestTable:
         request.starts += 1
         if request.penalised:
             prompt = len(request.command.prompt)
-            request.counts = self._counts.take(request.tokens[:prompt], request.tokens[prompt:])
+            prompt_tokens, output = request.tokens[:prompt], request.tokens[prompt:]
+            request.counted = self._counts.take(prompt_tokens, output, request.params.max_tokens)
         for key in request.chain.keys[len(hits) :]:
             self._computing.setdefault(key, request.slot)
         if request.last_emit_s is None:
@@ -328,9 +333,9 @@ class RequestTable:
         del self.running[request.slot]
         self._not_computing(request, len(request.chain.keys))
         self._ledger.free(request.owner, forget=forget)
-        if request.counts is not None:
-            self._counts.give(request.counts)
-            request.counts = None
+        if request.counted is not None:
+            self._counts.give(request.counted[0])
+            request.counted = None
         self._leave_headroom()
 
     def _leave_headroom(self) -> None:

@@ -1,4 +1,6 @@
-"""How often each token is in a request's output, on the device: what is chosen there is counted without the host."""
+"""Which tokens a request has seen and how often its output has each, on the device: what is chosen there is counted
+without the host.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +15,44 @@ IN_PROMPT, ONCE_MORE = 1, 2
 
 
 class TokenCounts:
-    """Places of int32 [vocab] in one table, for requests with penalties; it grows as they are asked for."""
+    """Places in two tables, for requests with penalties; they grow as they are asked for."""
 
     def __init__(self, vocab: int, device: Device) -> None:
         self._device = device
         self._free: list[int] = []
-        self.table = torch.zeros(0, vocab, dtype=torch.int32, device=device.device)
+        self.counts = torch.zeros(0, vocab, dtype=torch.int32, device=device.device)
         """[places, vocab]."""
+        self.seen = torch.zeros(0, 0, dtype=torch.int64, device=device.device)
+        """[places, room]: tokens in the order in which they were seen, those of the prompt once; behind them, one of
+        them again and again.
+        """
 
-    def take(self, prompt: Sequence[int], output: Sequence[int]) -> int:
-        """A place that counts these tokens."""
-        if not self._free:
-            had = self.table.shape[0]
-            added = torch.zeros(max(4, had), self.table.shape[1], dtype=torch.int32, device=self.table.device)
-            self.table = torch.cat([self.table, added])
-            self._free = list(range(self.table.shape[0] - 1, had - 1, -1))
+    def take(self, prompt: Sequence[int], output: Sequence[int], room: int) -> tuple[int, int]:
+        """A place that counts these tokens and has room for so many in the output, and how many different ones are in
+        the prompt.
+        """
+        first = list(dict.fromkeys(prompt))
+        self._grow(len(first) + room)
         place = self._free.pop()
-        row = self.table[place].zero_()
-        row.index_fill_(0, self._device.stage(prompt, torch.int64), IN_PROMPT)
+        counts = self.counts[place].zero_()
+        counts.index_fill_(0, self._device.stage(first, torch.int64), IN_PROMPT)
         if output:
-            again = torch.full((len(output),), ONCE_MORE, dtype=torch.int32, device=row.device)
-            row.index_add_(0, self._device.stage(output, torch.int64), again)
-        return place
+            once = torch.full((len(output),), ONCE_MORE, dtype=counts.dtype, device=counts.device)
+            counts.index_add_(0, self._device.stage(output, torch.int64), once)
+        seen = self.seen[place].fill_(first[0])
+        seen[: len(first) + len(output)] = self._device.stage([*first, *output], torch.int64)
+        return place, len(first)
+
+    def _grow(self, room: int) -> None:
+        places, had = self.seen.shape
+        if had < room:
+            more = torch.zeros(places, max(room, 2 * had) - had, dtype=self.seen.dtype, device=self.seen.device)
+            self.seen = torch.cat([self.seen, more], 1)
+        if not self._free:
+            added = max(4, places)
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(added, self.counts.shape[1])])
+            self.seen = torch.cat([self.seen, self.seen.new_zeros(added, self.seen.shape[1])])
+            self._free = list(range(places + added - 1, places - 1, -1))
 
     def give(self, place: int) -> None:
         """The next one's; what is computed with it until then is of no use."""

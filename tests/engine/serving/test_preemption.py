@@ -111,7 +111,7 @@ def move_about(seed: int, moves: int) -> Counter[str]:
         pass
     assert_sound(table, ledger, {})
     assert ledger.free_pages == ledger.total
-    assert sorted(executor.counts._free) == list(range(len(executor.counts.table)))
+    assert sorted(executor.counts._free) == list(range(len(executor.counts.seen)))
     ledger.reserve("request:0", ledger.total)
     return seen
 

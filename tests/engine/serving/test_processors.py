@@ -207,7 +207,12 @@ def test_what_is_chosen_is_counted() -> None:
     logits[:, 9], logits[:, 11] = 3.0, 2.9
     requests = Requests(VOCAB, PROMPT)
     choices = [requests.choice(SamplingParams(9, frequency_penalty=1.0)), Choice(SamplingParams(9), 0)]
-    assert [requests.choose(logits, choices) for _ in range(4)] == [[9, 9], [11, 9], [9, 9], [11, 9]]
+    found, (penalised, plain) = [], choices
+    assert penalised.seen is not None
+    for n in range(4):
+        later = penalised._replace(seen=penalised.seen._replace(length=penalised.seen.length + n))
+        found.append(requests.choose(logits, [later, plain]))
+    assert found == [[9, 9], [11, 9], [9, 9], [11, 9]]
 
 
 def test_randomness_that_is_drawn_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:

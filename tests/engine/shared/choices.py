@@ -11,10 +11,11 @@ from coserve_engine.device.cpu import CpuDevice
 from coserve_engine.device.protocol import Columns
 from coserve_engine.kernels import sampling
 from coserve_engine.kernels.sampling import BoundChoices, Likeliest, process, widening
-from coserve_engine.layout.choices import Choice, ChoiceLayout
+from coserve_engine.layout.choices import Choice, ChoiceLayout, Seen
 from coserve_engine.messages import SamplingParams
 from coserve_engine.tensors.counts import TokenCounts
 
+ROOM = 8
 CPU = CpuDevice(torch.device("cpu"))
 
 
@@ -29,7 +30,7 @@ class Requests:
     """Requests that have said something, and how their next token is chosen."""
 
     vocab: int
-    prompt: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = (0,)
     output: tuple[int, ...] = ()
     enders: tuple[int, ...] = ()
     counts: TokenCounts = field(init=False)
@@ -41,13 +42,14 @@ class Requests:
         """Of a request that said `output`."""
         said = self.output if output is None else output
         banned = self.enders if len(said) < params.min_tokens else ()
-        return Choice(params, position, banned, self.counts.take(self.prompt, said))
+        place, first = self.counts.take(self.prompt, said, len(said) + ROOM)
+        return Choice(params, position, banned, Seen(place, first + len(said)))
 
     def processed(self, logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
-        return process(logits, bound(choices, self.vocab), self.counts.table)
+        return process(logits, bound(choices, self.vocab), self.counts)
 
     def choose(self, logits: torch.Tensor, choices: Sequence[Choice], likeliest: Likeliest = widening) -> list[int]:
-        tokens = sampling.choose(logits, bound(choices, self.vocab), self.counts.table, likeliest)
+        tokens = sampling.choose(logits, bound(choices, self.vocab), self.counts, likeliest)
         found: list[int] = tokens.tolist()
         return found
 

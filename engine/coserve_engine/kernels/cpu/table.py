@@ -21,6 +21,7 @@ from coserve_engine.kernels.sampling import choose, widening
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.kv_cache import KVCache, Reader
 from coserve_engine.tensors.passes import PassTensors
 from coserve_engine.tensors.weights import FrozenLinear, LayerWeights
@@ -83,7 +84,7 @@ class CpuKernels(PlainKernels[BoundBatch]):
     def logits(self, x: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         return head.forward(x)
 
-    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: TokenCounts) -> torch.Tensor:
         return choose(logits, b.choices, counts, widening)
 
     # ---- backward of a unit ----

@@ -20,6 +20,7 @@ from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -130,7 +131,7 @@ class FakeKernels:
         self.launches["logits"] += 1
         return torch.zeros(x.shape[0], self.config.vocab_size, dtype=self.dtypes.accumulate, device=x.device)
 
-    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: TokenCounts) -> torch.Tensor:
         self.launches["sample"] += 1
         return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
 

@@ -24,6 +24,7 @@ from coserve_engine.kernels.torch.products import adapter_backward, wide_product
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
+from coserve_engine.tensors.counts import TokenCounts
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors
@@ -101,7 +102,7 @@ class TorchKernels(PlainKernels[BoundBatch]):
         assert isinstance(head, PlainLinear)  # its own
         return wide_product(x, head.weight.t(), self.dtypes.accumulate)
 
-    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: torch.Tensor) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, b: BoundBatch, counts: TokenCounts) -> torch.Tensor:
         return choose(logits, b.choices, counts, sorted_whole)
 
     # ---- backward of a unit ----
