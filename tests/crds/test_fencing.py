@@ -122,7 +122,7 @@ def run(make_world, redis_server, messages, events, *, careful: bool = True) -> 
         return runner.run(scenario())
 
 
-SETTINGS = settings(max_examples=150, deadline=None)
+SETTINGS = settings(max_examples=150)
 
 
 def test_redis_accepts_exactly_what_the_model_allows(make_world, redis_server, messages) -> None:

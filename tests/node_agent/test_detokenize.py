@@ -14,7 +14,7 @@ from coserve_agent.detokenize import Detokenizer, StopStrings
 from coserve_agent.pieces import Pieces
 from coserve_agent.tokenizer import Tokenizer
 
-FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 KINDS = ("tokenizer", "sentencepiece_tokenizer")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_operator.reconcile.placement import Waiting, place
@@ -32,7 +32,6 @@ def test_an_agent_that_still_runs_a_job_gets_no_other(make) -> None:
     assert place(_waiting(1), {"a": make.heartbeat("p1")}, {"j-9": "a"}, set()) == {}
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_no_agent_is_given_more_jobs_than_it_takes_and_no_room_is_left_unused(make, data: st.DataObject) -> None:
     ids = [f"a{number}" for number in range(data.draw(st.integers(0, 5)))]

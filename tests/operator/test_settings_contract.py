@@ -39,7 +39,7 @@ REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
 UIDS = st.uuids().map(str)
 ENDPOINTS = objects("inferenceendpoints.yaml", UIDS)
 JOBS = objects("finetunejobs.yaml", UIDS)
-MANY = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 def accepted(kind: Any, body: dict[str, Any]) -> Any:

@@ -279,7 +279,5 @@ def test_any_order_of_faults(make) -> None:
     Machine.make = make
     run_state_machine_as_test(
         Machine,
-        settings=settings(
-            max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=120, stateful_step_count=40, suppress_health_check=list(HealthCheck)),
     )

@@ -127,7 +127,7 @@ def assert_same_rope(ours: ModelConfig, hf: Any) -> None:
     assert factor == expected.attention_scaling
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from coserve_engine.config import LINEARS
 from coserve_engine.kernels import dropout as module
@@ -49,7 +49,6 @@ def masks(p: float = 0.5, rows: int = 256, channels: int = 512, **at: int | str)
     return dropout_mask(keys, int(where["layer"]), str(where["linear"]), channels, p).double() * 2 - 1
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     uid=st.integers(0, 2**63 - 1),

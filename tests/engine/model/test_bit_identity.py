@@ -18,7 +18,7 @@ from coserve_engine.messages import AddRequest, IterationDone, Pass, SamplingPar
 from coserve_engine.scheduler.plan import Kind, Segment
 
 LENGTH = 150
-EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coserve_engine.scheduler.fair import FairShare
@@ -33,7 +33,6 @@ def joined(weights: dict[str, float]) -> FairShare:
     return fair
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS, work=st.lists(WORK, min_size=1, max_size=400))
 def test_no_two_jobs_are_further_apart_than_a_piece_of_work_each(weights: dict[str, float], work: list[float]) -> None:
     """Goyal, Vin and Cheng's bound: |W_f / w_f - W_g / w_g| <= l_f / w_f + l_g / w_g."""
@@ -43,7 +42,6 @@ def test_no_two_jobs_are_further_apart_than_a_piece_of_work_each(weights: dict[s
             assert abs(done[a] / weight - done[b] / other) <= max(work) / weight + max(work) / other + 1e-6
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS)
 def test_shares_converge_to_the_weights(weights: dict[str, float]) -> None:
     done, _ = serve(joined(weights), list(weights), [1.0] * 4000)
@@ -51,7 +49,6 @@ def test_shares_converge_to_the_weights(weights: dict[str, float]) -> None:
         assert done[job] / 4000 == pytest.approx(weight / sum(weights.values()), abs=0.02)
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS, work=st.lists(WORK, min_size=300, max_size=300))
 def test_nobody_starves(weights: dict[str, float], work: list[float]) -> None:
     """Between two turns of a job all others together do no more than the bound allows."""
@@ -64,7 +61,6 @@ def test_nobody_starves(weights: dict[str, float], work: list[float]) -> None:
             assert waited[other] <= patience
 
 
-@settings(deadline=None)
 @given(before=st.lists(WORK, min_size=1, max_size=50), work=st.lists(WORK, min_size=50, max_size=50))
 def test_a_new_job_has_neither_credit_nor_debt(before: list[float], work: list[float]) -> None:
     fair = joined({"old": 1.0})
@@ -74,7 +70,6 @@ def test_a_new_job_has_neither_credit_nor_debt(before: list[float], work: list[f
     assert abs(done["old"] - done["new"]) <= 4 * 64.0
 
 
-@settings(deadline=None)
 @given(alone=st.lists(WORK, min_size=1, max_size=50), work=st.lists(WORK, min_size=50, max_size=50))
 def test_a_job_that_slept_has_no_credit(alone: list[float], work: list[float]) -> None:
     fair = joined({"awake": 1.0, "asleep": 1.0})

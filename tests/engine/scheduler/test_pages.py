@@ -152,7 +152,7 @@ class Ledger(RuleBasedStateMachine):
         assert set(ledger._cached) <= set(ledger._key_of)
 
 
-Ledger.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+Ledger.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
 TestLedger = Ledger.TestCase
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from choices import Requests, choose
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
@@ -175,7 +175,6 @@ def said(several: list[SamplingParams], rows: list[int], logits: torch.Tensor, l
     return requests.choose(logits[rows], [requests.choice(several[n], n) for n in rows], likeliest)
 
 
-@settings(deadline=None)
 @given(st.lists(parameters(), min_size=1, max_size=9), st.integers(0, 1000))
 def test_a_row_does_not_see_its_neighbours(several: list[SamplingParams], seed: int) -> None:
     logits, rows = random_logits(seed, len(several)), list(range(len(several)))
@@ -184,7 +183,6 @@ def test_a_row_does_not_see_its_neighbours(several: list[SamplingParams], seed: 
     assert all(0 <= token < VOCAB for token in together)
 
 
-@settings(deadline=None)
 @given(st.lists(parameters(), min_size=1, max_size=9), st.integers(0, 1000))
 def test_sorting_all_finds_what_widening_does(several: list[SamplingParams], seed: int) -> None:
     logits, rows = random_logits(seed, len(several)), list(range(len(several)))

@@ -85,7 +85,7 @@ def test_a_flipped_bit(driver: Any, start_job: Any, folder: Path, name: str, at:
     assert str(folder / name) in refusal(driver(), start_job(resume=str(folder)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 2000))
 def test_a_flipped_bit_of_the_manifest_is_harmless_or_refused(folder: Path, at: int) -> None:
     manifest = folder / "manifest.json"

@@ -16,7 +16,7 @@ from coserve_agent.rendering import Renderer
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, Learn
 
-ANY = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.sampled_from(["", "one", "two\n", " ", "x \ud83d", "\0", "<|end|>", "{", "é😀", "5"]) | st.text(max_size=8)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,

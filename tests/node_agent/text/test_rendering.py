@@ -93,7 +93,7 @@ def test_what_is_learned_is_what_is_served(name: str, kind: str) -> None:
     one = model(name, kind)
     seen = []
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck), database=None)
     @given(conversations())
     def holds(messages: list[dict[str, Any]]) -> None:
         try:
