@@ -57,8 +57,9 @@ def behind(plain: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]
             clock.now += seconds
 
         device = BehindDevice(CPU, clock, pass_time, random.Random(seed), slow_s)
-        monkeypatch.setattr(executor, "device_of", lambda _: device)
-        return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
+        with monkeypatch.context() as here:  # other engines of the test wait
+            here.setattr(executor, "device_of", lambda _: device)
+            return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
 
     return make
 
@@ -128,6 +129,7 @@ def test_it_says_what_an_engine_that_waits_does(
     asked, unseen = orders(draw_tokens, seed), depths(monkeypatch)
     late = serve(behind(seed, **settings), asked, seed)
     now = serve(driver(**settings), asked, seed)
+    assert not now.engine.executor.copies.behind
     assert story(late) == story(now)
     assert set(story(late)) == {one.request_id for one in asked}
     finishes = {token.finish for batch in late.of(TokenBatch) for token in batch.tokens}
