@@ -49,6 +49,9 @@ class CpuDevice:
     def mark(self) -> Now:
         return Now(time.monotonic())
 
+    def rest(self) -> None:
+        """Its clock is the host's."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 

@@ -12,6 +12,8 @@ import torch
 from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
 
 LOOK_S = 2e-5
+REST_S = 1e-3
+"""A device that has nothing to do is through with a mark by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class Clock:
         return event
 
     def mark(self, device: torch.device) -> EventMark:
-        return EventMark(self, self._event(device))
+        now = time.monotonic()
+        return EventMark(self, self._event(device), now)
 
     def at_s(self, event: torch.cuda.Event, after_s: float, until_s: float) -> float:
         """Of an event that is over, later than the last one that was asked and, as the host saw, between these times:
@@ -64,7 +67,7 @@ class EventMark:
 
     clock: Clock
     event: torch.cuda.Event
-    after_s: float = 0.0
+    after_s: float
     """When it was not over yet."""
     until_s: float | None = None
     """When it was."""
@@ -105,6 +108,13 @@ class CudaDevice:
 
     def mark(self) -> EventMark:
         return self.clock.mark(self.device)
+
+    def rest(self) -> None:
+        """Both clocks are looked at: in an hour without work they drift apart by more than an iteration."""
+        mark = self.mark()
+        self.wait(mark, REST_S)
+        if mark.over():
+            mark.at_s()
 
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """By looking again and again: the host learns of a mark within LOOK_S."""

@@ -51,6 +51,9 @@ class FakeDevice:
     def mark(self) -> Mark:
         return Now(0.0)
 
+    def rest(self) -> None:
+        """Its clock is the host's."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
@@ -117,6 +120,9 @@ class BehindDevice:
 
     def mark(self) -> At:
         return At(self, self._later())
+
+    def rest(self) -> None:
+        """Its clock is the host's."""
 
     def wait(self, mark: Mark | None, seconds: float) -> None:
         self.pass_time(seconds)

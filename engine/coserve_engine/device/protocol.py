@@ -76,6 +76,9 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """The point up to which all is enqueued now."""
 
+    def rest(self) -> None:
+        """Nothing is under way. To be called now and then meanwhile: a clock that maps marks can be set."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """So long, or until a mark is over."""
 
