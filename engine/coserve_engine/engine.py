@@ -111,8 +111,13 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to compute and nothing to wait for but commands."""
-        busy = self.requests.running or self.requests.waiting or self._events or self._runner.busy
-        return not busy and self._files.idle and self._jobs.idle
+        waits = self.requests.running or self.requests.waiting or self._events or self.busy
+        return not waits and self._files.idle and self._jobs.idle
+
+    @property
+    def busy(self) -> bool:
+        """Whether a device has something under way: `step` waits for it itself."""
+        return self._runner.busy
 
     # ---- commands ----
 
@@ -144,7 +149,8 @@ class Engine:
 
         def load() -> LoraWeights:
             folder, e = Path(command.path), self.executor
-            return LoraWeights.served(read_adapter(folder, e.model, self.config.max_rank, e.dtype, e.device), number)
+            layers = read_adapter(folder, e.model, self.config.max_rank, e.dtype)
+            return LoraWeights.served(layers, number).moved(e.copies.carry)
 
         def loaded(weights: LoraWeights) -> None:
             if self._wanted.get(version) != number:

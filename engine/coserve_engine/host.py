@@ -221,6 +221,6 @@ def _serve(engine: Engine, commands: Queue[Command], events: Connection) -> None
         batch = engine.step(inbox.request_came, events.send)
         if batch:
             events.send(batch)
-        elif not engine.idle:
+        elif not engine.idle and not engine.busy:
             for command in inbox.drain(WAIT_S):
                 engine.submit(command)

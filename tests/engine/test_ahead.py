@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from engine_driver import Driver, FakeClock
 from coserve_engine.config import EngineConfig
 from coserve_engine.device.fake import BehindDevice
 from coserve_engine.engine import Engine
+from coserve_engine.host import _serve
 from coserve_engine.kernels import bound
 from coserve_engine.latency.work import decode_work
 from coserve_engine.memory import iteration_bytes
@@ -30,6 +32,7 @@ from coserve_engine.messages import (
     PromptDone,
     RequestFailed,
     SamplingParams,
+    Shutdown,
     StartJob,
     StepDone,
     TokenBatch,
@@ -57,8 +60,9 @@ def behind(plain: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]
             clock.now += seconds
 
         device = BehindDevice(CPU, clock, pass_time, random.Random(seed), slow_s)
-        monkeypatch.setattr(executor, "device_of", lambda _: device)
-        return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
+        with monkeypatch.context() as here:  # other engines of the test wait
+            here.setattr(executor, "device_of", lambda _: device)
+            return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
 
     return make
 
@@ -128,6 +132,7 @@ def test_it_says_what_an_engine_that_waits_does(
     asked, unseen = orders(draw_tokens, seed), depths(monkeypatch)
     late = serve(behind(seed, **settings), asked, seed)
     now = serve(driver(**settings), asked, seed)
+    assert not now.engine.executor.copies.behind
     assert story(late) == story(now)
     assert set(story(late)) == {one.request_id for one in asked}
     finishes = {token.finish for batch in late.of(TokenBatch) for token in batch.tokens}
@@ -214,6 +219,39 @@ def test_the_device_rarely_waits_for_the_host(behind: Any, draw_tokens: Any, mon
     monkeypatch.setattr("coserve_engine.scheduler.timeline.MOST_UNSEEN", 0)
     waiting = idle()
     assert running_ahead < waiting / 4
+
+
+def test_its_process_sleeps_only_when_nothing_is_under_way(behind: Any, draw_tokens: Any) -> None:
+    """What the device is through with is seen at once, though nothing can be planned: the last token of an answer."""
+    d = behind(1, slow_s=4e-3)
+    slept: list[bool] = []
+
+    class Commands:
+        """A queue: one request, then the end."""
+
+        def __init__(self) -> None:
+            self.left = [AddRequest("r", draw_tokens(1, 20), SamplingParams(5, ignore_eos=True), 0.0)]
+
+        def get(self, timeout: float) -> Any:
+            slept.append(d.engine._runner.busy)
+            return self.get_nowait() if self.left or not d.engine.idle else Shutdown()
+
+        def get_nowait(self) -> Any:
+            if not self.left:
+                raise Empty
+            return self.left.pop()
+
+        def empty(self) -> bool:
+            return True
+
+    class Events:
+        def send(self, batch: list[Any]) -> None:
+            d.events.extend(batch)
+
+    _serve(d.engine, Commands(), Events())  # type: ignore[arg-type]
+    assert len(d.tokens()["r"]) == 5
+    assert slept
+    assert not any(slept)
 
 
 def test_a_start_measures_the_device_and_not_the_host(behind: Any) -> None:

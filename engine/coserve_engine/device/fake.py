@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,9 @@ class FakeDevice:
     def mark(self) -> Mark:
         return Now(0.0)
 
+    def rest(self) -> None:
+        """Its clock is the host's."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
@@ -62,6 +65,12 @@ class FakeDevice:
 
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [value.to(self.device) for value in values]
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values.cpu()
 
 
 @dataclass(slots=True)
@@ -118,6 +127,9 @@ class BehindDevice:
     def mark(self) -> At:
         return At(self, self._later())
 
+    def rest(self) -> None:
+        """Its clock is the host's."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         self.pass_time(seconds)
 
@@ -129,3 +141,9 @@ class BehindDevice:
 
     def fetch(self, values: torch.Tensor) -> At:
         return At(self, self._later(), values.tolist())
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [value.to(self.device) for value in values]
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values.cpu()

@@ -76,6 +76,9 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """The point up to which all is enqueued now."""
 
+    def rest(self) -> None:
+        """Nothing is under way. To be called now and then meanwhile: a clock that maps marks can be set."""
+
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """So long, or until a mark is over."""
 
@@ -87,3 +90,10 @@ class Device(Protocol):
 
     def fetch(self, values: torch.Tensor) -> Pending:
         """Begin to fetch values [N] as they are now; they may be overwritten at once."""
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of the host on the device, and `bring`: the reverse of what was enqueued before. For a thread beside
+        that which enqueues, as it waits; neither takes a turn of what is computed.
+        """
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor: ...

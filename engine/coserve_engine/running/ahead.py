@@ -90,6 +90,7 @@ class Ahead:
             self._look()
         if not self._queue:
             self.accounts.rest()
+            self._device.rest()
 
     def run(self, plan: Plan, view: View, interrupted: Interrupted, emit: Emit | None) -> None:
         """Enqueue an iteration and its units, until it is time for the next plan."""
@@ -188,7 +189,7 @@ class Ahead:
 
     def _look(self) -> None:
         """Take over what is over."""
-        while self._queue and self._queue[0].end.over():
+        while self._queue and self._queue[0].start.over() and self._queue[0].end.over():
             done = self._queue.popleft()
             owner = done.owner
             self._timeline.started(done.id, done.start.at_s())
