@@ -116,7 +116,7 @@ def busy_engine(config: EngineConfig, adapters: Path) -> Iterator[Engine]:
     versions = [AdapterVersion(name, 1) for name in "ab"]
     for n, version in enumerate(versions):
         drawn = draw_adapter(engine.executor, rank=(4, 6)[n], seed=n)
-        write_folder(adapters / version.uid, *peft_files(drawn.layout, drawn.flat, "base"))
+        write_folder(adapters / version.uid, *peft_files(drawn.layout, drawn.flat.cpu(), "base"))
         engine.submit(LoadAdapter(version, str(adapters / version.uid)))
     engine.submit(StartJob("job", LoraSpec(4, 8.0, LINEARS, 0.1), 1))
     for command in _job(100):

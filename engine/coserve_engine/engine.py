@@ -149,7 +149,8 @@ class Engine:
 
         def load() -> LoraWeights:
             folder, e = Path(command.path), self.executor
-            return LoraWeights.served(read_adapter(folder, e.model, self.config.max_rank, e.dtype, e.device), number)
+            layers = read_adapter(folder, e.model, self.config.max_rank, e.dtype)
+            return LoraWeights.served(layers, number).moved(e.copies.carry)
 
         def loaded(weights: LoraWeights) -> None:
             if self._wanted.get(version) != number:

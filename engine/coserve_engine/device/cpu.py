@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,3 +65,9 @@ class CpuDevice:
 
     def fetch(self, values: torch.Tensor) -> Here:
         return Here(values.tolist())
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(values)
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values

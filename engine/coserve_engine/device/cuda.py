@@ -5,6 +5,7 @@ again when the copies that it took part in are over.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
 
 LOOK_S = 2e-5
+ALIGN = 256
+"""Bytes, as torch's own allocator."""
 REST_S = 1e-3
 """A device that has nothing to do is through with a mark by then."""
 
@@ -92,15 +95,16 @@ class EventMark:
 
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
-    """`Device` whose copies are of the current stream, as all that is computed."""
+    """`Device` whose copies are of the current stream, as all that is computed; those of `files` beside it."""
 
     device: torch.device
     clock: Clock
+    files: torch.cuda.Stream
     behind: bool = True
 
     @classmethod
     def of(cls, device: torch.device) -> CudaDevice:
-        return cls(device, Clock(device))
+        return cls(device, Clock(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def reserve(self, size: int) -> None:
         """torch keeps what was freed, and gives it out again in parts."""
@@ -139,3 +143,29 @@ class CudaDevice:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return Fetched(host, event)
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """By one copy: each waits for all that is enqueued, since the memory that it is given may be in use until then.
+        That memory is of the current stream's pool, as it is used there.
+        """
+        sizes = [-(-value.nbytes // ALIGN) * ALIGN for value in values]
+        host = torch.empty(sum(sizes), dtype=torch.uint8)
+        there = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        for into, value in zip(_like(host, sizes, values), values, strict=True):
+            into.copy_(value)
+        self.files.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.files):
+            there.copy_(host)
+        self.files.synchronize()
+        return _like(there, sizes, values)
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        self.files.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.files):
+            return values.cpu()
+
+
+def _like(block: torch.Tensor, sizes: list[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Parts of so many bytes of a block, each as one of the `values` in shape and dtype."""
+    parts = zip(torch.split(block, sizes), values, strict=True)
+    return [part[: value.nbytes].view(value.dtype).view(value.shape) for part, value in parts]

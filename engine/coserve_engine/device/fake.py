@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +65,12 @@ class FakeDevice:
 
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [value.to(self.device) for value in values]
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values.cpu()
 
 
 @dataclass(slots=True)
@@ -135,3 +141,9 @@ class BehindDevice:
 
     def fetch(self, values: torch.Tensor) -> At:
         return At(self, self._later(), values.tolist())
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [value.to(self.device) for value in values]
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values.cpu()

@@ -90,3 +90,10 @@ class Device(Protocol):
 
     def fetch(self, values: torch.Tensor) -> Pending:
         """Begin to fetch values [N] as they are now; they may be overwritten at once."""
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of the host on the device, and `bring`: the reverse of what was enqueued before. For a thread beside
+        that which enqueues, as it waits; neither takes a turn of what is computed.
+        """
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor: ...

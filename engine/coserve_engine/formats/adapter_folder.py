@@ -37,17 +37,15 @@ def tensor_name(module: str, part: str) -> str:
     return f"base_model.model.{module}.lora_{part}.weight"
 
 
-def read_adapter(
-    folder: Path, model: ModelConfig, max_rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, Factors], ...]:
-    """Per layer: linear name -> its factors, for the linears that the folder's tensors name.
+def read_adapter(folder: Path, model: ModelConfig, max_rank: int, dtype: torch.dtype) -> tuple[dict[str, Factors], ...]:
+    """Per layer: linear name -> its factors, for the linears that the folder's tensors name; on the host.
 
     Raises:
         AdapterFolderError: a file is missing or broken, the adapter is not plain LoRA, a rank is above `max_rank`, or a
             tensor is unknown, lacks its other half, has another shape, or is not finite.
     """
     config = read_adapter_config(folder)
-    weights = _Weights(folder, config, max_rank, dtype, device)
+    weights = _Weights(folder, config, max_rank, dtype)
     layers = tuple(
         {name: found for name in LINEARS if (found := weights.take(layer, name, *model.linear_shape(name)))}
         for layer in range(model.layers)
@@ -59,11 +57,8 @@ def read_adapter(
 class _Weights:
     """The tensors of adapter_model.safetensors, from which what has a place in the model is taken."""
 
-    def __init__(
-        self, folder: Path, config: AdapterConfig, max_rank: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._path, self._config, self._max_rank = folder / ADAPTER_WEIGHTS, config, max_rank
-        self._dtype, self._device = dtype, device
+    def __init__(self, folder: Path, config: AdapterConfig, max_rank: int, dtype: torch.dtype) -> None:
+        self._path, self._config, self._max_rank, self._dtype = folder / ADAPTER_WEIGHTS, config, max_rank, dtype
         if not self._path.exists() and (folder / PICKLE).exists():
             raise AdapterFolderError(
                 f"{folder / PICKLE}: a pickle, which may run code when it is read; where you trust it, make "
@@ -103,7 +98,7 @@ class _Weights:
             )
         if not found.is_floating_point():
             raise AdapterFolderError(f"{self._path}: tensor {name!r} is of {found.dtype}; it must be floating-point")
-        value = found.to(self._device, self._dtype)
+        value = found.to(self._dtype)
         if not torch.isfinite(value).all():
             raise AdapterFolderError(f"{self._path}: tensor {name!r} has values that are not finite")
         return value

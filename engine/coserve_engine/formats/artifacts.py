@@ -57,12 +57,14 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
 def peft_files(
     layout: LoraLayout, flat: torch.Tensor, base_model_name: str
 ) -> tuple[dict[str, str], dict[str, dict[str, torch.Tensor]]]:
-    """An adapter in PEFT's format, for `write_folder`: A and B unscaled, without the padding of the rank."""
+    """An adapter in PEFT's format, for `write_folder`, of parameters on the host: A and B unscaled, without the padding
+    of the rank.
+    """
     spec = layout.spec
     tensors = {}
     for index, layer in enumerate(layout.views(flat)):
         for name, (a, b) in layer.items():
             module = module_name(index, name)
-            tensors[tensor_name(module, "A")] = a[: spec.rank].float().cpu().contiguous()
-            tensors[tensor_name(module, "B")] = b[:, : spec.rank].float().cpu().contiguous()
+            tensors[tensor_name(module, "A")] = a[: spec.rank].float().contiguous()
+            tensors[tensor_name(module, "B")] = b[:, : spec.rank].float().contiguous()
     return {ADAPTER_CONFIG: config_text(spec, layout.targets, base_model_name)}, {ADAPTER_WEIGHTS: tensors}

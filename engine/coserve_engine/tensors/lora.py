@@ -9,7 +9,7 @@ and are slower.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,6 +147,15 @@ class LoraWeights:
             tuple({name: Pair(*ab, *turned[name], scale) for name, ab in layer.items()} for layer, turned in layers),
             copied=None if used is flat else (flat, used),
         )
+
+    def moved(self, move: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]) -> LoraWeights:
+        """One that is served, with the tensors that `move` makes of all of its."""
+        moved = iter(move([part for layer in self.layers for pair in layer.values() for part in (pair.down, pair.up)]))
+        layers = []
+        for layer in self.layers:
+            parts = {name: (next(moved), next(moved), pair.scale) for name, pair in layer.items()}
+            layers.append({name: Pair(down.t(), up.t(), down, up, scale) for name, (down, up, scale) in parts.items()})
+        return LoraWeights(tuple(layers), self.load)
 
     def renew(self) -> None:
         """Take over the parameters, which an optimizer changed."""

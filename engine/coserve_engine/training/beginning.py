@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from coserve_engine.config import LINEARS
 from coserve_engine.errors import AdapterFolderError, CheckpointError
 from coserve_engine.formats.adapter_config import read_adapter_config
@@ -20,6 +22,7 @@ from coserve_engine.tensors.lora import Factors, LoraLayout
 from coserve_engine.training.checkpoint import TrainingState, load_checkpoint
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 
 
 class Beginning(NamedTuple):
@@ -37,26 +40,28 @@ def begin(command: StartJob, executor: Executor) -> Beginning:
         CheckpointError: the checkpoint is corrupt or of another run (OtherArithmeticError: that computed otherwise).
         AdapterFolderError: the adapter to go on from cannot be read, or trained here, or is not what the job says.
     """
-    lora, dtype, device = command.lora, executor.dtypes.lora, executor.device
+    lora, dtype, carry = command.lora, executor.dtypes.lora, executor.copies.carry
     if command.resume is not None:
 
         def layout_of(found: LoraSpec) -> LoraLayout:
             _check_resumed(lora, found)
             return executor.layout(replace(found, dropout=lora.dropout))
 
-        return Beginning(*load_checkpoint(Path(command.resume), layout_of, executor.config, device))
+        layout, state, files = load_checkpoint(Path(command.resume), layout_of, executor.config)
+        return Beginning(layout, state.moved(lambda values: carry([values])[0]), files)
     if isinstance(lora, LoraSpec):
         layout = executor.layout(lora)
-        param = layout.fresh(command.seed, dtype, device)
+        param = layout.fresh(command.seed, dtype, HOST)
     else:
         folder = Path(lora.path)
-        layers = read_adapter(folder, executor.model, executor.config.max_rank, dtype, device)
+        layers = read_adapter(folder, executor.model, executor.config.max_rank, dtype)
         spec = _shape(folder, layers, lora.dropout)
         wrong = difference(lora, spec)
         if wrong is not None:
             raise AdapterFolderError(f"{folder}: {wrong}")
         layout = executor.layout(spec)
-        param = layout.flat(layers, dtype, device)
+        param = layout.flat(layers, dtype, HOST)
+    (param,) = carry([param])
     return Beginning(layout, TrainingState(param, AdamState.zeros(param), 0, 0), {})
 
 

@@ -26,6 +26,7 @@ from coserve_engine.tensors.adam import AdamState, counted
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.lora import LoraLayout
 
+HOST = torch.device("cpu")
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
@@ -51,11 +52,19 @@ class TrainingState:
     def copy(self) -> TrainingState:
         return replace(self, param=self.param.clone(), adam=self.adam.copy())
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> TrainingState:
+        """With what `move` makes of each tensor."""
+        adam = AdamState(*map(move, (self.adam.m, self.adam.v, self.adam.updates)))
+        best = None if self.best is None else self.best._replace(param=move(self.best.param))
+        return replace(self, param=move(self.param), adam=adam, best=best)
+
 
 def save_checkpoint(
     path: Path, layout: LoraLayout, state: TrainingState, config: EngineConfig, files: dict[str, str]
 ) -> str:
-    """Write folder `path`, of a job in an engine of `config`; returns the sha256 of its manifest."""
+    """Write folder `path`, of a job in an engine of `config` whose `state` is on the host; returns the sha256 of its
+    manifest.
+    """
     texts, tensors = peft_files(layout, state.param, config.model_path)
     facts = {
         "version": 1,
@@ -67,10 +76,10 @@ def save_checkpoint(
         "dtype": config.dtype,
         "files": sorted(files),
     }
-    tensors |= {MOMENTS: {"m": state.adam.m.cpu(), "v": state.adam.v.cpu()}}
+    tensors |= {MOMENTS: {"m": state.adam.m, "v": state.adam.v}}
     if state.best is not None:
         facts["best_step"] = state.best.step
-        tensors[BEST] = {"param": state.best.param.cpu()}
+        tensors[BEST] = {"param": state.best.param}
     texts |= {**files, STATE: json.dumps(facts, indent=1)}
     return write_folder(path, texts, tensors)
 
@@ -91,9 +100,10 @@ def _check_arithmetic(path: Path, facts: dict[str, Any], config: EngineConfig) -
 
 
 def load_checkpoint(
-    path: Path, layout_of: Callable[[LoraSpec], LoraLayout], config: EngineConfig, device: torch.device
+    path: Path, layout_of: Callable[[LoraSpec], LoraLayout], config: EngineConfig
 ) -> tuple[LoraLayout, TrainingState, dict[str, str]]:
-    """Read and check folder `path`. `layout_of` gives the layout of its LoRA shape, or refuses that by CheckpointError.
+    """Read and check folder `path`; the state is on the host. `layout_of` gives the layout of its LoRA shape, or
+    refuses that by CheckpointError.
 
     Raises:
         OtherArithmeticError: it belongs to a run with another dtype or other tile sizes.
@@ -110,9 +120,9 @@ def load_checkpoint(
         except CheckpointError as error:
             raise CheckpointError(f"{path / STATE}: {error}") from None
         _check_arithmetic(path / STATE, facts, config)
-        param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype, device), dtype, device)
+        param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype), dtype, HOST)
         moments = load_file(path / MOMENTS)
-        m, v = (moments[name].to(device=device, dtype=dtype) for name in ("m", "v"))
+        m, v = (moments[name].to(dtype) for name in ("m", "v"))
         if m.shape != param.shape or v.shape != param.shape:
             raise CheckpointError(f"{path / MOMENTS}: moments have {m.numel()} values, the adapter {param.numel()}")
         if not torch.isfinite(m).all() or not (torch.isfinite(v) & (v >= 0)).all():
@@ -122,7 +132,7 @@ def load_checkpoint(
             raise CheckpointError(f"{path / STATE}: updates, step or seq_no is below 0: {updates}, {step}, {seq_no}")
         best = _best(path, facts, param)
         files = {name: (path / name).read_text() for name in facts["files"]}
-        return layout, TrainingState(param, AdamState(m, v, counted(updates, device)), step, seq_no, best), files
+        return layout, TrainingState(param, AdamState(m, v, counted(updates, HOST)), step, seq_no, best), files
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterFolderError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this job ({error})") from error
 

@@ -230,23 +230,23 @@ class Job:
         self._state = replace(state, step=state.step + steps, seq_no=seq_no)
 
     def _write(self, command: SaveCheckpoint | ExportAdapter) -> Callable[[], JobEvent]:
-        state, path, layout = self._state.copy(), Path(command.path), self.layout
+        state, path, layout, bring = self._state.copy(), Path(command.path), self.layout, self._executor.copies.bring
         if isinstance(command, SaveCheckpoint):
             return self._saver(command.path, state, command.files, command.seq_no)
 
         def export() -> JobEvent:
             param = state.best.param if command.best and state.best is not None else state.param
-            texts, tensors = peft_files(layout, param, command.base_model_name)
+            texts, tensors = peft_files(layout, bring(param), command.base_model_name)
             sha256 = write_folder(path, {**texts, **command.files}, tensors)
             return AdapterExported(command.job, command.seq_no, command.path, sha256)
 
         return export
 
     def _saver(self, path: str, state: TrainingState, files: dict[str, str], seq_no: int) -> Callable[[], JobEvent]:
-        layout, config, job = self.layout, self._executor.config, self.id
+        layout, config, job, bring = self.layout, self._executor.config, self.id, self._executor.copies.bring
 
         def save() -> JobEvent:
-            sha256 = save_checkpoint(Path(path), layout, state, config, files)
+            sha256 = save_checkpoint(Path(path), layout, state.moved(bring), config, files)
             return CheckpointDone(job, seq_no, state.step, path, sha256)
 
         return save

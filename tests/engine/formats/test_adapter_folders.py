@@ -196,8 +196,8 @@ def test_peft_loads_what_a_job_exports(
     assert (engine_logits(rig(), path, tokens) - expected[-1]).abs().max() < TOLERANCE
     r = rig()
     assert (r.rows(r.add(tokens), [70])[69] - expected[-1]).abs().max() > 1e-2, "the job changed nothing"
-    layout, exact = r.executor.layout(lora), (torch.float32, torch.device("cpu"))
-    flat = layout.flat(read_adapter(path, r.executor.model, 64, *exact), *exact)
+    layout, exact = r.executor.layout(lora), torch.float32
+    flat = layout.flat(read_adapter(path, r.executor.model, 64, exact), exact, torch.device("cpu"))
     views = [x.flatten() for layer in layout.views(flat) for pair in layer.values() for x in pair]
     assert torch.equal(torch.cat(views), d.parameters())
 

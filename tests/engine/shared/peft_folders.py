@@ -48,7 +48,7 @@ def peft_logits(model: str, folder: Path, tokens: tuple[int, ...]) -> torch.Tens
 def engine_logits(r: Rig, folder: Path, tokens: tuple[int, ...]) -> torch.Tensor:
     """[vocabulary], at the last position, with the adapter read from `folder` as LoadAdapter reads it."""
     e = r.executor
-    weights = LoraWeights.served(read_adapter(folder, e.model, 64, e.dtype, e.device))
+    weights = LoraWeights.served(read_adapter(folder, e.model, 64, e.dtype)).moved(e.copies.carry)
     slot = r.add(tokens)
     r.sequences[slot] = replace(r.sequences[slot], weights=weights)
     return r.forward(Segment(Kind.PREFILL, slot, 0, len(tokens), sample=True))[slot]
