@@ -18,6 +18,7 @@ from coserve_engine.device.fake import BehindDevice
 from coserve_engine.engine import Engine
 from coserve_engine.host import _serve
 from coserve_engine.kernels import bound
+from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import decode_work
 from coserve_engine.memory import iteration_bytes
 from coserve_engine.messages import (
@@ -298,3 +299,19 @@ def test_a_request_that_comes_stops_a_forward_that_serves_nobody(
     assert state.fwd_tile == 0
     d.run()
     assert len(d.of(PassDone)) == 1
+
+
+def test_a_forward_that_serves_nobody_keeps_the_pace_of_the_device(
+    behind: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of its prediction, which would come true where it is too long."""
+    monkeypatch.setattr(CostModel, "forward_s", lambda self, work: 10.0)
+    d = behind(5, slow_s=1e-3)
+    seq = TrainSeq(0, draw_tokens(1, 200), (1.0,) * 200)
+    d.submit(StartJob("job", LoraSpec(4, 8.0, ("q_proj",)), 1))
+    d.step()
+    d.submit(ForwardBackward("job", 1, Pass(1, "job", 0, 0, (seq,), PassMode.EVAL)))
+    began_s = d.clock.now
+    d.run()
+    assert len(d.of(PassDone)) == 1
+    assert d.clock.now - began_s < 1.0

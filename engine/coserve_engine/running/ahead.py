@@ -115,19 +115,26 @@ class Ahead:
         at_s = self._now()
         id = self._timeline.enqueue(expected_s, at_s, forward=True)
         self._timeline.planned(at_s - self._begun_s)
-        start = self._device.mark()
+        start = last = self._device.mark()
         ran = 0
 
         def goes_on(layer: int) -> bool:
-            """A forward that serves somebody does; of another no more is enqueued than a lead, so that it can be
-            dropped.
+            """A forward that serves somebody does; of another no more is enqueued than a lead, or the layer that the
+            device is at, so that it can be dropped.
             """
-            nonlocal ran
+            nonlocal ran, last
             ran = layer
             if now.view.sequences:
                 return True
             ahead_s = expected_s * (1 - layer / parts.layers) + LEAD_S
-            self._wait(lambda: -math.inf if self._interrupted() else self._timeline.end_of(id, self._now()) - ahead_s)
+            before, last = last, self._device.mark()
+
+            def due_s() -> float:
+                if before.over() or self._interrupted():
+                    return -math.inf
+                return self._timeline.end_of(id, self._now()) - ahead_s
+
+            self._wait(due_s)
             return not (gives_way(plan, now.view, parts.cost, layer / parts.layers) and self._interrupted())
 
         computed = parts.executor.run(*bound, goes_on)

@@ -68,6 +68,7 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, float]
         monkeypatch.setattr(cuda, "time", machine)
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(machine))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         return measured(machine, rests=rests)
 
     return make
