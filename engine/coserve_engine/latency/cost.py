@@ -13,10 +13,13 @@ from operator import mul
 from coserve_engine.latency.errorbound import ErrorBound, Highest
 from coserve_engine.latency.fit import OnlineFit, Prior
 from coserve_engine.latency.regimes import Regime
+from coserve_engine.latency.steps import Steps
 from coserve_engine.latency.work import Features, ForwardWork, UnitWork
 
 MISS_RATE = 5e-4
 """Share of forwards, and of units, that may take longer than their bound: together one iteration in a thousand."""
+RARE_MISS = 1e-4
+"""The same where a device has a knee: iterations are ten times as many there, and each is one of every request's."""
 SPEED_GAIN = 0.15
 LEAST_RATIO, MOST_RATIO = math.exp(-0.3), math.exp(0.3)
 """Actual / predicted counts for at least and at most so much where the speed learns from it."""
@@ -29,18 +32,26 @@ OUTLIER = 2.0
 class Predictor:
     """Seconds of one kind of work: a fit, the machine's speed, and the bound on what is left of the error."""
 
-    def __init__(self, size: int, prior: Prior | None = None) -> None:
+    def __init__(self, size: int, prior: Prior | None = None, regime: Regime | None = None) -> None:
         self._fit = OnlineFit(size, prior=prior)
+        self._steps = None if regime is None else Steps()
+        """Of the second feature, the rows that are launched."""
+        self._miss_rate = MISS_RATE if regime is None else RARE_MISS
         self._new: list[tuple[Features, float]] = []
         """What the fit has not learnt yet, of the last `_iterations`."""
         self._iterations = 0
         self._log_speed = 0.0
         self.coefficients: Features = tuple(self._fit.coefficients)
         """Seconds for each feature, the speed in them."""
-        self.error = ErrorBound(MISS_RATE)
+        self.forget_errors()
+
+    def forget_errors(self) -> None:
+        """Start the error bound anew."""
+        self.error = ErrorBound(self._miss_rate)
 
     def seconds(self, x: Features) -> float:
-        return float(sum(map(mul, self.coefficients, x)))
+        seconds = float(sum(map(mul, self.coefficients, x)))
+        return seconds if self._steps is None else seconds * self._steps.factor(x[1])
 
     def learn(self, samples: Iterable[tuple[Features, Sequence[float]]]) -> None:
         """(features, seconds of each time) of one iteration."""
@@ -48,7 +59,13 @@ class Predictor:
         for x, times in samples:
             predicted = self.seconds(x)
             most = OUTLIER * predicted if warm and predicted > 0 else math.inf
-            new += [(x, seconds if seconds < most else most) for seconds in times]
+            believed = [seconds if seconds < most else most for seconds in times]
+            if self._steps is not None:
+                factor = self._steps.factor(x[1])
+                if predicted > 0:
+                    self._steps.learn(x[1], [factor * seconds / predicted for seconds in believed])
+                believed = [seconds / factor for seconds in believed]
+            new += [(x, seconds) for seconds in believed]
             if predicted > 0:
                 ratios += [seconds / predicted for seconds in times]
         if ratios:
@@ -72,7 +89,7 @@ class CostModel:
     def __init__(self, regime: Regime | None = None) -> None:
         self.regime = regime
         """Where bytes decide and where operations do; None: one line is right, as on a CPU."""
-        self._forward, self._unit, self._head = Predictor(7), Predictor(4), Predictor(4)
+        self._forward, self._unit, self._head = (Predictor(size, regime=regime) for size in (7, 4, 4))
         self._turnaround = Highest()
 
     def begin(
@@ -85,13 +102,13 @@ class CostModel:
         if regime is not None:
             forward = regime.forward_prior(forward)
             unit, head = (prior and regime.unit_prior(prior) for prior in (unit, head))
-        self._forward = Predictor(7, forward)
-        self._unit, self._head = Predictor(4, unit), Predictor(4, head)
+        self._forward = Predictor(7, forward, regime)
+        self._unit, self._head = Predictor(4, unit, regime), Predictor(4, head, regime)
 
     def forget_errors(self) -> None:
         """Start the error bounds anew: the errors of a fit that has just begun say nothing."""
         for predictor in (self._forward, self._unit, self._head):
-            predictor.error = ErrorBound(MISS_RATE)
+            predictor.forget_errors()
 
     @property
     def coefficients(self) -> tuple[Features, Features, Features]:

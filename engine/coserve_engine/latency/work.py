@@ -33,6 +33,12 @@ class ForwardWork(NamedTuple):
         u, v, w, x, y, z = other
         return make(ForwardWork, (a + u, b + v, c + w, d + x, e + y, f + z))
 
+    def less(self, other: ForwardWork) -> ForwardWork:
+        """The counts without those of `other`."""
+        a, b, c, d, e, f = self
+        u, v, w, x, y, z = other
+        return make(ForwardWork, (a - u, b - v, c - w, d - x, e - y, f - z))
+
     @property
     def rows(self) -> int:
         return self[0] + self[1] + self[2]

@@ -17,9 +17,10 @@ from coserve_engine.device.protocol import Mark
 from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import Token
 from coserve_engine.running.parts import Emit, Interrupted, Parts
+from coserve_engine.scheduler.finetuning import fitting_unit
 from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded, Units, UnitTimes
 from coserve_engine.scheduler.plan import Plan, Unit, View
-from coserve_engine.scheduler.schedule import fitting_unit, gives_way
+from coserve_engine.scheduler.schedule import gives_way
 from coserve_engine.scheduler.timeline import LEAD_S, Timeline
 from coserve_engine.serving.serving import Flight
 

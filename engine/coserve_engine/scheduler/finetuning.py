@@ -13,12 +13,15 @@ from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from coserve_engine.latency.cost import CostModel
+from coserve_engine.latency.regimes import Regime
 from coserve_engine.latency.work import ForwardWork
-from coserve_engine.scheduler.plan import PassShape, PassView, Segment, Unit, View
+from coserve_engine.scheduler.plan import PassShape, PassView, Segment, Unit, View, full_rows
 
 UNIT_TILES = 8
 """Longer units gain little where a row costs the same in any company; elsewhere seconds alone bound them."""
 MAX_UNITS = 256
+HARDLY = 1.05
+"""So many times as long is hardly longer, for another step of rows."""
 
 
 class Room(NamedTuple):
@@ -42,8 +45,7 @@ def windows(
     """
     segments: list[Segment] = []
     after = list(view.passes)
-    gap_s = min([s.tpot_s for s in view.sequences], default=0.0) - view.reserve_s
-    rows = _window_rows(view, view.passes, cost, work, gap_s)
+    rows = _window_rows(view, view.passes, cost, work, _gap_s(view))
     for number, owner in enumerate(view.passes):
         if owner.forward_done:
             continue
@@ -58,6 +60,19 @@ def windows(
         if end < last:
             break
     return segments, work, tuple(after)
+
+
+def due(view: View, cost: CostModel, work: ForwardWork) -> bool:
+    """Whether windows are to fill the forward that holds `work`, lest backward of the next pass wait for them; to be
+    asked only where the latency model has a knee.
+    """
+    most = min(full_rows(view, cost), view.window_limit)
+    waiting = [p for p in view.passes if not p.forward_done]
+    return bool(waiting) and _window_rows(view, view.passes, cost, work, _gap_s(view)) == most
+
+
+def _gap_s(view: View) -> float:
+    return min([s.tpot_s for s in view.sequences], default=0.0) - view.reserve_s
 
 
 def _most_tiles(
@@ -77,22 +92,37 @@ def _window_rows(view: View, passes: tuple[PassView, ...], cost: CostModel, work
     """Rows up to which windows go into the forward of `work`, of a gap of so many seconds.
 
     Where a device has a knee, a forward is filled with windows or takes those alone that cost nothing: two half filled
-    would launch, and read, more for as many rows. It is filled as late as lets the forward of the next pass end with
-    the backward of this one.
+    would launch, and read, more for as many rows. One that holds prompts is filled, others as late as lets the forward
+    of the next pass end with the backward of this one.
     """
     regime = cost.regime
     if regime is None or not view.sequences:
         return view.window_limit
-    free, each = max(regime.knee, regime.launched(work.rows)), regime.full - work.rows
+    full = full_rows(view, cost)
+    free, each = _free_rows(work, cost, regime), full - work.rows
     waiting, ready = [p for p in passes if not p.forward_done], [p for p in passes if p.forward_done]
     if not waiting or each < regime.step:
         return min(free, view.window_limit)
+    if work.prefill:
+        return min(full, view.window_limit)
     shape, first = waiting[0].shape, waiting[0].fwd_tile
     end = max(first + 1, bisect_right(shape.starts, shape.starts[first] + each) - 1)
     rows = sum([p.shape.rows - p.shape.starts[p.fwd_tile] for p in waiting])
     spare_s = gap_s - cost.forward_s(work.plus(shape.forward(first, end)))
     filled = sum([_backward_s(p, cost) for p in ready]) <= math.ceil(rows / each) * max(0.0, spare_s)
-    return min(regime.full if filled else free, view.window_limit)
+    return min(full if filled else free, view.window_limit)
+
+
+def _free_rows(work: ForwardWork, cost: CostModel, regime: Regime) -> int:
+    """Up to how many rows the forward of `work` is predicted to take hardly longer: the knee alone is too vague."""
+    rows = max(regime.step, regime.launched(work.rows))
+    taken_s = cost.forward_s(work._replace(prefill=work.prefill + rows - work.rows))
+    while rows + regime.step <= regime.knee:
+        more_s = cost.forward_s(work._replace(prefill=work.prefill + rows + regime.step - work.rows))
+        if more_s > HARDLY * taken_s:
+            break
+        rows, taken_s = rows + regime.step, more_s
+    return rows
 
 
 def next_windows(
@@ -166,7 +196,7 @@ def units(passes: tuple[PassView, ...], cost: CostModel, budget_s: float, longes
             first, bound_s, expected_s = largest
             if bound_s > whole_s:
                 break
-            if bound_s > budget_s:
+            if bound_s > budget_s or (planned and first > 0 and end - first < min(end, _full_tiles(shape, cost))):
                 return tuple(planned)
             planned.append(Unit(shape.id, layer, first, end))
             budget_s -= expected_s
@@ -190,7 +220,29 @@ def _largest_unit(shape: PassShape, cost: CostModel, layer: int, end: int, limit
             first, expected_s = middle, longer_s
         else:
             low = middle + 1
+    tiles = _full_tiles(shape, cost)
+    if first > 0 and end - first > tiles > 1:
+        first = end - (end - first) // tiles * tiles
+        expected_s = cost.unit_s(shape.backward(layer, first, end))
     return first, expected_s * ratio, expected_s
+
+
+def _full_tiles(shape: PassShape, cost: CostModel) -> int:
+    """Of how many tiles a unit is to be a multiple: as many as fill the device, or its last wave would be dear; one
+    where it has no knee.
+    """
+    return 1 if cost.regime is None else max(1, cost.regime.full * len(shape.tiles) // shape.rows)
+
+
+def fitting_unit(unit: Unit, shape: PassShape, cost: CostModel, left_s: float) -> Unit | None:
+    """A planned unit as it can run in the seconds that are left: itself, one of fewer tiles, or none."""
+    tiles = _full_tiles(shape, cost)
+    for first in range(unit.first, unit.end):
+        if first > unit.first and (unit.end - first) % tiles:
+            continue
+        if cost.unit_bound_s(shape.backward(unit.layer, first, unit.end)) <= left_s:
+            return unit if first == unit.first else unit._replace(first=first)
+    return None
 
 
 def first_unit(passes: tuple[PassView, ...]) -> tuple[PassView, Unit] | None:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import UnitWork
 from coserve_engine.messages import IterationDone
+from coserve_engine.scheduler.finetuning import fitting_unit
 from coserve_engine.scheduler.load import ServingTime
 from coserve_engine.scheduler.plan import Plan, Unit, View
-from coserve_engine.scheduler.schedule import fitting_unit
 
 UnitTimes = list[tuple[UnitWork, float]]
 

@@ -261,6 +261,17 @@ Policy: TypeAlias = Callable[[View, CostModel, int], Plan]
 """(view, latency model, id of the plan) -> plan."""
 
 
+def full_rows(view: View, cost: CostModel) -> int:
+    """Rows with which a forward fills the device, fewer where so many would take longer than the gap between two
+    tokens; to be asked only where the latency model has a knee.
+    """
+    assert cost.regime is not None
+    rows, gap_s = cost.regime.full, min([s.tpot_s for s in view.sequences], default=view.tpot_s) - view.reserve_s
+    while rows > cost.regime.step and cost.forward_bound_s(ForwardWork(prefill=rows)) > gap_s:
+        rows //= 2
+    return rows
+
+
 def forward_work(segments: tuple[Segment, ...] | list[Segment], view: View) -> ForwardWork:
     """Counts of these segments in one forward."""
     total = decode_work([s.start for s in segments if s.kind is Kind.DECODE], view.tile, view.reaches)

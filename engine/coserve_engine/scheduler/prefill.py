@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, prefill_work
-from coserve_engine.scheduler.plan import Kind, Segment, SequenceView, View
+from coserve_engine.scheduler.plan import Kind, Segment, SequenceView, View, full_rows
 
 CUT = 16
 """Where a prompt is cut: at a multiple of so many positions."""
@@ -17,6 +17,8 @@ STEPS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the reserve that stay free beside prompts, tried in this order."""
 HURRY_SHARE = 0.9
 """Of the time until then, what prompts may need before they take more of the reserve."""
+PATIENT_SHARE = 0.5
+"""Of the time that prompts have, what they may need at most to bear finetuning beside them."""
 PATIENCE = 4.0
 """A request counts as due after so many times the time to first token, however late the deadline it asked for."""
 
@@ -89,7 +91,7 @@ def chunks(prompts: list[SequenceView], view: View, cost: CostModel, work: Forwa
         room = view.max_batch_tokens - work.rows
         overdue = view.now > sequence.deadline + view.ttft_s
         length = _fitting(sequence, cost, work, min(rest, room), min(left_s, due_s), view)
-        length = _filling(sequence.done, length, cost, work)
+        length = _filling(length, cost, work, view)
         if length < min(rest, CUT) and (overdue and not segments):
             length = max(length, min(rest, room, CUT))
         if length <= 0:
@@ -103,15 +105,17 @@ def chunks(prompts: list[SequenceView], view: View, cost: CostModel, work: Forwa
     return Chunks(segments, work, True, due_s)
 
 
-def _filling(done: int, length: int, cost: CostModel, work: ForwardWork) -> int:
+def _filling(length: int, cost: CostModel, work: ForwardWork, view: View) -> int:
     """Of a prompt's next `length` rows, those with which forwards fill the device: what is a little longer would take a
-    wave of tiles for its last rows, and these help to fill the next forward instead.
+    wave of tiles for its last rows, and these help to fill the next forward instead. Such a cut lies at any position.
     """
-    rows = work.rows + length
-    if cost.regime is None or rows <= cost.regime.full:
+    if cost.regime is None:
         return length
-    most = rows // cost.regime.full * cost.regime.full - work.rows
-    return (done + most) // CUT * CUT - done if most >= CUT else length
+    rows, full = work.rows + length, full_rows(view, cost)
+    if rows <= full:
+        return length
+    most = rows // full * full - work.rows
+    return most if most >= CUT else length
 
 
 def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: int, left_s: float, view: View) -> int:
@@ -133,3 +137,28 @@ def _fitting(sequence: SequenceView, cost: CostModel, work: ForwardWork, most: i
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * CUT - sequence.done) else (low, middle)
     return max(0, low * CUT - sequence.done)
+
+
+def after(prompts: list[SequenceView], chunks: list[Segment]) -> list[SequenceView]:
+    """What is left of `prompts` after `chunks`."""
+    ends = {segment.slot: segment.start + segment.length for segment in chunks}
+    moved = [sequence._replace(done=ends.get(sequence.slot, sequence.done)) for sequence in prompts]
+    return [sequence for sequence in moved if sequence.done < sequence.known]
+
+
+def patient(prompts: list[SequenceView], view: View, cost: CostModel, decode: ForwardWork) -> bool:
+    """Whether prompts bear finetuning beside them although they do not fit into one forward: filled forwards, one a
+    gap, are through with each in a part of the time that it has. Never where a row costs the same in any company: there
+    a forward that ends early is no loss.
+    """
+    if cost.regime is None:
+        return False
+    each = full_rows(view, cost) - decode.rows
+    if each <= 0:
+        return False
+    rows, gap_s = 0, min([s.tpot_s for s in view.sequences], default=view.tpot_s)
+    for sequence in by_urgency(prompts, view):
+        rows += sequence.known - sequence.done
+        if rows / each * gap_s > PATIENT_SHARE * (sequence.deadline - view.now):
+            return False
+    return True

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, UnitWork
 from coserve_engine.messages import IterationDone
+from coserve_engine.scheduler.finetuning import fitting_unit
 from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded, Units, UnitTimes
 from coserve_engine.scheduler.plan import Kind, PassView, Plan, Unit, View
-from coserve_engine.scheduler.schedule import fitting_unit, gives_way
+from coserve_engine.scheduler.schedule import gives_way
 from coserve_engine.scheduler.timeline import LEAD_S, Timeline
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.requests import Request, Requests

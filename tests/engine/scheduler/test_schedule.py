@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from schedule_views import NOW, TILE, Linear, costs, decoding, of, prompt, rows, view_of, views
 
 from coserve_engine.latency.work import ForwardWork, decode_work, prefill_work
-from coserve_engine.scheduler.plan import Kind, View, forward_work
-from coserve_engine.scheduler.prefill import CUT, urgency
+from coserve_engine.scheduler.plan import Kind, Plan, View, forward_work
+from coserve_engine.scheduler.prefill import CUT, after, patient, urgency
 from coserve_engine.scheduler.schedule import decide
 
 
@@ -50,14 +50,15 @@ def test_prompts_go_by_deadline(view: View, cost: Linear) -> None:
         assert whole or n == len(chunks) - 1, "only the last may be cut"
         assert (
             whole
+            or cost.regime is not None
             or (chunk.start + chunk.length) % CUT == 0
             or chunk.length == min(CUT, view.max_batch_tokens - len(of(plan, Kind.DECODE)))
         )
 
 
 def test_a_far_deadline_does_not_wait_for_ever() -> None:
-    patient = prompt(1, 100)._replace(deadline=inf, arrival=NOW - 10)
-    plan = decide(view_of(prompt(2, 100), patient, prompt(3, 100)), Linear(), 0)
+    late = prompt(1, 100)._replace(deadline=inf, arrival=NOW - 10)
+    plan = decide(view_of(prompt(2, 100), late, prompt(3, 100)), Linear(), 0)
     assert [c.slot for c in of(plan, Kind.PREFILL)] == [1, 2, 3]
 
 
@@ -104,12 +105,19 @@ def test_a_cut_prompt_fills_the_time(length: int, other: int, left_ms: int) -> N
         assert cost.forward_bound_s(more) > left_ms / 1e3 and 11 not in chunks
 
 
+def can_wait(view: View, cost: Linear, plan: Plan) -> bool:
+    """Whether, on a device with a knee, what the plan leaves of prompts bears finetuning beside it."""
+    decode = decode_work([s.done for s in view.sequences if s.decoding], TILE)
+    rest = after([s for s in view.sequences if not s.decoding], of(plan, Kind.PREFILL))
+    return patient(rest, view, cost, decode)
+
+
 @given(view=views, cost=costs)
 def test_finetuning_waits_for_requests(view: View, cost: Linear) -> None:
     plan = decide(view, cost, 0)
     chunks = {c.slot: c.length for c in of(plan, Kind.PREFILL)}
     unfinished = [s for s in view.sequences if not s.decoding and chunks.get(s.slot) != s.known - s.done]
-    if view.waiting or unfinished:
+    if view.waiting or (unfinished and not can_wait(view, cost, plan)):
         assert rows(plan, Kind.FINETUNE) == 0
         assert plan.units == ()
 

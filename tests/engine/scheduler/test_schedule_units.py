@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from schedule_views import TILE, Linear, costs, decoding, eight_tiles, long_pass, of, view_of, views
 
 from coserve_engine.latency.work import ForwardWork, UnitWork, decode_work
+from coserve_engine.scheduler.finetuning import fitting_unit
 from coserve_engine.scheduler.plan import Kind, PassShape, PassView, Plan, Unit, View
-from coserve_engine.scheduler.schedule import IDLE_SHARE, WAIT_SHARE, decide, fitting_unit, gives_way
+from coserve_engine.scheduler.schedule import IDLE_SHARE, WAIT_SHARE, decide, gives_way
 
 
 def unit_seconds(plan: Plan, view: View, cost: Linear) -> float:
@@ -33,7 +34,7 @@ def test_units_leave_room_for_the_next_forward(view: View, cost: Linear) -> None
         return
     if view.sequences:
         slots = {s.slot for s in plan.segments if s.sample}
-        gap = min(s.tpot_s for s in view.sequences if s.slot in slots)
+        gap = min(s.tpot_s for s in view.sequences if s.slot in slots or not slots)
         room = gap - cost.turnaround_s - cost.forward_bound_s(next_decode(plan))
         assert unit_seconds(plan, view, cost) <= plan.units_s + 1e-9
         assert plan.units_s <= room + 1e-9
