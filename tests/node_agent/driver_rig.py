@@ -92,8 +92,8 @@ def spec(**changes: Any) -> BindingSpec:
 
 
 @asynccontextmanager
-async def running(model: Path, kv_cache_bytes: int = 8 << 20) -> AsyncIterator[EngineClient]:
-    config = EngineConfig(str(model), max_model_length=256, kv_cache_bytes=kv_cache_bytes)
+async def running(model: Path, kv_cache_bytes: int = 8 << 20, pass_tokens: int = 512) -> AsyncIterator[EngineClient]:
+    config = EngineConfig(str(model), max_model_length=256, kv_cache_bytes=kv_cache_bytes, pass_tokens=pass_tokens)
     client = EngineClient(EngineHost.start(config))
     client.start()
     try:
