@@ -103,6 +103,10 @@ class EngineConfig:
         max_batch_tokens: rows of one forward. A finetuning window needs a tile of them beside the decode rows.
         max_requests: requests that run at once, fewer where `max_batch_tokens` is small; others wait.
         max_waiting: requests that wait; more are refused.
+        max_window_rows: rows of one forward with finetuning windows in it; None: as the latency model's regime fills
+            the device, and `max_batch_tokens` where nobody is served.
+        pass_tokens: of the samples that share a pass of a job; a longer sample is a pass of its own. It is part of what
+            a job computes, so it follows from the settings and the kind of device, never from what was measured.
         kv_cache_bytes: size of the page pool.
         ttft_s, tpot_s: the promise: time to first token, and between tokens, in seconds.
         threads: torch threads.
@@ -119,6 +123,8 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_requests: int = 64
     max_waiting: int = 1024
+    max_window_rows: int | None = None
+    pass_tokens: int = 512
     kv_cache_bytes: int = 256 << 20
     ttft_s: float = 1.0
     tpot_s: float = 0.2

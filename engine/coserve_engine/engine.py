@@ -101,7 +101,14 @@ class Engine:
         if odd:
             notes += (f"rows of {', '.join(odd)} depend on their batch: results are not bit-exact on this machine",)
         notes += tuple(e.kernels.notes())
-        return EngineReady(e.model.vocab_size, self.config.max_model_length, e.ledger.total, e.numerics.page, notes)
+        return EngineReady(
+            e.model.vocab_size,
+            self.config.max_model_length,
+            e.ledger.total,
+            e.numerics.page,
+            notes,
+            pass_tokens=self.config.pass_tokens,
+        )
 
     @property
     def jobs(self) -> Mapping[str, Job]:
@@ -234,6 +241,7 @@ class Engine:
             max_slowdown=None if slowdown is None else slowdown / 100,
             reaches=self.executor.reaches,
             reserve_s=self._reserve_s,
+            max_window_rows=self.config.max_window_rows,
         )
 
     def _report(self) -> None:

@@ -24,8 +24,6 @@ from coserve_engine.training.jobs import MAX_LIVE
 
 WORKSPACE_BYTES = 2 * (32 << 20)
 """Of cuBLAS on a GPU: 32 MiB a stream on Hopper, one stream that computes and one that loads adapters."""
-PASS_TOKENS = 512
-"""Tokens of a pass, where no sample is longer: as the agent splits steps into passes."""
 KEPT_FREE = 20
 """One part in so many of a GPU's memory stays free: for adapters that are served, and for what torch's allocator
 cannot use.
@@ -149,7 +147,7 @@ def _parts(model: ModelConfig, config: EngineConfig, jobs: int, *, gpu: bool) ->
         return parts
     # weights, the best, gradient, two moments; copies of weights and moments for a checkpoint; weights to multiply by
     state = lora_values(model, config.max_rank) * (8 * wide + compute)
-    one = pass_bytes(model, config, max(PASS_TOKENS, positions))
+    one = pass_bytes(model, config, max(config.pass_tokens, positions))
     return (
         *parts,
         Part(f"state of {jobs} jobs", jobs * state, "finetuning.maxRank, finetuning.maxConcurrentJobs"),
@@ -233,7 +231,7 @@ def _rows_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Of rows within a layer: 3 values of each width in both dtypes forward, 4 in a unit of a whole pass backward."""
     compute, wide = _item_bytes(config)
     width = model.hidden + (model.heads + model.kv_heads) * model.head_size + model.intermediate
-    unit = max(PASS_TOKENS, config.numerics.pad(config.max_model_length)) if config.finetuning else 0
+    unit = max(config.pass_tokens, config.numerics.pad(config.max_model_length)) if config.finetuning else 0
     return (compute + wide) * width * max(3 * config.max_batch_tokens, 4 * unit)
 
 

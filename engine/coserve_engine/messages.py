@@ -193,7 +193,8 @@ class LoadReport:
 @dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and the latency model calibrated; `notes` are lines for the log (device, kernels, numerics
-    probe). `device` names what computes, where the engine chose it.
+    probe). `device` names what computes, where the engine chose it; `pass_tokens` those of the samples that share a
+    pass.
     """
 
     vocab_size: int
@@ -202,6 +203,7 @@ class EngineReady:
     page_tokens: int
     notes: tuple[str, ...]
     device: str = ""
+    pass_tokens: int = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,13 +87,14 @@ def settle(config: EngineConfig, choice: DeviceChoice, hardware: Hardware) -> tu
         EngineConfigError: the device or the engine has no such dtype.
     """
     dtype = _dtype(choice.dtype, hardware)
-    requests, tokens = _sizes(hardware)
+    requests, tokens, pass_tokens = _sizes(hardware)
     settled = replace(
         config,
         device="cuda:0" if hardware.kind == CUDA else CPU,
         dtype=dtype,
         max_requests=choice.max_requests or requests,
         max_batch_tokens=choice.max_batch_tokens or tokens,
+        pass_tokens=pass_tokens,
     )
     at_once = f"{settled.places} requests and {settled.max_batch_tokens} tokens an iteration"
     return settled, (f"dtype {dtype}: engine.dtype is {choice.dtype}", at_once)
@@ -111,13 +112,15 @@ def _dtype(wanted: str, hardware: Hardware) -> str:
     return dtype
 
 
-def _sizes(hardware: Hardware) -> tuple[int, int]:
+def _sizes(hardware: Hardware) -> tuple[int, int, int]:
     """Requests at once and tokens of an iteration: as many decode rows as fill the device, and a prompt beside them
-    that uses it well.
+    that uses it well. And tokens of a pass, in which short samples fill it: twice the 1,024 rows with which output
+    tiles of a large card are whole waves, on others as many. What fills it is measured too (`regimes`), but that errs
+    by a factor of two at times, and a job that goes on after a restart must find the passes that it had.
     """
     if hardware.kind == CPU:
-        return 64, 512
-    return (256, 8192) if hardware.total_bytes >= LARGE_GPU_BYTES else (128, 2048)
+        return 64, 512, 512
+    return (256, 8192, 2048) if hardware.total_bytes >= LARGE_GPU_BYTES else (128, 2048, 1024)
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -185,7 +185,7 @@ class EngineClient:
     def pass_bounds(self) -> PassBounds:
         """What passes of its jobs may have at most. The model must be ready."""
         ready = self._ready.result()
-        return PassBounds(ready.kv_total_pages, ready.page_tokens)
+        return PassBounds(ready.kv_total_pages, ready.page_tokens, ready.pass_tokens)
 
     async def gone(self) -> EngineGoneError:
         """Wait until the engine has ended, and say why."""

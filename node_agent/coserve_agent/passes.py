@@ -1,5 +1,5 @@
-"""How the samples of an optimizer step become passes: a function of the data and of the engine's size, never of load,
-so that a replay is exact.
+"""How the samples of an optimizer step become passes: a function of the data and of what the engine says at readiness
+(pages of its pool, tokens of a pass), never of load, so that a replay is exact.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from coserve_api.shards import Sample
 from coserve_engine.messages import TrainSeq
-
-PASS_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +21,7 @@ class PassBounds:
 
     pages: int
     page_tokens: int
-    tokens: int = PASS_TOKENS
+    tokens: int
 
     def pages_of(self, sample: Sample) -> int:
         return -(-len(sample.tokens) // self.page_tokens)

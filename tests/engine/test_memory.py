@@ -128,6 +128,9 @@ def test_what_is_left_is_the_caches() -> None:
     without = plan_memory(LLAMA_8B, replace(config, finetuning=False), H200, None)
     assert without.kv_bytes > plan.kv_bytes
     assert plan_memory(LLAMA_8B, config, H200, 10**10).kv_bytes == 10**10
+    short = [replace(config, max_model_length=512, pass_tokens=tokens) for tokens in (512, 2048)]
+    passes = [next(p.bytes for p in plan_memory(LLAMA_8B, c, H200, None).parts if p.name == "2 passes") for c in short]
+    assert passes[1] > 3 * passes[0], "short samples share a pass"
     printed = "\n".join(plan.lines())
     assert all(f"{part.name}: {part.bytes:,} bytes" in printed for part in plan.parts)
 

@@ -172,13 +172,14 @@ def test_a_dtype_that_is_none_is_refused(wanted: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hardware", "sizes"), [(HERE, (64, 512)), (H200, (256, 8192)), (MI300X, (256, 8192)), (L4, (128, 2048))]
+    ("hardware", "sizes"),
+    [(HERE, (64, 512, 512)), (H200, (256, 8192, 2048)), (MI300X, (256, 8192, 2048)), (L4, (128, 2048, 1024))],
 )
 def test_requests_and_batch_tokens_follow_the_device_where_they_are_open(
-    hardware: Hardware, sizes: tuple[int, int]
+    hardware: Hardware, sizes: tuple[int, int, int]
 ) -> None:
     settled, notes = settle(EngineConfig(""), DeviceChoice(dtype="float32"), hardware)
-    assert (settled.max_requests, settled.max_batch_tokens) == sizes
+    assert (settled.max_requests, settled.max_batch_tokens, settled.pass_tokens) == sizes
     assert f"{sizes[0]} requests and {sizes[1]} tokens an iteration" in notes
     fixed, _ = settle(EngineConfig(""), DeviceChoice("auto", "", "float32", 7, 300), hardware)
     assert (fixed.max_requests, fixed.max_batch_tokens) == (7, 300)

@@ -92,8 +92,11 @@ def spec(**changes: Any) -> BindingSpec:
 
 
 @asynccontextmanager
-async def running(model: Path, kv_cache_bytes: int = 8 << 20, dtype: str = "float32") -> AsyncIterator[EngineClient]:
-    config = EngineConfig(str(model), max_model_length=256, kv_cache_bytes=kv_cache_bytes, dtype=dtype)
+async def running(
+    model: Path, kv_cache_bytes: int = 8 << 20, dtype: str = "float32", pass_tokens: int = 512
+) -> AsyncIterator[EngineClient]:
+    sizes = {"max_model_length": 256, "kv_cache_bytes": kv_cache_bytes, "pass_tokens": pass_tokens}
+    config = EngineConfig(str(model), dtype=dtype, **sizes)
     client = EngineClient(EngineHost.start(config))
     client.start()
     try:

@@ -246,13 +246,24 @@ async def test_the_engine_is_told_all_that_the_job_says(model_folder: Path, rig:
 
 
 def test_a_steps_sequences_carry_its_epoch() -> None:
-    steps = OpenSteps("job", spec(), TOTAL, PassBounds(1 << 20, 64), itertools.count(1))
+    steps = OpenSteps("job", spec(), TOTAL, PassBounds(1 << 20, 64, 512), itertools.count(1))
     commands = steps.begin(3, Shard(3, 2, "0" * 64, shard(3).samples), itertools.count(1))
     passes = [command.work for command in commands if isinstance(command, ForwardBackward)]
     assert [seq.epoch for work in passes for seq in work.seqs] == [2] * 4
 
 
 PAGE_BYTES = 16384
+
+
+async def test_the_engine_says_how_many_tokens_a_pass_has(model_folder: Path, rig: MakeRig) -> None:
+    """Whatever it says, a step sums the same losses."""
+    losses = []
+    for tokens in (64, 1024):
+        async with running(model_folder, pass_tokens=tokens) as client, rig(client) as job:
+            assert client.pass_bounds.tokens == tokens
+            await job.driver.train()
+        losses.append([record.loss for record in job.steps])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == TOTAL
 
 
 @pytest.mark.parametrize("pages", [4, 5, 8])
@@ -263,7 +274,7 @@ async def test_passes_fit_the_pool_whatever_its_size(model_folder: Path, rig: Ma
     samples = [sample for n in range(1, TOTAL + 1) for sample in shard(n).samples]
     model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     async with running(model_folder, (1 + pages) * PAGE_BYTES) as client, rig(client) as job:
-        assert client.pass_bounds == PassBounds(pages, 64)
+        assert client.pass_bounds == PassBounds(pages, 64, 512)
 
         async def all_samples() -> list[Sample]:
             return samples

@@ -51,7 +51,7 @@ def engine_gradient(model: Path, samples: tuple[Sample, ...]) -> torch.Tensor:
         weight_decay=0.0, max_grad_norm=0.0, seed=1, checkpoint_every_steps=9, checkpoint_keep=2,
         publish=PublishPolicy.NEVER,
     )  # fmt: skip
-    steps = OpenSteps("job", spec, 1, PassBounds(1 << 20, 64), itertools.count(1))
+    steps = OpenSteps("job", spec, 1, PassBounds(1 << 20, 64, 512), itertools.count(1))
     engine = Engine(EngineConfig(str(model), max_model_length=256, kv_cache_bytes=4 << 20))
     engine.submit(StartJob("job", LoraSpec(8, 16.0, TARGETS), 1))
     for command in steps.begin(1, Shard(1, 0, "0" * 64, samples), itertools.count(1)):

@@ -43,9 +43,9 @@ def test_whole_samples_in_order_as_many_as_fit(lengths: list[int], bounds: PassB
 def test_a_pool_that_holds_the_passes_changes_none(lengths: list[int]) -> None:
     """So jobs of such an endpoint keep their bits whatever engine.kvCacheMemory is."""
     samples = [sample(n, length) for n, length in enumerate(lengths)]
-    large = split_passes(samples, PassBounds(1 << 20, 64))
+    large = split_passes(samples, PassBounds(1 << 20, 64, 512))
     most = max(sum(-(-len(one.tokens) // 64) for one in part) for part in large)
-    assert split_passes(samples, PassBounds(most, 64)) == large
+    assert split_passes(samples, PassBounds(most, 64, 512)) == large
 
 
 def test_weights_of_a_step_sum_to_one() -> None:

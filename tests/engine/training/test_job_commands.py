@@ -12,6 +12,7 @@ from coserve_engine.config import LINEARS
 from coserve_engine.messages import (
     AddRequest,
     ForwardBackward,
+    IterationDone,
     JobFailed,
     JobStarted,
     JobStopped,
@@ -224,3 +225,12 @@ def test_a_stopped_job_leaves_nothing(driver: Any, training: Any, start_job: Any
     assert d.engine.executor.ledger.free_pages == d.engine.executor.ledger.total
     d.submit(start_job())
     assert len(d.run().of(JobStarted)) == 2
+
+
+@pytest.mark.parametrize("most", [64, None])
+def test_windows_have_a_limit_of_their_own(driver: Any, start_job: Any, draw_tokens: Any, most: int | None) -> None:
+    d = driver(max_window_rows=most)
+    seqs = (TrainSeq(0, draw_tokens(1, 200), (0.01,) * 200),)
+    d.submit(start_job(), ForwardBackward("job", 1, Pass(1, "job", 0, 0, seqs)))
+    rows = [done.finetune_tokens for done in d.run().of(IterationDone)]
+    assert sum(rows) == 200 and (max(rows) == 64) == (most == 64)
