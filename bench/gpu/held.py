@@ -75,7 +75,7 @@ def held(engine: Engine) -> dict[str, int]:
     return {
         "weights": _bytes(frozen),
         "positions": e.kernels.rope.nbytes,
-        "counts for penalties": e.counts.table.nbytes,
+        "counts for penalties": e.counts.counts.nbytes + e.counts.seen.nbytes,
         "state of jobs": _bytes(state),
         "passes": e.buffers.bytes,
         "KV cache": e.cache.k.nbytes + e.cache.v.nbytes,
