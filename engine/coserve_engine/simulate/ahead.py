@@ -8,15 +8,16 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, UnitWork
 from coserve_engine.messages import IterationDone
-from coserve_engine.scheduler.finetuning import fitting_unit
-from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded, Units, UnitTimes
+from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded
 from coserve_engine.scheduler.plan import Kind, PassView, Plan, Unit, View
 from coserve_engine.scheduler.schedule import gives_way
-from coserve_engine.scheduler.timeline import LEAD_S, Timeline
+from coserve_engine.scheduler.timeline import LEAD_S
+from coserve_engine.scheduler.underway import Iteration, Underway
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.requests import Request, Requests
 from coserve_engine.simulate.result import Result
@@ -24,23 +25,12 @@ from coserve_engine.simulate.setup import Setup, Time
 
 
 @dataclass(slots=True)
-class _Iteration:
-    """One of which not all is over. `sealed`: no unit will be added; `dropped`: its forward was, so it leaves no trace;
-    `passes`: as they stood before.
-    """
+class _Iteration(Iteration):
+    """With its requests that sample, what it enqueued of its forward, and the passes as they stood before."""
 
-    plan: Plan
-    view: View
-    passes: dict[int, PassView]
-    forward: _Enqueued | None = None
+    passes: dict[int, PassView] = field(default_factory=dict)
+    enqueued: _Enqueued | None = None
     sampled: list[Request] = field(default_factory=list)
-    forwarded: Forwarded | None = None
-    times: UnitTimes = field(default_factory=list)
-    open: int = 0
-    """Of its forward and units, how many are not over."""
-    end_s: float = 0.0
-    sealed: bool = False
-    dropped: bool = False
 
 
 @dataclass(slots=True)
@@ -74,14 +64,14 @@ class Ahead:
         stops: bool,
     ) -> None:
         self._setup, self._time, self._cost, self._stops = setup, time, cost, stops
-        self._requests, self._job, self._result, self._done = requests, job, result, done
-        self._timeline = Timeline()
+        self._requests, self._job, self._result = requests, job, result
         self._queue: deque[_Enqueued] = deque()
         self._free_s = 0.0
         """When the device is through with it."""
-        self._iterations: deque[_Iteration] = deque()
         # The device is not stopped by what stops the host.
         self.accounts = Accounts(cost, Clock(lambda: time.now, lambda: 0.0))
+        self._underway = Underway(cost, self.accounts, setup.machine.layers, lambda: time.now, done)
+        self._timeline = self._underway.timeline
         self.units: list[tuple[float, float]] = []
         """Begin and end of those of the last iteration."""
 
@@ -109,13 +99,12 @@ class Ahead:
         """
         self.units[:] = [span for span in self.units if span[1] > self._time.now]
         self._plan(view)
-        now = _Iteration(plan, view, dict(self._job.passes))
-        self._iterations.append(now)
+        now = _Iteration(plan, view, passes=dict(self._job.passes))
         if plan.segments:
             self._forward(now)
-        self._units(now)
-        now.sealed = True
-        self._close(now)
+        wait, backward = partial(self._wait, now), partial(self._backward, now)
+        self._underway.enqueue_units(now, wait, lambda: self._interrupted, backward)
+        self._underway.seal(now)
         self._wait(now, lambda: self._timeline.plan_at(self._time.now, needs_host=self._hosted))
         return not now.dropped
 
@@ -160,41 +149,16 @@ class Ahead:
         self._time.spend(left_s)
 
     def _forward(self, now: _Iteration) -> None:
-        now.forward = self._enqueue(now, now.plan.work)
+        now.enqueued = self._enqueue(now, now.plan.work)
+        now.forward = now.enqueued.id
         for segment in now.plan.segments:
             if segment.kind is Kind.FINETUNE:
                 self._job.window(segment)
-        expected_s = self._timeline.end_of(now.forward.id, self._time.now)
+        expected_s = self._timeline.end_of(now.forward, self._time.now)
         now.sampled = self._requests.launched(now.plan.segments, expected_s)
 
-    def _units(self, now: _Iteration) -> None:
-        """Enqueue units one by one, until one does not fit or a request comes; the first that does not is shortened."""
-        cost, time, timeline, plan = self._cost, self._time, self._timeline, now.plan
-        begun_s = self.begins_at()
-        for planned in plan.units:
-            shape = self._job.passes[planned.pass_id].shape
-            self._wait_for_unit(now, cost.unit_s(shape.backward(*planned[1:])))
-            if self._interrupted:
-                return
-            if now.forwarded is not None:
-                begun_s = now.forwarded.end_s
-            elif now.forward is not None:
-                begun_s = timeline.end_of(now.forward.id, time.now)
-            end_s = min(plan.until, begun_s + plan.units_s)
-            unit = fitting_unit(planned, shape, cost, end_s - timeline.free_at(time.now))
-            if unit is None:
-                return
-            self._backward(now, unit)
-            if unit is not planned:
-                return
-
-    def _wait_for_unit(self, now: _Iteration, unit_s: float) -> None:
-        timeline, time = self._timeline, self._time
-        self._wait(now, lambda: -math.inf if self._interrupted else timeline.unit_at(time.now, unit_s))
-
-    def _backward(self, now: _Iteration, unit: Unit) -> None:
-        shape = self._job.passes[unit.pass_id].shape
-        enqueued = self._enqueue(now, shape.backward(*unit[1:]))
+    def _backward(self, now: _Iteration, unit: Unit, work: UnitWork) -> None:
+        enqueued = self._enqueue(now, work)
         self.units.append((enqueued.start_s, enqueued.end_s))
         self._result.longest_unit_s = max(self._result.longest_unit_s, enqueued.end_s - enqueued.start_s)
         self._job.backward(unit)
@@ -222,7 +186,7 @@ class Ahead:
 
     def _give_way(self, now: _Iteration) -> None:
         """Drop what is left of a forward that serves nobody, but for the layers that are enqueued: these are a lead."""
-        forward, time, layers = now.forward, self._time, self._setup.machine.layers
+        forward, time, layers = now.enqueued, self._time, self._setup.machine.layers
         if not self._queue or forward is not self._queue[-1] or now.dropped:
             return
         seconds = forward.end_s - forward.start_s
@@ -238,28 +202,7 @@ class Ahead:
         while self._queue and self._queue[0].end_s <= self._time.now:
             done = self._queue.popleft()
             owner = done.owner
-            self._timeline.started(done.id, done.start_s)
-            span = self._timeline.ended(done.id, done.end_s)
-            owner.open, owner.end_s = owner.open - 1, done.end_s
-            if owner.dropped:
-                self.accounts.rest()
-            elif owner.forwarded is None:
-                self._forwarded(owner, (span.start_s, span.end_s if done.unit is None else span.start_s))
-            if done.unit is not None:
-                owner.times.append((done.unit, span.seconds))
-            self._close(owner)
-
-    def _forwarded(self, owner: _Iteration, span: tuple[float, float]) -> None:
-        owner.forwarded = self.accounts.forwarded(owner.plan, owner.view, span)
-        self._requests.seen(owner.sampled, self._time.now, finetuned=owner.forwarded.finetuned)
-
-    def _close(self, owner: _Iteration) -> None:
-        """Keep the books of an iteration that is over."""
-        if owner.open or not owner.sealed:
-            return
-        self._iterations.remove(owner)
-        if owner.forwarded is not None:
-            units = Units(owner.times, owner.end_s, 0.0)
-            layers = self._setup.machine.layers
-            done = self.accounts.close(owner.plan, owner.view, owner.forwarded, units, layers)
-            self._done(done, owner.forwarded)
+            if self._underway.over(owner, done.id, done.unit, done.start_s, done.end_s):
+                assert owner.forwarded is not None  # it is over
+                self._requests.seen(owner.sampled, self._time.now, finetuned=owner.forwarded.finetuned)
+            self._underway.close(owner)
