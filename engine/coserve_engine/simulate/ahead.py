@@ -10,18 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import ForwardWork, UnitWork
-from coserve_engine.messages import IterationDone
-from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded
+from coserve_engine.scheduler.iteration import Accounts, Clock
 from coserve_engine.scheduler.plan import Kind, PassView, Plan, Unit, View
 from coserve_engine.scheduler.schedule import gives_way
 from coserve_engine.scheduler.timeline import LEAD_S
 from coserve_engine.scheduler.underway import Iteration, Underway
-from coserve_engine.simulate.jobs import Job
-from coserve_engine.simulate.requests import Request, Requests
-from coserve_engine.simulate.result import Result
-from coserve_engine.simulate.setup import Setup, Time
+from coserve_engine.simulate.parts import Parts
+from coserve_engine.simulate.requests import Request
 
 
 @dataclass(slots=True)
@@ -47,30 +43,18 @@ class _Enqueued:
 
 
 class Ahead:
-    """Runs plans, each until the next is to be made. `done` takes what came of each; without `stops` no arrival ends
-    units or a forward.
-    """
+    """Runs plans, each until the next is to be made."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        time: Time,
-        cost: CostModel,
-        requests: Requests,
-        job: Job,
-        result: Result,
-        done: Callable[[IterationDone, Forwarded], None],
-        *,
-        stops: bool,
-    ) -> None:
-        self._setup, self._time, self._cost, self._stops = setup, time, cost, stops
-        self._requests, self._job, self._result = requests, job, result
+    def __init__(self, parts: Parts) -> None:
+        self._setup, self._time, self._cost, self._stops = parts.setup, parts.time, parts.cost, parts.stops
+        self._requests, self._job, self._result = parts.requests, parts.job, parts.result
+        time, layers = parts.time, parts.setup.machine.layers
         self._queue: deque[_Enqueued] = deque()
         self._free_s = 0.0
         """When the device is through with it."""
         # The device is not stopped by what stops the host.
-        self.accounts = Accounts(cost, Clock(lambda: time.now, lambda: 0.0))
-        self._underway = Underway(cost, self.accounts, setup.machine.layers, lambda: time.now, done)
+        self.accounts = Accounts(parts.cost, Clock(lambda: time.now, lambda: 0.0))
+        self._underway = Underway(parts.cost, self.accounts, layers, lambda: time.now, parts.done)
         self._timeline = self._underway.timeline
         self.units: list[tuple[float, float]] = []
         """Begin and end of those of the last iteration."""

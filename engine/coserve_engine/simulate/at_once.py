@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import UnitWork
-from coserve_engine.messages import IterationDone
-from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded, run_units
+from coserve_engine.scheduler.iteration import Accounts, Clock, run_units
 from coserve_engine.scheduler.plan import Kind, Plan, Unit, View
 from coserve_engine.scheduler.schedule import gives_way
-from coserve_engine.simulate.jobs import Job
-from coserve_engine.simulate.requests import Requests
-from coserve_engine.simulate.result import Result
-from coserve_engine.simulate.setup import Setup, Time
+from coserve_engine.simulate.parts import Parts
 
 
 class AtOnce:
-    """Runs plans one by one. `done` takes what came of each; without `stops` no arrival ends units or a forward."""
+    """Runs plans one by one."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        time: Time,
-        cost: CostModel,
-        requests: Requests,
-        job: Job,
-        result: Result,
-        done: Callable[[IterationDone, Forwarded], None],
-        *,
-        stops: bool,
-    ) -> None:
-        self._setup, self._time, self._cost, self._stops = setup, time, cost, stops
-        self._requests, self._job, self._result, self._done = requests, job, result, done
+    def __init__(self, parts: Parts) -> None:
+        self._setup, self._time, self._cost, self._stops = parts.setup, parts.time, parts.cost, parts.stops
+        self._requests, self._job, self._result, self._done = parts.requests, parts.job, parts.result, parts.done
+        time = parts.time
         self._clock = Clock(lambda: time.now, lambda: time.paused_s)
-        self.accounts = Accounts(cost, self._clock)
+        self.accounts = Accounts(parts.cost, self._clock)
         self.units: list[tuple[float, float]] = []
         """Begin and end of those of the last iteration."""
 

@@ -16,6 +16,7 @@ from coserve_engine.simulate.at_once import AtOnce
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.jobs import Job
 from coserve_engine.simulate.machine import calibrated
+from coserve_engine.simulate.parts import Parts
 from coserve_engine.simulate.pool import PagePool
 from coserve_engine.simulate.requests import Requests
 from coserve_engine.simulate.result import Result
@@ -60,7 +61,7 @@ class World:
         self._cost = calibrated(setup.machine, setup.tile, setup.noise, self._time.noise)
         kind = AtOnce if setup.machine.host is None else Ahead
         self._machine: AtOnce | Ahead = kind(
-            setup, self._time, self._cost, self.requests, self._job, self.result, self._closed, stops=stops
+            Parts(setup, self._time, self._cost, self.requests, self._job, self.result, self._closed, stops)
         )
 
     def run(self, seconds: float = math.inf) -> Result:
