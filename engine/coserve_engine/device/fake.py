@@ -34,12 +34,33 @@ class Delayed:
 
 
 @dataclass(slots=True)
-class FakeDevice:
+class _Stand:
+    """What stands for a device does alike: its copies are over at once."""
+
+    device: torch.device
+
+    def rest(self) -> None:
+        """Its clock is the host's."""
+
+    def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def stage_columns(self, columns: Columns) -> Staged:
+        return Staged(*(part.to(self.device) for part in CpuDevice(self.device).stage_columns(columns)))
+
+    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [value.to(self.device) for value in values]
+
+    def bring(self, values: torch.Tensor) -> torch.Tensor:
+        return values.cpu()
+
+
+@dataclass(slots=True)
+class FakeDevice(_Stand):
     """`Device` over a CPU's tensors. Counts the looks that came `early`, and the `waits`: numbers that were taken
     before they were there.
     """
 
-    device: torch.device
     random: random.Random = field(default_factory=lambda: random.Random(0))
     early: int = 0
     waits: int = 0
@@ -51,26 +72,11 @@ class FakeDevice:
     def mark(self) -> Mark:
         return Now(0.0)
 
-    def rest(self) -> None:
-        """Its clock is the host's."""
-
     def wait(self, mark: Mark | None, seconds: float) -> None:
         """It is over."""
 
-    def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-    def stage_columns(self, columns: Columns) -> Staged:
-        return CpuDevice(self.device).stage_columns(columns)
-
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))
-
-    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [value.to(self.device) for value in values]
-
-    def bring(self, values: torch.Tensor) -> torch.Tensor:
-        return values.cpu()
 
 
 @dataclass(slots=True)
@@ -97,13 +103,12 @@ class At:
 
 
 @dataclass(slots=True)
-class BehindDevice:
+class BehindDevice(_Stand):
     """`Device` over a CPU's tensors that is through with what it was given at a time of its own: each fetch and mark
     comes up to `slow_s` after the one before. `waits` are numbers that were taken before they were there, `idle` how
     often it had nothing left to do.
     """
 
-    device: torch.device
     clock: Callable[[], float]
     pass_time: Callable[[float], None]
     """Moves the clock."""
@@ -127,23 +132,8 @@ class BehindDevice:
     def mark(self) -> At:
         return At(self, self._later())
 
-    def rest(self) -> None:
-        """Its clock is the host's."""
-
     def wait(self, mark: Mark | None, seconds: float) -> None:
         self.pass_time(seconds)
 
-    def stage(self, values: Rows, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
-
-    def stage_columns(self, columns: Columns) -> Staged:
-        return Staged(*(part.to(self.device) for part in CpuDevice(self.device).stage_columns(columns)))
-
     def fetch(self, values: torch.Tensor) -> At:
         return At(self, self._later(), values.tolist())
-
-    def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [value.to(self.device) for value in values]
-
-    def bring(self, values: torch.Tensor) -> torch.Tensor:
-        return values.cpu()

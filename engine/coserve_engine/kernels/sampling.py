@@ -177,9 +177,7 @@ def _draw(scores: torch.Tensor, choices: BoundChoices, likeliest: Likeliest) -> 
 
 def sorted_whole(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
     """`Likeliest` that sorts all tokens: nothing is asked of the host."""
-    some = choices.ints("cut")
-    top_k, top_p = choices.column("top_k")[some], choices.column("top_p")[some]
-    return _among_likeliest(p[some], p.shape[1], top_k, top_p, u[some])[0]
+    return _among_likeliest(p, choices, u, choices.ints("cut"), p.shape[1])[0]
 
 
 def widening(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
@@ -190,8 +188,7 @@ def widening(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.T
     tokens = torch.zeros(p.shape[0], dtype=torch.int64)
     while left:
         some = torch.tensor(repeat_last(left, ROWS))
-        top_k, top_p = choices.column("top_k")[some], choices.column("top_p")[some]
-        found, decided = _among_likeliest(p[some], width, top_k, top_p, u[some])
+        found, decided = _among_likeliest(p, choices, u, some, width)
         tokens[some] = found
         left = [place for place, done in zip(left, decided.tolist(), strict=False) if not done]
         width = min(16 * width, p.shape[1])
@@ -199,12 +196,13 @@ def widening(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.T
 
 
 def _among_likeliest(
-    p: torch.Tensor, width: int, top_k: torch.Tensor, top_p: torch.Tensor, u: torch.Tensor
+    p: torch.Tensor, choices: BoundChoices, u: torch.Tensor, some: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens drawn from what top_k [N, 1] and then top_p [N, 1] leave of p [N, vocab] at u [N, 1].
+    """Tokens drawn from what top_k and then top_p leave of `some` [N] of the rows of p [D, vocab] at u [D, 1].
 
     Only the `width` likeliest are looked at. Returns tokens [N], and whether that decided each [N].
     """
+    p, u, top_k, top_p = p[some], u[some], choices.column("top_k")[some], choices.column("top_p")[some]
     if width == p.shape[1]:
         values, order = p.sort(descending=True, stable=True)
     else:
