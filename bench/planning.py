@@ -120,6 +120,14 @@ class Stopwatch:
         self.seconds["sum"] = time.perf_counter() - started - self.model_s
 
 
+def ask(engine: Engine, draw: random.Random, requests: int, **how: float) -> None:
+    """Submit `requests` that decode for long, sampled as `how` says."""
+    for n in range(requests):
+        prompt = tuple(draw.randrange(VOCAB) for _ in range(draw.randrange(100, 600)))
+        params = SamplingParams(400, seed=n, ignore_eos=True, **how)
+        engine.submit(AddRequest(f"r{n}", prompt, params, time.monotonic()))
+
+
 def fake_engine(path: Path, requests: int) -> Engine:
     """`requests` that decode for long, and a device that computes nothing."""
 
@@ -129,11 +137,7 @@ def fake_engine(path: Path, requests: int) -> Engine:
     executor_module.select = select
     room = {"max_requests": requests, "max_batch_tokens": 8192, "max_model_length": 1024}
     engine = Engine(EngineConfig(str(path), kv_cache_bytes=requests << 21, **room))
-    draw = random.Random(0)
-    for n in range(requests):
-        params = SamplingParams(400, temperature=0.7, top_p=0.9, seed=n, ignore_eos=True)
-        prompt = tuple(draw.randrange(VOCAB) for _ in range(draw.randrange(100, 600)))
-        engine.submit(AddRequest(f"r{n}", prompt, params, time.monotonic()))
+    ask(engine, random.Random(0), requests, temperature=0.7, top_p=0.9)
     return engine
 
 
@@ -147,9 +151,7 @@ def busy_engine(path: Path, requests: int) -> Engine:
         for step in range(400):
             for command in optimizer_step(job, step, [[[draw.randrange(VOCAB) for _ in range(500)]]]):
                 engine.submit(command)
-    for n in range(requests):
-        prompt = tuple(draw.randrange(VOCAB) for _ in range(draw.randrange(100, 600)))
-        engine.submit(AddRequest(f"r{n}", prompt, SamplingParams(400, ignore_eos=True), time.monotonic()))
+    ask(engine, draw, requests)
     return engine
 
 
