@@ -7,7 +7,7 @@ CLUSTER ?= dev
 MODEL ?= tiny
 SOURCES := crds engine node_agent operator examples tests bench
 
-.PHONY: help demo test nightly lint format requirements images cluster-up cluster-down clean venv
+.PHONY: help bench-quick demo test nightly lint format requirements images cluster-up cluster-down clean venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ nightly: venv ## the tests that are too long for every run
 	hack/cluster install
 	hack/cluster build
 	$(BIN)/pytest -m nightly
+	TRITON_INTERPRET=1 $(BIN)/pytest -m nightly tests/engine/interpreted
+
+bench-quick: venv ## co-serving beside its peers on this machine: a short real replay, the rest simulated (10 minutes)
+	PYTHONPATH=bench $(BIN)/python -m coserve --quick
 
 lint: venv ## ruff, mypy, import-linter; warnings are errors
 	$(BIN)/ruff check $(SOURCES)

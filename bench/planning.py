@@ -131,7 +131,7 @@ def ask(engine: Engine, draw: random.Random, requests: int, **how: float) -> Non
 def fake_engine(path: Path, requests: int) -> Engine:
     """`requests` that decode for long, and a device that computes nothing."""
 
-    def select(config: Any, numerics: Any, dtypes: Any, rope: Any, *, backward: bool) -> FakeKernels:
+    def select(config: Any, numerics: Any, dtypes: Any, rope: Any, **how: bool) -> FakeKernels:
         return FakeKernels(config, numerics, dtypes, rope)
 
     executor_module.select = select

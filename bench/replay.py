@@ -34,9 +34,11 @@ from replay_run import Pauses, Run, Users
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment, settle
+from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.pauses import PauseClock
 from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import AddRequest, Event, LoraSpec, SamplingParams, SetReserve, StartJob, StepDone
+from coserve_engine.scheduler.plan import Plan, Policy, View
 from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity, work_conserving_bound
 from coserve_engine.simulate.machine import machine_of
@@ -56,7 +58,9 @@ class Replay:
 
     def __init__(self, config: EngineConfig) -> None:
         self._paused = PauseClock(alone=True)
-        self.engine = Engine(config, paused=self._paused)
+        self.policy: Policy = decide
+        """May be changed between two runs."""
+        self.engine = Engine(config, paused=self._paused, policy=self._decide)
         self.reserve = Reserve(config.tpot_s, ATTAINED_PERCENT)
         for note in self.engine.ready().notes:
             print(note, flush=True)
@@ -67,6 +71,9 @@ class Replay:
         self._steps = self._done = self._requests = 0
         self.engine.submit(StartJob("bench", LoraSpec(16, 32.0, LINEARS), 0))
 
+    def _decide(self, view: View, cost: CostModel, plan_id: int) -> Plan:
+        return self.policy(view, cost, plan_id)
+
     def _drawn(self, count: int) -> tuple[int, ...]:
         return tuple(self._source.randrange(VOCAB) for _ in range(count))
 
@@ -76,8 +83,10 @@ class Replay:
                 self.engine.submit(command)
             self._steps += 1
 
-    def run(self, arrivals: list[Arrival], more: Callable[[float, Run], bool]) -> Run:
-        """Submit `arrivals` in their time and step while `more(seconds, run)`."""
+    def run(self, arrivals: list[Arrival], more: Callable[[float, Run], bool], *, stops: bool = True) -> Run:
+        """Submit `arrivals` in their time and step while `more(seconds, run)`. None of them ends units
+        early without `stops`.
+        """
         config, started, next_ = self.engine.config, time.monotonic(), 0
         users, quiet = (Users(config.ttft_s, config.tpot_s) for _ in range(2))
         run, learned = Run(users, quiet, len(arrivals), Pauses(self._paused), self.reserve), started
@@ -103,7 +112,7 @@ class Replay:
             self._feed()
             self.engine.submit(SetReserve(self.reserve.seconds))
             run.begin()
-            take(self.engine.step(due, take))
+            take(self.engine.step(due if stops else lambda: False, take))
         run.result.seconds = time.monotonic() - started
         return run
 

@@ -19,7 +19,7 @@ from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate.bound import ATTAINED_PERCENT, capacity
 from coserve_engine.simulate.machine import DEFAULT_SIZES, SIZES, read_machine
 from coserve_engine.simulate.pauses import read_pauses
-from coserve_engine.simulate.policies import serving_alone
+from coserve_engine.simulate.peers import serving_alone
 from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate, drawn
 from coserve_engine.simulate.world import World

@@ -1,9 +1,10 @@
-"""Whether plain operators on the device compute what float64 on a CPU does, which tests hold to transformers and
-PEFT.
+"""Whether plain operators and kernels on the device compute what float64 on a CPU does, which tests hold to
+transformers and PEFT.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tables import plain_operators
 
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
+from coserve_engine.kernels.select import select
 from coserve_engine.messages import LoraSpec, PassDone, StartJob
 from coserve_engine.model import executor as executor_module
 from coserve_engine.model.executor import Executor
@@ -48,21 +50,29 @@ def _computed(folder: Path, device: torch.device, dtype: str, adapter: Adapter |
 
 
 def parity(folder: Path, device: torch.device) -> Figures:
-    """Errors of logits, gradient and loss in bfloat16 and float32; bfloat16's beside those of the same table on a CPU,
-    which tests hold to PEFT's.
+    """Errors of logits, gradient and loss in bfloat16 and float32, of plain operators and of kernels; bfloat16's beside
+    those of plain operators on a CPU, which tests hold to PEFT's.
     """
     exact = _computed(folder, CPU, "float64")
     figures: Figures = {"lines": [], "met": True}
     for dtype in ("bfloat16", "float32"):
         with mock.patch.object(executor_module, "select", plain_operators):
-            found = _computed(folder, device, dtype, exact["adapter"])
             same = _computed(folder, CPU, dtype, exact["adapter"]) if dtype == "bfloat16" else None
-        for what in ("logits", "gradient"):
-            value = error(found[what], exact[what])
-            bound = FLOAT32_BOUND if same is None else BOUND * error(same[what], exact[what])
-            _hold(figures, f"{dtype} {what}", value, bound)
-        _hold(figures, f"{dtype} loss", abs(found["loss"] / exact["loss"] - 1), LOSS_BOUND[dtype])
+        for table, chosen in _tables(device):
+            with mock.patch.object(executor_module, "select", chosen):
+                found = _computed(folder, device, dtype, exact["adapter"])
+            for what in ("logits", "gradient"):
+                value = error(found[what], exact[what])
+                bound = FLOAT32_BOUND if same is None else BOUND * error(same[what], exact[what])
+                _hold(figures, f"{table}{dtype} {what}", value, bound)
+            _hold(figures, f"{table}{dtype} loss", abs(found["loss"] / exact["loss"] - 1), LOSS_BOUND[dtype])
     return figures
+
+
+def _tables(device: torch.device) -> list[tuple[str, Any]]:
+    """Tables of kernels that compute on a device, by a prefix of what is found: plain operators, and on a GPU ours."""
+    ours = [("kernels, ", select)] if device.type == "cuda" else []
+    return [("", plain_operators), *ours]
 
 
 def _hold(figures: Figures, what: str, value: float, bound: float) -> None:
@@ -92,9 +102,9 @@ def jobs(folder: Path, device: torch.device) -> Figures:
     """Losses of a job over a few optimizer steps."""
     exact = job_losses(folder, CPU, "float64")
     figures: Figures = {"lines": [], "met": True, "exact": exact}
-    for dtype in ("bfloat16", "float32"):
-        with mock.patch.object(executor_module, "select", plain_operators):
+    for dtype, (table, chosen) in itertools.product(("bfloat16", "float32"), _tables(device)):
+        with mock.patch.object(executor_module, "select", chosen):
             found = job_losses(folder, device, dtype)
         worst = max(abs(a / b - 1) for a, b in zip(found, exact, strict=True))
-        _hold(figures, f"{dtype} losses of {STEPS} steps", worst, LOSS_BOUND[dtype])
+        _hold(figures, f"{table}{dtype} losses of {STEPS} steps", worst, LOSS_BOUND[dtype])
     return figures

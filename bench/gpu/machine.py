@@ -34,7 +34,7 @@ def triton(device: torch.device) -> str:
         found = importlib.import_module("triton")
         if device.type == "cuda":
             found.runtime.driver.active.get_current_target()  # builds its launcher, where a compiler may be missing
-    except Exception as error:  # a broken one may raise anything, and all steps run without it
+    except Exception as error:  # a broken one may raise anything, and some steps run without it
         sys.modules["triton"] = None  # to import it is then an ImportError
         reason = str(error).strip().partition("\n")[0]
         return f"{'missing' if isinstance(error, ModuleNotFoundError) else 'broken'} ({type(error).__name__}: {reason})"

@@ -1,4 +1,4 @@
-"""What a CUDA device computes with plain operators and how fast, in steps that a limit may cut and another run goes on
+"""What a CUDA device computes and how fast, in steps that a limit may cut and another run goes on
 with: exactness against float64 first, then waits and memory, then finetuning, decode, and both at once.
 
 Prints nothing that is not in FOLDER too: results.json, and summary.md to read. Ends with 0 when all steps are done and

@@ -227,7 +227,7 @@ class Speed:
 
     def budget(self, until: float) -> Figures:
         """One step, word by word: microseconds a token. Marks between words take time of their own."""
-        words, tokens = Words(self.device), 2 * self.sizes.sample
+        words, tokens = Words(self.device, type(self.engine.executor.kernels)), 2 * self.sizes.sample
         with self._job(self.engine) as step:
             step()
             with words.watched():

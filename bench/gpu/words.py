@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,9 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from coserve_engine.kernels.torch import table
-from coserve_engine.kernels.torch.table import TorchKernels
 
 PARTS = {
     "linear": "products",
@@ -34,8 +32,14 @@ PARTS = {
     "keep": "keep",
     "keep_final": "keep",
 }
-ADAPTERS = ("add_adapters", "adapter_backward")
-"""Functions of the table's module that are called inside products."""
+ADAPTERS = (
+    ("torch.table", "add_adapters"),
+    ("torch.table", "adapter_backward"),
+    ("triton.lora", "shrink"),
+    ("triton.lora", "expand"),
+    ("triton.table", "lora_gradient"),
+)
+"""Functions that tables call inside products, in the modules that are there."""
 
 
 class Words:
@@ -43,8 +47,8 @@ class Words:
     that words whose launches take longer than their work show it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, table: type) -> None:
+        self._device, self._table = device, table
         self._marks: list[tuple[str, Any, Any, list[int]]] = []
         self._open: list[list[int]] = []
 
@@ -74,10 +78,12 @@ class Words:
     def watched(self) -> Iterator[None]:
         with ExitStack() as stack:
             for word, part in PARTS.items():
-                timed = self._timed(part, getattr(TorchKernels, word))
-                stack.enter_context(mock.patch.object(TorchKernels, word, timed))
-            for name in ADAPTERS:
-                stack.enter_context(mock.patch.object(table, name, self._timed("LoRA", getattr(table, name))))
+                timed = self._timed(part, getattr(self._table, word))
+                stack.enter_context(mock.patch.object(self._table, word, timed))
+            for path, name in ADAPTERS:
+                module = sys.modules.get(f"coserve_engine.kernels.{path}")
+                if module is not None:
+                    stack.enter_context(mock.patch.object(module, name, self._timed("LoRA", getattr(module, name))))
             yield
 
     def seconds(self) -> dict[str, float]:

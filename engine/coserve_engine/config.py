@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from coserve_engine.errors import EngineConfigError
 from coserve_engine.numerics import Numerics
 
+FAST, EXACT = "fast", "exact"
+"""Modes of numerics: see `EngineConfig.numerics_mode`."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -115,7 +118,11 @@ class EngineConfig:
         max_slowdown_percent: with finetuning an iteration may take so much longer than it is predicted to take
             without; None: only the promise limits it.
         end_tokens: what ends an answer; None: config.json's eos_token_id.
+        kernel_fallback: whether plain operators may compute where a GPU's kernels cannot.
         dtype: "float32", "bfloat16" (adapters that train and all sums stay float32), or "float64" (tests).
+        numerics_mode: FAST, or EXACT: a row's bits depend on its sequence alone, whatever its batch, chunks, cache hits
+            and preemptions, and a job's gradients on its samples alone; an engine that cannot keep that does not start.
+            FAST promises none of it on a GPU, and is as exact on a CPU in float32.
     """
 
     model_path: str
@@ -134,9 +141,22 @@ class EngineConfig:
     max_rank: int = 64
     pass_bytes: int | None = None
     end_tokens: tuple[int, ...] | None = None
+    kernel_fallback: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    numerics_mode: str = FAST
     numerics: Numerics = field(default_factory=Numerics)
+
+    @property
+    def exact(self) -> bool:
+        """Whether `numerics_mode` is EXACT.
+
+        Raises:
+            EngineConfigError: it is none.
+        """
+        if self.numerics_mode not in (FAST, EXACT):
+            raise EngineConfigError(f"numerics_mode is {self.numerics_mode!r}; it must be one of {FAST}, {EXACT}")
+        return self.numerics_mode == EXACT
 
     @property
     def places(self) -> int:
@@ -158,6 +178,8 @@ class DeviceChoice:
         max_requests, max_batch_tokens, kv_cache_bytes: as in EngineConfig.
         max_jobs: finetuning jobs at once, for which memory is planned.
         visible_devices: CUDA_VISIBLE_DEVICES, for what is said where it hides a GPU; None: not set.
+        kernel_cache: a folder where kernels that were compiled for a GPU are kept; None: they end with the process.
+        image_kernels: a folder of compiled kernels that the image brings, if it does.
     """
 
     device: str = "auto"
@@ -168,3 +190,5 @@ class DeviceChoice:
     kv_cache_bytes: int | None = None
     max_jobs: int = 1
     visible_devices: str | None = None
+    kernel_cache: str | None = None
+    image_kernels: str | None = None

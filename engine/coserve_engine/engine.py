@@ -8,10 +8,11 @@ from functools import singledispatchmethod
 from pathlib import Path
 
 from coserve_engine.config import EngineConfig
-from coserve_engine.errors import AdapterFolderError
+from coserve_engine.errors import AdapterFolderError, EngineConfigError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.deferred import FileError, FileWork
 from coserve_engine.job_messages import JobCommand
+from coserve_engine.kernels.fallback import OURS, plain_words, unfit
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.memory import iteration_bytes
 from coserve_engine.messages import (
@@ -30,7 +31,9 @@ from coserve_engine.messages import (
     LoadReport,
     OptimStep,
     SaveCheckpoint,
+    SetPriority,
     SetReserve,
+    SetSlowdown,
     Shutdown,
     StartJob,
     StopJob,
@@ -38,7 +41,8 @@ from coserve_engine.messages import (
 )
 from coserve_engine.model.calibrate import budget_s, calibrate
 from coserve_engine.model.executor import Executor
-from coserve_engine.model.probe import probe_row_invariance
+from coserve_engine.model.probe import differing_operations
+from coserve_engine.model.rehearsal import rehearse
 from coserve_engine.running.ahead import Ahead
 from coserve_engine.running.at_once import AtOnce
 from coserve_engine.running.parts import Parts
@@ -86,21 +90,38 @@ class Engine:
             Ahead(self._parts, clock) if self.executor.copies.behind else AtOnce(self._parts, Clock(clock, paused))
         )
         self._reserve_s = 0.0
+        self._slowdown_percent = config.max_slowdown_percent
         self._plan_id = 0
         self._last_report = -1.0
 
     def ready(self) -> EngineReady:
-        """Calibrate the latency model; the first thing to call."""
+        """Load what iterations need and calibrate the latency model; the first thing to call."""
         e = self.executor
         e.copies.reserve(iteration_bytes(e.model, self.config))
+        if e.copies.behind:  # a CPU loads nothing at first use
+            rehearse(e)
+        captured = e.capture(self._clock)
         calibrated = calibrate(e, self.cost, self._clock, budget_s(self._loading_s))
         started = self._clock()
-        odd = probe_row_invariance(e.transformer, backward=self.config.finetuning) if e.kernels.exact else ()
+        odd = differing_operations(e) if e.kernels.exact else ()
         tried_s = self._clock() - started
+        if self.config.exact and odd:
+            raise EngineConfigError(
+                f"engine.numericsMode is Exact, and on this machine rows of {', '.join(odd)} depend on their batch, or "
+                "on how a pass was cut; set engine.numericsMode to Fast, or use another kind of device"
+            )
         notes = (f"loaded in {self._loading_s:.1f} s", *calibrated, f"tried rows of products in {tried_s:.1f} s")
+        if captured:
+            notes += (f"forwards were captured in {captured} sizes",)
+        if self.config.exact:
+            notes += ("engine.numericsMode is Exact: rows and gradients have the same bits in any batch here",)
         if odd:
             notes += (f"rows of {', '.join(odd)} depend on their batch: results are not bit-exact on this machine",)
         notes += tuple(e.kernels.notes())
+        plain = plain_words(e.kernels, e.device, e.dtypes)
+        why = unfit(e.model) if plain else None
+        if why is not None:
+            notes += (f"{len(plain)} of {len(OURS)} words have kernels and are computed without: {why.said}",)
         return EngineReady(
             e.model.vocab_size,
             self.config.max_model_length,
@@ -108,6 +129,8 @@ class Engine:
             e.numerics.page,
             notes,
             pass_tokens=self.config.pass_tokens,
+            plain_words=len(plain),
+            plain_reason=None if why is None else why.reason,
         )
 
     @property
@@ -157,7 +180,7 @@ class Engine:
         def load() -> LoraWeights:
             folder, e = Path(command.path), self.executor
             layers = read_adapter(folder, e.model, self.config.max_rank, e.dtype)
-            return LoraWeights.served(layers, number).moved(e.copies.carry)
+            return LoraWeights.served(layers, number, turned=e.kernels.turned).moved(e.copies.carry)
 
         def loaded(weights: LoraWeights) -> None:
             if self._wanted.get(version) != number:
@@ -179,6 +202,7 @@ class Engine:
         self._adapters.pop(command.version, None)  # running requests keep their reference
 
     @_accept.register(StartJob)
+    @_accept.register(SetPriority)
     @_accept.register(ForwardBackward)
     @_accept.register(OptimStep)
     @_accept.register(KeepBest)
@@ -191,6 +215,11 @@ class Engine:
     @_accept.register
     def _(self, command: SetReserve) -> None:
         self._reserve_s = command.seconds
+
+    @_accept.register
+    def _(self, command: SetSlowdown) -> None:
+        told = command.percent
+        self._slowdown_percent = self.config.max_slowdown_percent if told is None else told
 
     @_accept.register
     def _(self, command: Shutdown) -> None:
@@ -228,7 +257,7 @@ class Engine:
         return self._parts.taken()
 
     def _view(self, now: float) -> View:
-        ttft, tpot, slowdown = self.config.ttft_s, self.config.tpot_s, self.config.max_slowdown_percent
+        ttft, tpot, slowdown = self.config.ttft_s, self.config.tpot_s, self._slowdown_percent
         return View(
             now=now,
             sequences=self.requests.views(ttft, tpot),

@@ -111,6 +111,14 @@ class StartJob:
 
 
 @dataclass(frozen=True, slots=True)
+class SetPriority:
+    """Give a job another weight from now on. Not answered; of a job that does not run it means nothing."""
+
+    job: str
+    priority: float
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBackward:
     """Add the gradient of a TRAIN pass to the job's step, or compute the loss of an EVAL pass. Answered by PassDone,
     with the targets' log-probabilities if `want_logprobs`.
@@ -190,7 +198,7 @@ class StopJob:
 
 StreamCommand = ForwardBackward | OptimStep | KeepBest | SaveCheckpoint | ExportAdapter
 """What a job does in order."""
-JobCommand = StartJob | StreamCommand | StopJob
+JobCommand = StartJob | SetPriority | StreamCommand | StopJob
 
 # ---- events ----
 

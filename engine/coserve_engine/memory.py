@@ -15,15 +15,23 @@ from coserve_engine.errors import EngineConfigError
 from coserve_engine.hardware import CUDA, Hardware
 from coserve_engine.job_messages import LoraSpec
 from coserve_engine.kernels.cpu.linears import PackedLinear
+from coserve_engine.kernels.graphs import SEQUENCES
 from coserve_engine.kernels.torch.attention import GATHERED_BYTES
+from coserve_engine.model.graphs import buckets
+from coserve_engine.model.mixed import mixed_sizes
+from coserve_engine.numerics import HEAD_ROWS
 from coserve_engine.tensors.dtypes import Dtypes
 from coserve_engine.tensors.kept import plan_kept, row_values
 from coserve_engine.tensors.kv_cache import KVCache
-from coserve_engine.tensors.lora import LoraLayout
+from coserve_engine.tensors.lora import LoraLayout, padded
 from coserve_engine.training.jobs import MAX_LIVE
 
 WORKSPACE_BYTES = 2 * (32 << 20)
 """Of cuBLAS on a GPU: 32 MiB a stream on Hopper, one stream that computes and one that loads adapters."""
+SPLITS, LORA_SPLITS, GRAPH_BYTES = 32, 8, 2 << 20
+"""Parts of a decode row's attention at most, of a sum of its adapter's, and bytes of a graph of one forward."""
+ADAPTER_BYTES = 32
+"""Of a linear of an adapter in the tables of a batch."""
 KEPT_FREE = 20
 """One part in so many of a GPU's memory stays free: for adapters that are served, and for what torch's allocator
 cannot use.
@@ -36,6 +44,8 @@ ones with their ids, sums in float64 (60 as measured on a CPU), and what a GPU's
 """
 TRAINED_LOGIT_BYTES = 32
 """Of a logit of a tile of a pass, or of a prompt that is scored (25 as measured)."""
+HEAD_LOGIT_BYTES = 6
+"""Of a logit and its derivative in bfloat16, of the rows that meet the head of a pass at once."""
 ITERATION = "engine.maxBatchTokens, engine.maxRequests, model.maxModelLength"
 MOST_PAGES = 1 << 18
 """Of a pool that takes what is left: a tiny model would have millions, which the books of pages cannot keep."""
@@ -97,7 +107,8 @@ def plan_memory(
         )
     parts = _parts(model, config, jobs, gpu=gpu)
     if gpu:
-        parts += (Part("workspaces", WORKSPACE_BYTES), Part("kept free", free_bytes // KEPT_FREE))
+        graphs = Part("graphs", graphs_bytes(model, config), "engine.maxRequests, engine.maxBatchTokens")
+        parts += (graphs, Part("workspaces", WORKSPACE_BYTES), Part("kept free", free_bytes // KEPT_FREE))
     taken = sum(part.bytes for part in parts)
     if kv_bytes is None:
         kv_bytes = max(sequence, min(free_bytes - taken, MOST_PAGES * page) // page * page)
@@ -218,21 +229,47 @@ def counts_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return 3 * places // 2 * (model.vocab_size * torch.int32.itemsize + seen)
 
 
+def graphs_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of captured forwards: what one of the most rows has alive, since one is replayed at a time, and of each its rows,
+    the page tables of decode rows and of other sequences, the tables of adapters and its nodes; by how rows have
+    adapters there are three of a size.
+    """
+    compute, wide = _item_bytes(config)
+    pages = config.numerics.pages(config.numerics.pad(config.max_model_length))
+    sizes = [(rows, rows) for rows in buckets(config.places, config.numerics)]
+    mixed = mixed_sizes(config.places, config.max_batch_tokens, config.numerics)
+    sizes += [(size.rows, size.decode + SEQUENCES) for size in mixed]
+    most = max(rows for rows, _ in sizes)
+    layer = 3 * most * (compute + wide) * _row_width(model)
+    parts = config.places * model.heads * SPLITS * (model.head_size + 1) * wide
+    low = LORA_SPLITS * 3 * most * padded(config.max_rank) * wide
+    table, adapter = pages * torch.int64.itemsize, ADAPTER_BYTES * model.layers * len(LINEARS)
+    each = [rows * model.hidden * compute + tables * (table + adapter) + GRAPH_BYTES for rows, tables in sizes]
+    return layer + parts + low + 3 * sum(each)
+
+
 def iteration_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """From above, what is alive at once beside what outlives an iteration: rows of a layer with their attention, or
     logits and the choice of tokens; where a CPU's kernels compute they take less.
     """
     hidden = config.max_batch_tokens * model.hidden * Dtypes.of(config.dtype).compute.itemsize
-    logits = max(config.places * LOGIT_BYTES, config.numerics.tile * TRAINED_LOGIT_BYTES) * model.vocab_size
+    chunk = min(HEAD_ROWS, config.pass_tokens) * HEAD_LOGIT_BYTES if config.device.startswith(CUDA) else 0
+    trained = max(config.numerics.tile * TRAINED_LOGIT_BYTES, chunk)
+    logits = max(config.places * LOGIT_BYTES, trained) * model.vocab_size
     return max(hidden + logits, _rows_bytes(model, config) + _attention_bytes(model, config))
 
 
 def _rows_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Of rows within a layer: 3 values of each width in both dtypes forward, 4 in a unit of a whole pass backward."""
     compute, wide = _item_bytes(config)
-    width = model.hidden + (model.heads + model.kv_heads) * model.head_size + model.intermediate
+    width = _row_width(model)
     unit = max(config.pass_tokens, config.numerics.pad(config.max_model_length)) if config.finetuning else 0
     return (compute + wide) * width * max(3 * config.max_batch_tokens, 4 * unit)
+
+
+def _row_width(model: ModelConfig) -> int:
+    """Values of a row within a layer."""
+    return model.hidden + (model.heads + model.kv_heads) * model.head_size + model.intermediate
 
 
 def _attention_bytes(model: ModelConfig, config: EngineConfig) -> int:

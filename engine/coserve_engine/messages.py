@@ -8,6 +8,7 @@ jobs alone is defined in `job_messages`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from coserve_engine.job_messages import (
     AdapterExported,
@@ -29,6 +30,7 @@ from coserve_engine.job_messages import (
     PassDone,
     PassMode,
     SaveCheckpoint,
+    SetPriority,
     StartJob,
     StepDone,
     StopJob,
@@ -83,11 +85,14 @@ __all__ = [
     "Pass",
     "PassDone",
     "PassMode",
+    "PlainReason",
     "PromptDone",
     "RequestFailed",
     "SamplingParams",
     "SaveCheckpoint",
+    "SetPriority",
     "SetReserve",
+    "SetSlowdown",
     "Shutdown",
     "StartJob",
     "StepDone",
@@ -127,11 +132,20 @@ class SetReserve:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSlowdown:
+    """With finetuning an iteration may take so many percent longer, from the next one on; the newest counts. None: as
+    the configuration says.
+    """
+
+    percent: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the engine process."""
 
 
-Command = AddRequest | Cancel | LoadAdapter | UnloadAdapter | JobCommand | SetReserve | Shutdown
+Command = AddRequest | Cancel | LoadAdapter | UnloadAdapter | JobCommand | SetReserve | SetSlowdown | Shutdown
 
 # ---- events ----
 
@@ -190,11 +204,22 @@ class LoadReport:
     preemptions: int = 0
 
 
+class PlainReason(StrEnum):
+    """Why plain operators compute on a device that there are kernels for: triton does not work there, or the model's
+    heads or widths are none that kernels take.
+    """
+
+    TRITON = "triton"
+    HEAD_SIZE = "head_size"
+    WIDTH = "width"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and the latency model calibrated; `notes` are lines for the log (device, kernels, numerics
     probe). `device` names what computes, where the engine chose it; `pass_tokens` those of the samples that share a
-    pass.
+    pass. `plain_words`: how many words of an iteration plain operators compute though the device has kernels for them,
+    and `plain_reason` why.
     """
 
     vocab_size: int
@@ -204,6 +229,8 @@ class EngineReady:
     notes: tuple[str, ...]
     device: str = ""
     pass_tokens: int = 512
+    plain_words: int = 0
+    plain_reason: PlainReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+HEAD_ROWS = 2048
+"""Rows of a pass that meet the head at once, where no bits are promised."""
 
 
 def repeat_last(values: list[T], multiple: int) -> list[T]:

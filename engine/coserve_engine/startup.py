@@ -45,6 +45,8 @@ def prepare(config: EngineConfig, choice: DeviceChoice) -> Chosen:
     model = read_model_config(folder)
     check_length(folder, model, config.max_model_length)  # or too long a one would be told to raise its cache
     plan = plan_memory(model, settled, hardware, choice.kv_cache_bytes, choice.max_jobs)
+    if hardware.kind == CUDA:
+        notes += kept_kernels(choice)
     notes = (f"device {hardware}: {why}", *notes)
     for line in (*notes, *(f"memory: {line}" for line in plan.lines())):
         log.info("engine: %s", line)
@@ -98,6 +100,18 @@ def settle(config: EngineConfig, choice: DeviceChoice, hardware: Hardware) -> tu
     )
     at_once = f"{settled.places} requests and {settled.max_batch_tokens} tokens an iteration"
     return settled, (f"dtype {dtype}: engine.dtype is {choice.dtype}", at_once)
+
+
+def kept_kernels(choice: DeviceChoice) -> tuple[str, ...]:
+    """Where this process looks for compiled kernels, and keeps them: lines for the log. Nothing where there is no
+    triton: `select` says so.
+    """
+    try:
+        from coserve_engine.kernels.triton.cache import keep  # noqa: PLC0415  (for Linux alone)
+    except ImportError:
+        return ()
+    folders = (None if name is None else Path(name) for name in (choice.kernel_cache, choice.image_kernels))
+    return (keep(*folders),)
 
 
 def _dtype(wanted: str, hardware: Hardware) -> str:

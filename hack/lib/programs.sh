@@ -48,6 +48,23 @@ from_pypi() (
   echo "$dir/site"
 )
 
+# NAME: print the folder of a Debian package that is unpacked but not installed: none of its services starts.
+from_debian() (
+  dir=$CACHE/tools/debian-$1
+  if [ ! -d "$dir" ]; then
+    lock "unpacking of packages" "$CACHE/tools.lock"
+    [ ! -d "$dir" ] || { echo "$dir"; exit; }
+    rm -rf "$dir.part"
+    mkdir -p "$dir.part"
+    cd "$dir.part" || exit
+    apt-get download -qq "$1" >&2 || { apt-get update -qq >&2 && apt-get download -qq "$1" >&2; }
+    dpkg-deb -x ./*.deb .
+    rm ./*.deb
+    mv "$dir.part" "$dir"
+  fi
+  echo "$dir"
+)
+
 uv_program() { command -v uv || echo "$(from_pypi uv "$UV_VERSION")/bin/uv"; }
 
 # Prints the go program to build with.

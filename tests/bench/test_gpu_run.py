@@ -19,13 +19,14 @@ import torch
 
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.kernels.torch import table
+from coserve_engine.tensors.dtypes import Dtypes
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "bench"), str(ROOT / "bench" / "gpu")]
 
 import exactness  # noqa: E402
 import floors  # noqa: E402
-from busy import noted  # noqa: E402
+from busy import counted_twins, noted  # noqa: E402
 from held import Peak, compare  # noqa: E402
 from machine import Rates  # noqa: E402
 from models import LLAMA_31_8B, write_config, write_model  # noqa: E402
@@ -61,7 +62,7 @@ def test_a_rehearsal_ends_at_its_limit_and_goes_on(tmp_path: Path) -> None:
     assert results["of"]["triton"] == "broken (OSError: libtriton.so: cannot open)"
     steps = results["steps"]
     assert steps["parity plain"]["met"] and steps["parity of a job"]["met"]
-    assert steps["waits"]["met"] and steps["waits"]["waits"] == {}
+    assert steps["waits"]["met"] and steps["waits"]["waits"] == {} == steps["waits"]["twins"]
     assert {f"decode {rows}" for rows in (1, 16, 64)} | {f"both at {n} % load" for n in (30, 70)} <= steps.keys()
     assert set(steps["finetuning, word by word"]["us"]) == {*steps["finetuning, word by word"]["floor_us"], "rest"}
     assert sorted(path.name for path in out.iterdir()) == ["results.json", "summary.md"]
@@ -166,6 +167,16 @@ def test_a_wait_is_counted_where_the_engine_waits() -> None:
         for _ in range(2):
             place["finite"]()
     assert seen == {"serving/sampling.py:3 finite": 2}
+
+
+def test_a_word_without_its_kernel_is_counted() -> None:
+    plain = object.__new__(table.TorchKernels)
+    object.__setattr__(plain, "dtypes", Dtypes.of("bfloat16"))
+    a = torch.ones(2, 4)
+    for device, count in (("cuda", 1), ("cpu", 0)):
+        with counted_twins(torch.device(device)) as seen:
+            plain.gate(a, a)
+        assert seen == ({"gate": count} if count else {})
 
 
 def test_a_table_that_errs_is_not_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,111 +4,54 @@ what an engine that waits says, bit for bit, whatever ends a request in between.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
 import pytest
 import torch
-from engine_driver import Driver, FakeClock
+from engine_driver import Driver, late_driver
+from stories import SETTINGS, TINY, orders, serve, story
 
-from coserve_engine.config import EngineConfig
-from coserve_engine.device.fake import BehindDevice
-from coserve_engine.engine import Engine
 from coserve_engine.host import _serve
 from coserve_engine.kernels import bound
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.latency.work import decode_work
 from coserve_engine.memory import iteration_bytes
 from coserve_engine.messages import (
+    AdapterVersion,
     AddRequest,
     Cancel,
     FinishReason,
     ForwardBackward,
+    JobStarted,
+    JobStopped,
     LoraSpec,
     Pass,
     PassDone,
     PassMode,
-    PromptDone,
     RequestFailed,
     SamplingParams,
     Shutdown,
     StartJob,
     StepDone,
+    StopJob,
     TokenBatch,
     TrainSeq,
 )
-from coserve_engine.model import executor
-from coserve_engine.numerics import Numerics
+from coserve_engine.model.transformer import Transformer
 from coserve_engine.running import ahead
 from coserve_engine.scheduler.timeline import Timeline
 
-CPU = torch.device("cpu")
-SETTINGS = {"max_model_length": 256, "kv_cache_bytes": 2 << 20, "threads": 1}
-TINY = {"kv_cache_bytes": 18 * 8192, "max_batch_tokens": 40, "numerics": Numerics(page=16)}
-"""Room for about two requests: others are put out."""
-
 
 @pytest.fixture
-def behind(plain: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
+def behind(plain: str) -> Callable[..., Driver]:
     """A driver of an engine whose device is late by times drawn from a seed."""
 
     def make(seed: int = 0, slow_s: float = 2e-3, **settings: Any) -> Driver:
-        clock = FakeClock(1e-5, seed)
-
-        def pass_time(seconds: float) -> None:
-            clock.now += seconds
-
-        device = BehindDevice(CPU, clock, pass_time, random.Random(seed), slow_s)
-        with monkeypatch.context() as here:  # other engines of the test wait
-            here.setattr(executor, "device_of", lambda _: device)
-            return Driver(Engine(EngineConfig(plain, **{**SETTINGS, **settings}), clock), clock)
+        return late_driver(plain, {**SETTINGS, **settings}, seed, slow_s)
 
     return make
-
-
-def orders(draw_tokens: Any, seed: int, count: int = 12) -> list[AddRequest]:
-    """Requests of every kind: drawn, penalised, scored, some that end by a token that they happen to choose."""
-    source = random.Random(seed)
-    made = []
-    for n in range(count):
-        params = SamplingParams(
-            source.randint(1, 120),
-            temperature=source.choice((0.0, 0.8, 3.0)),
-            top_p=source.choice((1.0, 0.9)),
-            seed=n,
-            frequency_penalty=source.choice((0.0, 0.4)),
-            min_tokens=0,
-            stop_token_ids=tuple(source.sample(range(3, 120), source.choice((0, 0, 6)))),
-            logprobs=source.choice((None, 0, 3)),
-            prompt_logprobs=source.choice((None, None, 2)),
-            ignore_eos=source.random() < 0.5,
-        )
-        made.append(AddRequest(f"r{n}", draw_tokens(n // 2, source.randint(1, 60)), params, 0.0))
-    return made
-
-
-def story(d: Driver) -> dict[str, list[object]]:
-    """All that each request was told of its tokens."""
-    found: dict[str, list[object]] = {}
-    for event in d.events:
-        if isinstance(event, PromptDone):
-            found.setdefault(event.request_id, []).append(event.logprobs)
-        for token in event.tokens if isinstance(event, TokenBatch) else ():
-            found.setdefault(token.request_id, []).append((token.token, token.finish, token.logprobs))
-    return found
-
-
-def serve(d: Driver, asked: list[AddRequest], seed: int, *commands: Any) -> Driver:
-    """The requests, a few at a time, beside a job."""
-    source = random.Random(seed)
-    d.submit(*commands)
-    for one in asked:
-        d.submit(one)
-        for _ in range(source.randint(0, 2)):
-            d.step()
-    return d.run()
 
 
 def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -281,6 +224,93 @@ def test_a_request_that_diverges_ends_alone(behind: Any, driver: Any, draw_token
     alone.submit(AddRequest("good", draw_tokens(1, 30), params, 0.0))
     assert d.tokens()["good"] == alone.run().tokens()["good"]
     assert [e.request_id for e in d.of(RequestFailed)] == ["bad"]
+
+
+def test_a_job_that_is_to_stop_waits_for_its_step(behind: Any, training: Any) -> None:
+    """And the host does not; what comes for the job meanwhile is obeyed after it."""
+    d = behind(9)
+    start = StartJob("job", LoraSpec(4, 8.0, ("q_proj",)), 1)
+    d.submit(start, *training(steps=1))
+    while not (d.engine.jobs and d.engine.jobs["job"]._stepped):
+        d.step()
+    d.submit(StopJob("job"), start)
+    assert d.of(JobStopped) == []
+    d.run()
+    assert [type(event) for event in d.events if isinstance(event, StepDone | JobStopped | JobStarted)] == [
+        JobStarted,
+        StepDone,
+        JobStopped,
+        JobStarted,
+    ]
+    assert d.engine.executor.copies.waits == 0
+
+
+def launch_slowly(d: Driver, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """From now on a layer takes 3 ms to enqueue, in which the device is through with the forward before. The list is
+    not empty while the host looks in between.
+    """
+    launching: list[bool] = []
+    real = Transformer.forward
+
+    def forward(self: Transformer, batch: Any, cache: Any, goes_on: Callable[[int], bool]) -> torch.Tensor | None:
+        def slowly(layer: int) -> bool:
+            d.clock.now += 3e-3
+            launching.append(True)
+            on = goes_on(layer)
+            launching.pop()
+            return on
+
+        return real(self, batch, cache, slowly)
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    return launching
+
+
+def test_tokens_do_not_wait_for_the_launch_of_the_next_forward(
+    behind: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = behind(7)
+    launching = launch_slowly(d, monkeypatch)
+    params = SamplingParams(30, ignore_eos=True)
+    d.submit(*(AddRequest(f"r{n}", draw_tokens(n, 20), params, 0.0) for n in range(3)))
+    meanwhile = 0
+
+    def emit(events: list[Any]) -> None:
+        nonlocal meanwhile
+        meanwhile += bool(launching) and any(isinstance(event, TokenBatch) for event in events)
+
+    while not d.engine.idle:
+        d.engine.step(emit=emit)
+    assert meanwhile > 20
+
+
+def test_what_ends_while_the_next_forward_is_enqueued_leaves_clean_pages(
+    behind: Any, driver: Any, random_adapter: Any, draw_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose adapter overflows is written to by layers that are enqueued after its end was seen."""
+    d = behind(8)
+    launching, ledger = launch_slowly(d, monkeypatch), d.engine.executor.ledger
+    freed: list[bool] = []
+    real = ledger.free
+
+    def free(owner: str, *, forget: bool = False) -> None:
+        freed.append(bool(launching))
+        real(owner, forget=forget)
+
+    monkeypatch.setattr(ledger, "free", free)
+    adapter = random_adapter(d.engine.executor)
+    adapter.flat.mul_(1e25)
+    version = AdapterVersion("poison", 1)
+    d.engine._adapters[version] = adapter.weights
+    params = SamplingParams(8, ignore_eos=True)
+    d.submit(AddRequest("poisoned", draw_tokens(2, 40), params, 0.0, version))
+    d.run()
+    assert freed == [True]
+    assert not d.engine.executor.cache.v.isfinite().all()
+    d.submit(AddRequest("after", draw_tokens(4, 20), params, d.clock.now))
+    alone = driver()
+    alone.submit(AddRequest("after", draw_tokens(4, 20), params, 0.0))
+    assert d.run().tokens() == alone.run().tokens()
 
 
 def test_a_request_that_comes_stops_a_forward_that_serves_nobody(

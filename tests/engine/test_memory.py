@@ -21,6 +21,7 @@ from coserve_engine.hardware import CPU, CUDA, Hardware
 from coserve_engine.kernels.cpu.linears import PackedLinear
 from coserve_engine.memory import (
     MOST_PAGES,
+    graphs_bytes,
     lora_values,
     packed_values,
     page_bytes,
@@ -133,6 +134,17 @@ def test_what_is_left_is_the_caches() -> None:
     assert passes[1] > 3 * passes[0], "short samples share a pass"
     printed = "\n".join(plan.lines())
     assert all(f"{part.name}: {part.bytes:,} bytes" in printed for part in plan.parts)
+
+
+def test_graphs_take_what_their_largest_has_alive_and_what_each_keeps() -> None:
+    """768 rows at once, whatever more a batch may have, and 256 where it has fewer than 320."""
+    config = EngineConfig("", dtype="bfloat16", max_model_length=8192, max_batch_tokens=8192, max_requests=256)
+    both, more = (graphs_bytes(LLAMA_8B, replace(config, max_batch_tokens=n)) for n in (8192, 16384))
+    assert both == more
+    fewer = graphs_bytes(LLAMA_8B, replace(config, max_batch_tokens=319))
+    row = 3 * (2 + 4) * (4096 + 40 * 128 + 14336)
+    assert both - fewer > 512 * row
+    assert both < 2 << 30
 
 
 def test_a_tiny_model_has_no_millions_of_pages() -> None:

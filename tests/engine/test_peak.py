@@ -92,7 +92,7 @@ def test_an_iteration_needs_no_more_than_planned(
         engine.submit(OptimStep("job", 2 * step + 2, 1e-3))
     finish(engine)
     for number in range(16):  # keys of all rows are as many as those of the longest
-        params, length = SamplingParams(4, ignore_eos=True, **ALL), 8 if number else LENGTH - 8
+        params, length = SamplingParams(40, ignore_eos=True, **ALL), 8 if number else LENGTH - 40
         engine.submit(AddRequest(f"r{number}", draw(number, length, vocab), params, time.monotonic()))
     finish(engine)
     planned = iteration_bytes(engine.executor.model, config)

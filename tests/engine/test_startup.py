@@ -5,6 +5,7 @@ runs this has no GPU, so what torch says of one that is not there is real.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from coserve_engine import startup
 from coserve_engine.config import DeviceChoice, EngineConfig
 from coserve_engine.errors import EngineConfigError, ModelFolderError
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.hardware import CPU, CUDA, Hardware, built_for, find_gpu, this_cpu
+from coserve_engine.kernels.triton import cache
 from coserve_engine.memory import weight_values
 from coserve_engine.startup import choose_device, explained, prepare, settle
 
@@ -215,6 +218,19 @@ def test_a_start_says_its_plan_before_anything_is_read(
     assert chosen.notes[0].endswith("engine.device is cpu")
     assert f"memory: weights: {4 * weight_values(read_model_config(tmp_path)):,} bytes" in caplog.text
     assert f"memory: KV cache (8192 pages): {256 << 20:,} bytes" in caplog.text
+
+
+def test_a_gpus_kernels_are_kept_where_the_agent_says(plain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Path | None, ...]] = []
+    monkeypatch.setattr(cache, "keep", lambda *folders: seen.append(folders) or "kept")
+    monkeypatch.setattr(startup, "find_gpu", lambda: H200)
+    config, folders = EngineConfig(plain, max_model_length=256), {"kernel_cache": "/cache", "image_kernels": "/image"}
+    assert "kept" in prepare(config, DeviceChoice("cuda", **folders)).notes
+    assert "kept" not in prepare(config, DeviceChoice("cpu", **folders)).notes
+    assert "kept" in prepare(config, DeviceChoice("cuda")).notes
+    assert seen == [(Path("/cache"), Path("/image")), (None, None)]
+    monkeypatch.setitem(sys.modules, "coserve_engine.kernels.triton.cache", None)
+    assert "kept" not in prepare(config, DeviceChoice("cuda")).notes, "without triton `select` says what to do"
 
 
 def test_a_folder_that_is_not_there_is_named_before_memory_is(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
+from coserve_engine.device.protocol import Columns, Graph, Mark, Rows, Staged, in_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,12 @@ class CpuDevice:
 
     def fetch(self, values: torch.Tensor) -> Here:
         return Here(values.tolist())
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        raise NotImplementedError("a CPU computes at once")
+
+    def beside(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        return in_turn(run)
 
     def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(values)

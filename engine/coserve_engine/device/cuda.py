@@ -5,8 +5,9 @@ again when the copies that it took part in are over.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,11 +101,15 @@ class CudaDevice:
     device: torch.device
     clock: Clock
     files: torch.cuda.Stream
+    branch: torch.cuda.Stream
+    pool: Any
+    """Of all graphs, of which one is replayed at a time."""
     behind: bool = True
 
     @classmethod
     def of(cls, device: torch.device) -> CudaDevice:
-        return cls(device, Clock(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        files, branch = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        return cls(device, Clock(device), files, branch, torch.cuda.graph_pool_handle())
 
     def reserve(self, size: int) -> None:
         """torch keeps what was freed, and gives it out again in parts."""
@@ -143,6 +148,27 @@ class CudaDevice:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return Fetched(host, event)
+
+    def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A thread of files may ask for memory meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            run()
+        return graph
+
+    def beside(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """On a stream of its own, a branch of a graph that is captured. What `run` allocates is of that stream, and is
+        given out again there alone: after the next branch began, for which all that used it was enqueued.
+        """
+        self.branch.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.branch):
+            made = run()
+
+        def end() -> Any:
+            torch.cuda.current_stream(self.device).wait_stream(self.branch)
+            return made
+
+        return end
 
     def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """By one copy: each waits for all that is enqueued, since the memory that it is given may be in use until then.

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from coserve_engine.device.cpu import CpuDevice, Now
 from coserve_engine.device.protocol import Columns, Mark, Rows, Staged
@@ -33,11 +37,49 @@ class Delayed:
         return self.numbers
 
 
+class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A graph without a device: what was computed is computed again on the same tensors, with the same numbers.
+
+    `steps` are what is done again; who computes without torch's operators adds its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        made = func(*args, **given)
+        if not func.is_view:
+            self.steps.append(partial(_again, func, args, given, made))
+        return made
+
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+
+def _again(func: Any, args: Any, kwargs: Any, made: Any) -> None:
+    """Into the tensors that were made then."""
+    for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
+        if isinstance(old, torch.Tensor) and new is not old:
+            old.copy_(new)
+
+
 @dataclass(slots=True)
 class _Stand:
-    """What stands for a device does alike: its copies are over at once."""
+    """What stands for a device does alike, unless it says otherwise: its copies and all else are over at once."""
 
     device: torch.device
+
+    def reserve(self, size: int) -> None:
+        """Nothing is asked of a system."""
+
+    def mark(self) -> Mark:
+        return Now(0.0)
+
+    def wait(self, mark: Mark | None, seconds: float) -> None:
+        """It is over."""
 
     def rest(self) -> None:
         """Its clock is the host's."""
@@ -47,6 +89,16 @@ class _Stand:
 
     def stage_columns(self, columns: Columns) -> Staged:
         return Staged(*(part.to(self.device) for part in CpuDevice(self.device).stage_columns(columns)))
+
+    def capture(self, run: Callable[[], None]) -> Recorded:
+        graph = Recorded()
+        with graph:
+            run()
+        return graph
+
+    def beside(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """As late as may be."""
+        return run
 
     def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [value.to(self.device) for value in values]
@@ -66,17 +118,31 @@ class FakeDevice(_Stand):
     waits: int = 0
     behind: bool = False
 
-    def reserve(self, size: int) -> None:
-        """Nothing is asked of a system."""
-
-    def mark(self) -> Mark:
-        return Now(0.0)
-
-    def wait(self, mark: Mark | None, seconds: float) -> None:
-        """It is over."""
-
     def fetch(self, values: torch.Tensor) -> Delayed:
         return Delayed(self, values.tolist(), self.random.randint(1, MOST_LOOKS))
+
+
+@dataclass(frozen=True, slots=True)
+class Ones:
+    """Numbers in the place of those that nothing computed: all is finite, and every token the same."""
+
+    count: int
+
+    def ready(self) -> bool:
+        return True
+
+    def get(self) -> list[float]:
+        return [1.0] * self.count
+
+
+@dataclass(slots=True)
+class NoValues(_Stand):
+    """`Device` over tensors without values."""
+
+    behind: bool = True
+
+    def fetch(self, values: torch.Tensor) -> Ones:
+        return Ones(values.numel())
 
 
 @dataclass(slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -58,6 +58,23 @@ class Mark(Protocol):
         """When it did, in seconds of the host's clock; to be asked in the order of the marks, once each is over."""
 
 
+class Graph(Protocol):
+    """What was computed once, to be computed again: on what lies at the same addresses then, into the same."""
+
+    def replay(self) -> None:
+        """Enqueue all of it at once."""
+
+
+Beside = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Of what computes something: who waits for it, and says what it returned."""
+
+
+def in_turn(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Beside nothing: before all that is enqueued next."""
+    made = run()
+    return lambda: made
+
+
 class Device(Protocol):
     """All words are in the order of what is computed."""
 
@@ -90,6 +107,14 @@ class Device(Protocol):
 
     def fetch(self, values: torch.Tensor) -> Pending:
         """Begin to fetch values [N] as they are now; they may be overwritten at once."""
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """What `run` computes, which it does not have done when this returns; nothing else may be under way. Its memory
+        is the graph's: of several, each is to be replayed alone.
+        """
+
+    def beside(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Have it computed beside what is enqueued before its end is waited for, which must touch none of it."""
 
     def carry(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of the host on the device, and `bring`: the reverse of what was enqueued before. For a thread beside

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 from coserve_engine.errors import AdapterFolderError
 from coserve_engine.formats.model_fields import is_finite_number
+from coserve_engine.formats.opened import read_text
+from coserve_engine.formats.patterns import PatternError, matches, parsed
 
 ADAPTER_CONFIG = "adapter_config.json"
 Number = TypeVar("Number", int, float)
@@ -96,7 +97,11 @@ class AdapterConfig:
 
 def _by_pattern(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     """The value of the first pattern that matches, as PEFT's get_pattern_key looks for it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if matches(_whole(key), module)), default)
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -107,7 +112,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        raw: Any = json.loads(read_text(folder, ADAPTER_CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFolderError(f"{path}: not readable as a PEFT adapter's configuration ({error})") from None
     if not isinstance(raw, dict):
@@ -159,10 +164,10 @@ def _patterns(path: Path, raw: Mapping[str, Any], field: str) -> list[tuple[str,
         raise AdapterFolderError(f"{path}: {field} is {patterns!r}; it must map patterns of module names to numbers")
     for pattern in patterns:
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
+            parsed(_whole(pattern))
+        except PatternError as error:
             raise AdapterFolderError(
-                f"{path}: {field} has {pattern!r}, which is no regular expression ({error})"
+                f"{path}: {field} has {pattern!r}, which is no regular expression that is understood ({error})"
             ) from None
     return list(patterns.items())
 

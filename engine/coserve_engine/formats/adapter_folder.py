@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from coserve_engine.config import LINEARS, ModelConfig
 from coserve_engine.errors import AdapterFolderError
 from coserve_engine.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from coserve_engine.formats.tensor_file import DTYPES, load_tensors
 from coserve_engine.tensors.lora import Factors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -45,7 +44,8 @@ def read_adapter(folder: Path, model: ModelConfig, max_rank: int, dtype: torch.d
             tensor is unknown, lacks its other half, has another shape, or is not finite.
     """
     config = read_adapter_config(folder)
-    weights = _Weights(folder, config, max_rank, dtype)
+    values = model.layers * sum(max_rank * sum(model.linear_shape(name)) for name in LINEARS)
+    weights = _Weights(folder, config, max_rank, dtype, values)
     layers = tuple(
         {name: found for name in LINEARS if (found := weights.take(layer, name, *model.linear_shape(name)))}
         for layer in range(model.layers)
@@ -57,7 +57,9 @@ def read_adapter(folder: Path, model: ModelConfig, max_rank: int, dtype: torch.d
 class _Weights:
     """The tensors of adapter_model.safetensors, from which what has a place in the model is taken."""
 
-    def __init__(self, folder: Path, config: AdapterConfig, max_rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, config: AdapterConfig, max_rank: int, dtype: torch.dtype, most_values: int
+    ) -> None:
         self._path, self._config, self._max_rank, self._dtype = folder / ADAPTER_WEIGHTS, config, max_rank, dtype
         if not self._path.exists() and (folder / PICKLE).exists():
             raise AdapterFolderError(
@@ -65,9 +67,9 @@ class _Weights:
                 f"{ADAPTER_WEIGHTS} of it, in its folder: {CONVERT}"
             )
         try:
-            self._tensors = load_file(self._path)
-        except (OSError, SafetensorError) as error:
-            raise AdapterFolderError(f"{self._path}: not readable as safetensors ({error})") from None
+            self._tensors = load_tensors(folder, ADAPTER_WEIGHTS, most_values)
+        except (OSError, ValueError) as error:
+            raise AdapterFolderError(f"{self._path}: {error}") from None
 
     def take(self, layer: int, linear: str, out: int, into: int) -> Factors | None:
         """The factors of a linear [out, into]; None where it is not adapted."""
@@ -96,8 +98,9 @@ class _Weights:
                 f"{self._path}: tensor {name!r} has shape {tuple(found.shape)}, this model and {ADAPTER_CONFIG} need "
                 f"{shape}; was it trained on another model?"
             )
-        if not found.is_floating_point():
-            raise AdapterFolderError(f"{self._path}: tensor {name!r} is of {found.dtype}; it must be floating-point")
+        if found.dtype not in DTYPES:
+            kinds = ", ".join(sorted(str(each) for each in DTYPES))
+            raise AdapterFolderError(f"{self._path}: tensor {name!r} is of {found.dtype}; it must be one of {kinds}")
         value = found.to(self._dtype)
         if not torch.isfinite(value).all():
             raise AdapterFolderError(f"{self._path}: tensor {name!r} has values that are not finite")

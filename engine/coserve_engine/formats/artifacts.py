@@ -37,6 +37,18 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     scratch = path.with_name(f".{path.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        _fill(scratch, texts, tensors)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a volume that is full, the half of a checkpoint is a waste
+        raise
+    replace_folder(scratch, path)
+    for folder in (path.parent, *(folder.parent for folder in made)):
+        _sync(folder)
+    return digest(path / MANIFEST)
+
+
+def _fill(scratch: Path, texts: Mapping[str, str], tensors: Mapping[str, dict[str, torch.Tensor]]) -> None:
     scratch.mkdir(parents=True)
     for name, text in texts.items():
         (scratch / name).write_text(text)
@@ -48,10 +60,6 @@ def write_folder(path: Path, texts: Mapping[str, str], tensors: Mapping[str, dic
     for name in [*names, MANIFEST]:
         _sync(scratch / name)
     _sync(scratch)
-    replace_folder(scratch, path)
-    for folder in (path.parent, *(folder.parent for folder in made)):
-        _sync(folder)
-    return digest(path / MANIFEST)
 
 
 def peft_files(

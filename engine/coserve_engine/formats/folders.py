@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coserve_engine.errors import CheckpointError
+from coserve_engine.formats.opened import TEXT_BYTES, check_beneath, opened
 
 MANIFEST = "manifest.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -70,25 +71,35 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_folder(path: Path, sha256: str | None = None) -> str:
-    """Check every file of `path` against its manifest, and the manifest against `sha256` where given.
+def verify_folder(path: Path, sha256: str | None = None, root: Path | None = None) -> str:
+    """Check every file of `path` against its manifest, and the manifest against `sha256` where given. No link is
+    followed: of the files, of `path`, and of the folders from `root` down to it where that is given.
 
     Raises:
         CheckpointError: a file is missing or differs; the message names it.
     """
     manifest = path / MANIFEST
     try:
-        found = digest(manifest)
-        raw: dict[str, Any] = json.loads(manifest.read_text())["files"]
-        files = {name: str(entry["sha256"]) for name, entry in raw.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if root is not None:
+            check_beneath(root, path)
+        with opened(path, MANIFEST) as file:
+            content = file.read(TEXT_BYTES)
+    except OSError as error:
         raise CheckpointError(f"{manifest}: not readable ({error}); the folder is incomplete") from None
+    found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise CheckpointError(f"{manifest}: sha256 is {found}, expected {sha256}; the folder was changed")
+    try:
+        raw: dict[str, Any] = json.loads(content)["files"]
+        files = {name: str(entry["sha256"]) for name, entry in raw.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{manifest}: not readable ({error}); the folder is incomplete") from None
     for name, expected in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file}: named in the manifest but missing")
-        if digest(file) != expected:
-            raise CheckpointError(f"{file}: its checksum differs from the manifest; the file is corrupt")
+        try:
+            with opened(path, name) as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: named in the manifest but missing ({error})") from None
+        if actual != expected:
+            raise CheckpointError(f"{path / name}: its checksum differs from the manifest; the file is corrupt")
     return found

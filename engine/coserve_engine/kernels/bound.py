@@ -52,41 +52,50 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class BoundBatch:
-    """`layout` as the tensors that its T rows are computed with.
+class BoundRows:
+    """`layout` as the tensors that every table computes its T rows with.
 
     Args:
         tokens, positions, write: [T].
-        table: [n, most pages] of the n decode rows, null pages where a sequence has fewer; or else `singles`, the pages
-        of each. `calls`: of the layout's.
         sample_rows: [padded number of rows to sample].
         targets: [n], of each of the layout's `scored`.
         rope: `rope_table`.
-        readers, hidden: by a mask's reach, how the decode rows' keys and values are read, or which of the table's they
-        do not see; made when first asked for.
     """
 
     layout: BatchLayout
     tokens: torch.Tensor
     positions: torch.Tensor
     write: torch.Tensor
-    table: torch.Tensor
-    singles: tuple[PageRun, ...]
-    calls: tuple[PageRun, ...]
-    adapters: AdapterRows
     kept: tuple[KeptRows, ...]
     sample_rows: torch.Tensor
     choices: BoundChoices
     targets: tuple[torch.Tensor, ...]
     rope: torch.Tensor
-    readers: dict[int | None, tuple[Reader, ...]] = field(default_factory=dict)
-    hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, 1, D]."""
         cos, sin = self.rope[:, self.positions].unsqueeze(2)
         return cos, sin
+
+
+@dataclass(frozen=True)
+class BoundBatch(BoundRows):
+    """With what plain operators read of it.
+
+    Args:
+        table: [n, most pages] of the n decode rows, null pages where a sequence has fewer; or else `singles`, the pages
+        of each. `calls`: of the layout's.
+        readers, hidden: by a mask's reach, how the decode rows' keys and values are read, or which of the table's they
+        do not see; made when first asked for.
+    """
+
+    table: torch.Tensor
+    singles: tuple[PageRun, ...]
+    calls: tuple[PageRun, ...]
+    adapters: AdapterRows
+    readers: dict[int | None, tuple[Reader, ...]] = field(default_factory=dict)
+    hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,13 @@ class BoundUnit(UnitRows):
     @cached_property
     def angles(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [R, 1, D]."""
-        cos, sin = self.rope[:, self.state.positions[self.rows]].unsqueeze(2)
+        cos, sin = self.rope[:, self.positions].unsqueeze(2)
         return cos, sin
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[R], in the sequence."""
+        return self.state.positions[self.rows]
 
 
 def bind(
@@ -130,11 +144,8 @@ def bind(
 ) -> BoundBatch:
     """`paged`: whether the pages of decode rows are to be one table; `sequences` and `passes` are the layout's."""
     columns = Columns()
-    count, rows, total = layout.request_rows, layout.rows, len(layout.tokens)
-    pieces = [(0, total)] if not layout.windows else [(0, count), (rows, total)]
-    placed = [_put_places(layout, start, stop, columns) for start, stop in pieces]
-    sampled, targets = columns.ints(layout.sample_rows), [columns.ints(some.targets) for some in layout.scored]
-    table = _put_table(layout.singles if paged else (), columns)
+    rows = put_rows(layout, passes, shared, columns)
+    table = put_table(layout.singles if paged else (), columns)
     singles = PageRun.put([] if paged else [call.pages for call in layout.singles], columns)
     calls = PageRun.put([call.pages for call in layout.calls], columns)
     adapted: list[tuple[LoraWeights, list[int]]] = []
@@ -143,35 +154,54 @@ def bind(
         assert weights is not None  # or the layout would not name it
         adapted.append((weights, members))
     adapters = _put_adapters(adapted, shared.numerics, columns)
-    choices = BoundChoices.put(ChoiceLayout.of(layout.choices, shared.vocab, shared.numerics.row_multiple), columns)
     staged = shared.device.stage_columns(columns)
-    parts = [staged.ints[at].view(3, -1) for at in placed]
     tuned: list[LoraGroup] = []
-    kept: list[KeptRows] = []
-    for n, (pass_id, start, stop, first) in enumerate(layout.windows):
+    for pass_id, start, stop, first in layout.windows:
         state, window = passes[pass_id], slice(first, first + stop - start)
-        parts.insert(1 + n, state.places[:, window])
         tuned.append(LoraGroup(state.weights, slice(start, stop), state.drop(window)))
-        kept.append(KeptRows(state, start, stop, first))
-    places = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return BoundBatch(
-        layout,
-        tokens=_known(places[0], layout, shared.chosen),
-        positions=places[1],
-        write=places[2],
+        **vars(rows(staged)),
         table=table(staged),
         singles=singles(staged),
         calls=calls(staged),
         adapters=(*(rows(staged) for rows in adapters), *tuned),
-        kept=tuple(kept),
-        sample_rows=staged.ints[sampled],
-        choices=choices(staged),
-        targets=tuple([staged.ints[at] for at in targets]),
-        rope=shared.rope,
     )
 
 
-def _put_table(calls: Sequence[TileCall], columns: Columns) -> Callable[[Staged], torch.Tensor]:
+def put_rows(
+    layout: BatchLayout, passes: Mapping[int, PassTensors], shared: Shared, columns: Columns
+) -> Callable[[Staged], BoundRows]:
+    """Put the rows of a batch among what will be staged; to be called with that."""
+    count, rows, total = layout.request_rows, layout.rows, len(layout.tokens)
+    pieces = [(0, total)] if not layout.windows else [(0, count), (rows, total)]
+    placed = [_put_places(layout, start, stop, columns) for start, stop in pieces]
+    sampled, targets = columns.ints(layout.sample_rows), [columns.ints(some.targets) for some in layout.scored]
+    choices = BoundChoices.put(ChoiceLayout.of(layout.choices, shared.vocab, shared.numerics.row_multiple), columns)
+
+    def bound(staged: Staged) -> BoundRows:
+        parts = [staged.ints[at].view(3, -1) for at in placed]
+        kept: list[KeptRows] = []
+        for n, (pass_id, start, stop, first) in enumerate(layout.windows):
+            state = passes[pass_id]
+            parts.insert(1 + n, state.places[:, first : first + stop - start])
+            kept.append(KeptRows(state, start, stop, first))
+        places = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return BoundRows(
+            layout,
+            tokens=_known(places[0], layout, shared.chosen),
+            positions=places[1],
+            write=places[2],
+            kept=tuple(kept),
+            sample_rows=staged.ints[sampled],
+            choices=choices(staged),
+            targets=tuple([staged.ints[at] for at in targets]),
+            rope=shared.rope,
+        )
+
+    return bound
+
+
+def put_table(calls: Sequence[TileCall], columns: Columns) -> Callable[[Staged], torch.Tensor]:
     """Pages [n, most pages] of n calls, null pages where one has fewer: put among what will be staged."""
     most = max([len(call.pages) for call in calls], default=0)
     flat: list[int] = []

@@ -65,6 +65,11 @@ def row_keys(seed: int, uid: int, epoch: int, positions: torch.Tensor, turn: int
     return _shift_xor_(_mix_(positions.to(torch.int32) ^ _signed(_fold(*address))), 16)
 
 
+def column_fold(layer: int, linear: str) -> int:
+    """What the columns of a mask are hashed with, an int32; `linear`: a name of LINEARS."""
+    return _signed(_fold(layer, LINEARS.index(linear)))
+
+
 def dropout_mask(rows: torch.Tensor, layer: int, linear: str, channels: int, p: float) -> torch.Tensor:
     """Which inputs of an adapter's A are kept.
 
@@ -77,7 +82,7 @@ def dropout_mask(rows: torch.Tensor, layer: int, linear: str, channels: int, p: 
         bool [R, channels], True where kept: where the hash, as an int32, is at least p * 2^32 - 2^31.
     """
     columns = torch.arange(channels, dtype=torch.int32, device=rows.device)
-    columns = _shift_xor_(_mix_(columns ^ _signed(_fold(layer, LINEARS.index(linear)))), 16)
+    columns = _shift_xor_(_mix_(columns ^ column_fold(layer, linear)), 16)
     return _mix_(rows.unsqueeze(1) ^ columns) >= round(p * 2.0**32) - (1 << 31)
 
 

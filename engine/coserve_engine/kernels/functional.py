@@ -68,3 +68,12 @@ def swiglu_backward(
     dgate = dh * up
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return dgate, silu.mul_(dh)
+
+
+def log_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Log-softmax of logits [N, vocab], in their place: what training, evaluation and sampling all report.
+
+    N must be a multiple of the row multiple, as for the GEMM before it: the sum of a lone row may be split over
+    threads, and then has other bits.
+    """
+    return scores.sub_(torch.logsumexp(scores, -1, keepdim=True))

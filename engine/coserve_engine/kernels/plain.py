@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn import functional
@@ -16,10 +16,12 @@ from coserve_engine.kernels.bound import BoundBatch, BoundUnit, Shared
 from coserve_engine.kernels.functional import (
     encode_heads,
     encode_heads_backward,
+    log_probabilities,
     rms_norm,
     rms_norm_backward,
     swiglu_backward,
 )
+from coserve_engine.kernels.protocol import Graphs, Mixed
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
@@ -63,6 +65,14 @@ class PlainKernels(Generic[B]):
     attention: Attention
     masks: tuple[Mask, ...]
     rope: torch.Tensor
+
+    @property
+    def graphs(self) -> Graphs[B] | None:
+        return None
+
+    @property
+    def mixed(self) -> Mixed[B] | None:
+        return None
 
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
         """In the dtype of sums; here all is computed in one."""
@@ -125,10 +135,15 @@ class PlainKernels(Generic[B]):
         return self._narrow(functional.silu(self._wide(gate)).mul_(up))
 
     def keep(self, layer: int, b: B, values: Mapping[str, torch.Tensor]) -> None:
+        stores: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
         for state, start, stop, first in b.kept:
             if state.layout.training:
                 for name, store in state.kept[layer].items():
-                    store[first : first + stop - start] = values[name][start:stop]
+                    stores.append(store[first : first + stop - start])
+                    rows.append(values[name][start:stop])
+        if stores:
+            torch._foreach_copy_(stores, rows)
 
     def keep_final(self, b: B, x: torch.Tensor) -> None:
         for state, start, stop, first in b.kept:
@@ -139,6 +154,25 @@ class PlainKernels(Generic[B]):
 
     def sampled(self, b: B, x: torch.Tensor) -> torch.Tensor:
         return x[b.sample_rows]
+
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return log_probabilities(logits)
+
+    # ---- the head of a pass ----
+
+    @property
+    def head_rows(self) -> int:
+        return 0
+
+    def score(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        logp = log_probabilities(logits)
+        return logp.gather(1, targets.unsqueeze(1)).squeeze(1), logp
+
+    def score_backward(self, kept: Any, targets: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """d logp[target] / d logits = onehot(target) - softmax."""
+        logp, slope = kept, slope.unsqueeze(1)
+        dlogits: torch.Tensor = logp.exp_().mul_(-slope).scatter_add_(1, targets.unsqueeze(1), slope)
+        return dlogits
 
     # ---- backward of a unit ----
 

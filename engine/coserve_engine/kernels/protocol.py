@@ -7,7 +7,7 @@ Shapes: T rows of a batch, R of a unit; H hidden, D of a head. A word may use it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -36,6 +36,52 @@ class Adapted(Protocol):
         """Of its adapter."""
 
 
+class Fixed(NamedTuple):
+    """What a captured forward has room for: so many rows, each of a sequence of at most so many pages, of at most so
+    many adapters of at most such a rank. `others`: of the rows, those that no decode row can have, 0 where decode is
+    all; `block`: the most rows that those of one adapter are taken by.
+    """
+
+    rows: int
+    pages: int
+    adapters: int
+    rank: int
+    others: int = 0
+    block: int = 0
+
+
+class Graphs(Protocol[B]):
+    """Batches of decode rows whose tensors stay where they are."""
+
+    def adapters(self, rows: int) -> tuple[int, ...]:
+        """For how many adapters at most a forward of so many rows is to be captured each, ascending from 0."""
+
+    def takes(self, layout: BatchLayout) -> bool:
+        """Whether a batch so laid out can be put into one of as many rows."""
+
+    def fixed(self, size: Fixed, device: Device) -> B:
+        """A batch of that size; its rows are nobody's."""
+
+    def fill(self, into: B, b: B) -> None:
+        """Put a batch, bound, into a fixed one of as many rows, which has room for it."""
+
+
+class Mixed(Protocol[B]):
+    """Batches of decode rows beside prompts and windows whose tensors stay where they are."""
+
+    def forms(self, size: Fixed) -> tuple[Fixed, ...]:
+        """That size, for each way to compute its adapters' rows."""
+
+    def fixed(self, size: Fixed, device: Device) -> B:
+        """A batch of that size; its rows are nobody's."""
+
+    def holds(self, into: B, b: B) -> bool:
+        """Whether a fixed batch has room for one, bound, of as many rows."""
+
+    def fill(self, into: B, b: B) -> None:
+        """Put it there."""
+
+
 class Kernels(Protocol[B, U]):
     """How a model is computed on one device in one choice of dtypes."""
 
@@ -44,8 +90,20 @@ class Kernels(Protocol[B, U]):
         """Whether a row's bits are to depend on its sequence alone: worth probing."""
 
     @property
+    def turned(self) -> bool:
+        """Whether products read copies of an adapter's factors that lie turned (`tensors.lora`)."""
+
+    @property
     def fused(self) -> tuple[tuple[str, ...], ...]:
         """Groups of linears whose weights are to be one."""
+
+    @property
+    def graphs(self) -> Graphs[B] | None:
+        """How a forward of decode rows is captured, where it can be."""
+
+    @property
+    def mixed(self) -> Mixed[B] | None:
+        """The same of one with others."""
 
     def notes(self) -> Iterator[str]:
         """Lines for the log: what was chosen and why."""
@@ -114,10 +172,25 @@ class Kernels(Protocol[B, U]):
     def sample(self, logits: torch.Tensor, b: B, counts: TokenCounts) -> torch.Tensor:
         """Tokens [N], int64, by the batch's choices from logits [N, vocab]; `counts` are of rows with penalties."""
 
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits [N, vocab], in their place, N padded to the row multiple: what is reported, and has a target's bits
+        that `score` gives.
+        """
+
     # ---- backward of a unit ----
 
     def bind_unit(self, state: PassTensors, layer: int, first: int, end: int) -> U:
         """Tiles [first, end) of a pass in one layer."""
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of a pass that meet the head at once; 0: tile by tile, whose sums are then the same in any unit."""
+
+    def score(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Log-probabilities [N] of targets [N] by logits [N, vocab], and what their backward wants; uses logits up."""
+
+    def score_backward(self, kept: Any, targets: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """d loss / d logits [N, vocab] for slope [N], d loss / d log-probability; uses `kept` up."""
 
     def logits_backward(self, dlogits: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         """dx [N, H]; the head is frozen."""

@@ -1,8 +1,8 @@
 """Choosing tokens, all rows of an iteration at once; a row's choice depends on that row alone.
 
 Randomness is addressed, not drawn: (seed, position) names the number, so a replay chooses the same token. A token is
-found by inverting the distribution's sum: over the vocabulary as it is where nothing is cut off, else over the
-likeliest tokens in order.
+found by inverting the sum over those that may be drawn, in the order of their ids. Where these end is told by the last
+value that top_k and top_p keep, and by how many of the tokens that have it, the lower ids first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from coserve_engine.tensors.counts import ONCE_MORE, TokenCounts
 
 CANDIDATES = 256
 
-Likeliest = Callable[[torch.Tensor, "BoundChoices", torch.Tensor], torch.Tensor]
-"""(p [D, vocab] of the drawn rows, choices, u [D, 1]) -> tokens of the rows that are cut."""
+Draw = Callable[[torch.Tensor, "BoundChoices", torch.Tensor], torch.Tensor]
+"""(p [D, vocab] of the drawn rows, choices, u [D, 1]) -> tokens [D]; any of the vocabulary where p is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,55 +144,65 @@ def _count(tokens: torch.Tensor, choices: BoundChoices, counts: TokenCounts) -> 
 # ---- the choice ----
 
 
-def choose(logits: torch.Tensor, choices: BoundChoices, counts: TokenCounts, likeliest: Likeliest) -> torch.Tensor:
+def choose(logits: torch.Tensor, choices: BoundChoices, counts: TokenCounts, draw: Draw) -> torch.Tensor:
     """A token, int64, for each row of logits [N, vocab]; `counts` are of those with penalties."""
     layout = choices.layout
     scores = process(logits, choices, counts)
     tokens = scores.argmax(-1)
     if layout.drawn:
         rows, some = choices.ints("drawn"), slice(layout.draws)
-        tokens.index_copy_(0, rows[some], _draw(scores[rows], choices, likeliest)[some])
+        u = uniforms(choices.ints("seed"), choices.ints("position")).unsqueeze(1)
+        tokens.index_copy_(0, rows[some], draw(_probabilities(scores[rows], choices), choices, u)[some])
     if layout.penalties.rows:
         _count(tokens, choices, counts)
     return tokens
 
 
-def _draw(scores: torch.Tensor, choices: BoundChoices, likeliest: Likeliest) -> torch.Tensor:
-    """A token for each of the drawn rows' scores [D, vocab]; none for those that are padding."""
-    layout, vocab = choices.layout, scores.shape[1]
-    u = uniforms(choices.ints("seed"), choices.ints("position")).unsqueeze(1)
+def _probabilities(scores: torch.Tensor, choices: BoundChoices) -> torch.Tensor:
+    """Of the drawn rows' scores [D, vocab], zero where min_p cuts them off; their sum is not one then."""
     p = torch.softmax(scores / choices.column("temperature").to(scores.dtype), -1)
-    if any(layout.min_p):
+    if any(choices.layout.min_p):
         p = p.where(p >= choices.column("min_p").to(p.dtype) * p.amax(-1, keepdim=True), 0.0)
-    tokens = torch.zeros(p.shape[0], dtype=torch.int64, device=p.device)
-    if layout.whole:
-        some = choices.ints("whole")
-        mass = p[some].cumsum(-1, dtype=torch.float64)
-        found = torch.searchsorted(mass, u[some] * mass[:, -1:], right=True).clamp_(max=vocab - 1)
-        tokens.index_copy_(0, some, found.squeeze(1))
-    if layout.cut:
-        tokens.index_copy_(0, choices.ints("cut"), likeliest(p, choices, u))
-    return tokens
+    return p
 
 
 def sorted_whole(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
-    """`Likeliest` that sorts all tokens: nothing is asked of the host."""
-    return _among_likeliest(p, choices, u, choices.ints("cut"), p.shape[1])[0]
+    """`Draw` that sorts all tokens: nothing is asked of the host."""
+    tokens = _drawn_whole(p, choices, u)
+    if choices.layout.cut:
+        some = choices.ints("cut")
+        tokens.index_copy_(0, some, _among_likeliest(p, choices, u, some, p.shape[1])[0])
+    return tokens
 
 
 def widening(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
-    """`Likeliest` for a CPU, where sorting a vocabulary takes longer than all the rest: the likeliest CANDIDATES are
+    """`Draw` for a CPU, where sorting a vocabulary takes longer than all the rest: the likeliest CANDIDATES are
     tried first, then more of them; only a row that is nearly flat is sorted whole.
     """
-    left, width = choices.layout.cut[: choices.layout.cuts], min(CANDIDATES, p.shape[1])
-    tokens = torch.zeros(p.shape[0], dtype=torch.int64)
+    tokens = _drawn_whole(p, choices, u)
+    left, width = choices.layout.cut[: choices.layout.cuts], min(CANDIDATES + 1, p.shape[1])
     while left:
         some = torch.tensor(repeat_last(left, ROWS))
         found, decided = _among_likeliest(p, choices, u, some, width)
         tokens[some] = found
         left = [place for place, done in zip(left, decided.tolist(), strict=False) if not done]
         width = min(16 * width, p.shape[1])
-    return tokens[choices.ints("cut")]
+    return tokens
+
+
+def _drawn_whole(p: torch.Tensor, choices: BoundChoices, u: torch.Tensor) -> torch.Tensor:
+    """Tokens [D] of which those of the rows that nothing cuts are drawn."""
+    tokens = torch.zeros(p.shape[0], dtype=torch.int64, device=p.device)
+    if choices.layout.whole:
+        some = choices.ints("whole")
+        tokens.index_copy_(0, some, _inverted(p[some], u[some]))
+    return tokens
+
+
+def _inverted(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Where the sum of each row of p [N, n] is first more than u [N, 1] times the whole: [N]."""
+    mass = p.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(mass, u * mass[:, -1:], right=True).clamp_(max=p.shape[1] - 1).squeeze(1)
 
 
 def _among_likeliest(
@@ -204,18 +214,36 @@ def _among_likeliest(
     """
     p, u, top_k, top_p = p[some], u[some], choices.column("top_k")[some], choices.column("top_p")[some]
     if width == p.shape[1]:
-        values, order = p.sort(descending=True, stable=True)
-    else:
-        values, order = p.topk(width)
-    ranks = torch.arange(width, device=p.device)
+        values = p.sort(descending=True).values
+        last, equal = _ends(values, p, top_k, top_p)
+        return _inverted(_kept(p, last, equal), u), torch.ones_like(some, dtype=torch.bool)
+    values, tokens = p.topk(width)
+    last, equal = _ends(values, p, top_k, top_p)
+    within = (top_k <= width) | (top_k >= p.shape[1])
+    within &= (last > values[:, -1:]) | (last == 0)  # or others that equal the last may come before those that are seen
+    tokens = tokens.sort(-1).values
+    place = _inverted(_kept(p.gather(1, tokens), last, equal), u)
+    return tokens.gather(1, place.unsqueeze(1)).squeeze(1), within.squeeze(1)
+
+
+def _ends(
+    values: torch.Tensor, p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last value that is kept of p [N, vocab], whose likeliest in order are `values` [N, width], and how many are
+    kept of those that have it: [N, 1] each, the last of `values` where more of them are kept.
+    """
+    width, vocab = values.shape[1], p.shape[1]
     mass = values.cumsum(-1, dtype=torch.float64)
-    within = top_k <= width
-    last_rank = top_k.clamp(max=width).long() - 1
-    total = torch.where(top_k < p.shape[1], mass.gather(1, last_rank), p.sum(-1, keepdim=True, dtype=torch.float64))
+    kth = mass.gather(1, top_k.clamp(max=width).long() - 1)
+    total = torch.where(top_k < vocab, kth, p.sum(-1, keepdim=True, dtype=torch.float64))
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], 1)
+    ranks = torch.arange(width, device=p.device)
     kept = ((before < top_p * total) & (ranks < top_k)).sum(-1, keepdim=True).clamp_(min=1)
-    nucleus_within = (top_k >= p.shape[1]) & (mass[:, -1:] >= top_p * total)
-    decided = within | nucleus_within if width < p.shape[1] else torch.ones_like(within)
-    target = u * mass.gather(1, kept - 1)
-    place = torch.searchsorted(mass, target, right=True).minimum(kept - 1)
-    return order.gather(1, place).squeeze(1), decided.squeeze(1)
+    last = values.gather(1, kept - 1)
+    return last, kept - (values > last).sum(-1, keepdim=True)
+
+
+def _kept(p: torch.Tensor, last: torch.Tensor, equal: torch.Tensor) -> torch.Tensor:
+    """p [N, n], zero where it is less than `last` [N, 1], or behind the first `equal` [N, 1] that are the same."""
+    same = p == last
+    return p.where((p > last) | (same & (same.cumsum(-1) <= equal)), 0.0)

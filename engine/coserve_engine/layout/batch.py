@@ -120,8 +120,9 @@ def lay_out(
     sequences: Mapping[int, Placed],
     passes: Mapping[int, PassLayout],
     numerics: Numerics,
+    least: int = 0,
 ) -> BatchLayout:
-    """Lay out `segments` (decode, then prefill, then finetuning) as one batch."""
+    """Lay out `segments` (decode, then prefill, then finetuning) as one batch of at least so many rows."""
     tokens: list[int] = []
     positions: list[int] = []
     write: list[int] = []
@@ -184,7 +185,7 @@ def lay_out(
                 calls.append(make(TileCall, (start, stop_row, 0, tile_end, covered, rows.training)))
         windows.append(Window(segment.slot, row, row + segment.length, first))
         row += segment.length
-    padding = numerics.pad(row) - row
+    padding = max(numerics.pad(row), least) - row
     return BatchLayout(
         tokens=(*tokens, *([0] * padding)),
         positions=(*positions, *([0] * padding)),

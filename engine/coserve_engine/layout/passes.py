@@ -40,7 +40,7 @@ def tile_spans(lengths: tuple[int, ...], numerics: Numerics) -> tuple[TileSpan, 
 
 class TileRows(NamedTuple):
     """Rows of a pass in one tile that carry weight are [first, stop) of a list of rows; with the last of them repeated
-    up to the row multiple they are [first, end).
+    up to a multiple they are [first, end).
     """
 
     first: int
@@ -49,14 +49,16 @@ class TileRows(NamedTuple):
 
 
 def weighted_rows(
-    spans: Sequence[TileSpan], weights: Sequence[float], numerics: Numerics
+    spans: Sequence[TileSpan], weights: Sequence[float], multiple: int
 ) -> tuple[list[int], tuple[TileRows, ...]]:
-    """The list of rows and, for each of the `spans`, where in it its own are; `weights` are of all rows of the pass."""
+    """The list of rows and, for each of the `spans`, where in it its own are, padded to a multiple; `weights` are of
+    all rows of the pass.
+    """
     rows: list[int] = []
     tiles = []
     for span in spans:
         found = list(compress(range(span.start, span.stop), weights[span.start : span.stop]))
-        padded = repeat_last(found, numerics.row_multiple)
+        padded = repeat_last(found, multiple)
         tiles.append(TileRows(len(rows), len(rows) + len(found), len(rows) + len(padded)))
         rows += padded
     return rows, tuple(tiles)

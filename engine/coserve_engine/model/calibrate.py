@@ -7,7 +7,7 @@ It has a budget. What matters most is measured first; what there was no time for
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
@@ -177,8 +177,14 @@ class _Run:
         segments = tuple(Segment(kind, slot, start, length, sample=True) for slot in slots)
         pages = executor.ledger.reserve("calibration", executor.numerics.pages(len(tokens)))
         rows = {slot: SequenceRows(tokens, pages) for slot in slots}
-        self._time(work, partial(executor.forward, segments, rows))
+        self._time(work, partial(self._choose, segments, rows))
         executor.ledger.free("calibration")
+
+    def _choose(self, segments: tuple[Segment, ...], rows: Mapping[int, SequenceRows]) -> None:
+        """A forward and the tokens that come of it."""
+        forwarded = self._executor.forward(segments, rows)
+        assert forwarded is not None  # nobody ends it
+        self._executor.sample(forwarded)
 
     def _pass(self, length: int) -> None:
         """A pass of so many tokens, closed early where the time is up. It takes half of what is left at most, since

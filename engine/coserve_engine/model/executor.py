@@ -18,19 +18,22 @@ from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import check_length, read_model_config
 from coserve_engine.kernels.functional import repeat_last_row
+from coserve_engine.kernels.protocol import Fixed
 from coserve_engine.kernels.sampling import BoundChoices
 from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import BatchLayout, lay_out
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head, outcome
-from coserve_engine.model.loading import load_weights
+from coserve_engine.model.graphs import DecodeGraphs
+from coserve_engine.model.loading import Read, load_weights
 from coserve_engine.model.losses import LOSSES, LossTerms
+from coserve_engine.model.mixed import MixedForwards, mixed_sizes
 from coserve_engine.model.outcome import Sampled
 from coserve_engine.model.passes import PassState
 from coserve_engine.model.rope import rope_table
 from coserve_engine.model.sequences import Computable
-from coserve_engine.model.transformer import Transformer
+from coserve_engine.model.transformer import Between, Transformer
 from coserve_engine.scheduler.pages import PageLedger
 from coserve_engine.scheduler.plan import Segment, Unit
 from coserve_engine.tensors.buffers import Buffers, keep_freed_memory
@@ -64,7 +67,8 @@ class Forwarded:
 class Executor:
     """Model, cache and live passes of one engine on one device."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, copies: Device | None = None, read: Read | None = None) -> None:
+        """`copies` and `read` stand for the device's own, and for `read_tensors`, where there is neither."""
         torch.set_num_threads(config.threads)
         keep_freed_memory()
         folder = Path(config.model_path)
@@ -75,12 +79,13 @@ class Executor:
         check_length(folder, self.model, config.max_model_length)
         self.reaches = mean_reaches(self.numerics.reaches(self.model.windows))
         self.dtypes, self.device = Dtypes.of(config.dtype), torch.device(config.device)
-        self.copies: Device = device_of(self.device)
+        self.copies: Device = copies or device_of(self.device)
         """Between host and device."""
         positions = self.numerics.pad(config.max_model_length)
         rope = rope_table(self.model.rope, self.model.head_size, positions, self.dtypes.accumulate, self.device)
-        self.kernels = select(self.model, self.numerics, self.dtypes, rope, backward=config.finetuning)
-        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels)
+        how = {"backward": config.finetuning, "exact": config.exact, "fallback": config.kernel_fallback}
+        self.kernels = select(self.model, self.numerics, self.dtypes, rope, **how)
+        weights = load_weights(folder, self.model, self.dtype, self.device, self.kernels, read)
         self.transformer = Transformer(self.model, weights, self.kernels)
         pages = config.kv_cache_bytes // KVCache.page_bytes(self.model, self.numerics, self.dtypes.cache)
         if pages <= self.numerics.pages(positions):
@@ -94,6 +99,8 @@ class Executor:
         self.counts = TokenCounts(self.model.vocab_size, self.copies)
         self._chosen = torch.zeros(0, dtype=torch.int64, device=self.device)
         """[N], what the rows of the last forward that sampled chose."""
+        self.graphs: tuple[DecodeGraphs | MixedForwards, ...] = ()
+        """Forwards that were captured."""
         self.passes: dict[int, PassState] = {}
         self.pass_ids = itertools.count(1)
 
@@ -107,7 +114,7 @@ class Executor:
 
     def trained(self, layout: LoraLayout, param: torch.Tensor) -> LoraWeights:
         """To compute with parameters [layout.size] that a job changes."""
-        return LoraWeights.trained(layout, param, self.dtypes.compute)
+        return LoraWeights.trained(layout, param, self.dtypes.compute, turned=self.kernels.turned)
 
     def open_pass(
         self,
@@ -137,6 +144,7 @@ class Executor:
             terms,
             seed,
             self.config.pass_bytes,
+            1 if self.kernels.head_rows else self.numerics.row_multiple,
         )
         self.passes[work.id] = state
         return state
@@ -148,6 +156,36 @@ class Executor:
             self._scrub(tuple(page for table in state.layout.tables for page in table))
         self.ledger.free(f"pass:{pass_id}")
         self.buffers.release(pass_id)
+
+    def capture(self, clock: Callable[[], float] | None = None) -> int:
+        """Capture forwards where kernels can be: with others beside decode rows first, which are larger. Returns how
+        many; with a clock only those sizes of others that are worth it.
+        """
+        config, kernels = self.config, self.kernels
+        pages = self.numerics.pages(self.numerics.pad(config.max_model_length))
+        most = Fixed(config.places, pages, config.places, config.max_rank)
+        made: list[DecodeGraphs | MixedForwards] = []
+        if kernels.mixed is not None:
+            sizes = mixed_sizes(config.places, config.max_batch_tokens, self.numerics)
+            mixed = MixedForwards(kernels.mixed, self._part, self.model.layers, self.copies, sizes, most)
+            if clock is not None:
+                mixed.trim(clock)
+            made.append(mixed)
+        if kernels.graphs is not None:
+            made.append(DecodeGraphs(kernels.graphs, self._decode, self.copies, self.numerics, most))
+        captured = sum([graphs.capture() for graphs in made])
+        self.graphs = tuple(made)
+        return captured
+
+    def _part(self, first: int, end: int, between: Between | None, batch: Any) -> Between:
+        """Of a batch."""
+        return self.transformer.part(first, end, between, batch, self.cache)
+
+    def _decode(self, batch: Any) -> torch.Tensor:
+        """Hidden rows [T, H] of a batch of decode rows."""
+        hidden = self.transformer.forward(batch, self.cache, lambda layer: True)
+        assert hidden is not None  # nobody ends it
+        return hidden
 
     def _scrub(self, pages: tuple[int, ...]) -> None:
         self.cache.scrub(self.copies.stage(pages, torch.int64))
@@ -164,12 +202,13 @@ class Executor:
     def bind(self, segments: tuple[Segment, ...], sequences: Mapping[int, Computable]) -> tuple[BatchLayout, Any]:
         """The layout of a batch, and the batch as the kernels have bound it."""
         passes = {pass_id: state.layout for pass_id, state in self.passes.items()}
-        layout = lay_out(segments, sequences, passes, self.numerics)
+        least = max([graphs.rows(segments) for graphs in self.graphs], default=0)
+        layout = lay_out(segments, sequences, passes, self.numerics, least)
         return layout, self.kernels.bind(layout, sequences, self.passes, self.copies, self._chosen)
 
     def run(self, layout: BatchLayout, batch: Any, goes_on: Callable[[int], bool]) -> Forwarded | None:
         """Run a bound batch. None where `goes_on` (`Transformer.forward`) ended it: nothing has happened then."""
-        hidden = self.transformer.forward(batch, self.cache, goes_on)
+        hidden = self._rows(layout, batch, goes_on)
         if hidden is None:
             return None
         for pass_id, start, stop, first in layout.windows:
@@ -179,6 +218,17 @@ class Executor:
         if count == 0:
             return Forwarded(layout, batch, hidden[:0], hidden)
         return Forwarded(layout, batch, self._logits(self.kernels.sampled(batch, hidden))[:count], hidden)
+
+    def _rows(self, layout: BatchLayout, batch: Any, goes_on: Callable[[int], bool]) -> torch.Tensor | None:
+        """Hidden rows [T, H] of a bound batch, by a graph where there is one."""
+        for graphs in self.graphs:
+            captured: Any = graphs.find(layout, batch)
+            if captured is not None:
+                hidden = graphs.replay(captured, batch, goes_on)
+                if hidden is not None:
+                    self.kernels.keep_final(batch, hidden)
+                return hidden
+        return self.transformer.forward(batch, self.cache, goes_on)
 
     def sample(self, forwarded: Forwarded) -> Sampled:
         """Choose the tokens of a forward, and begin to fetch all that requests get of it."""
@@ -210,7 +260,7 @@ class Executor:
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of rows of logits [N, vocab], in their place; N is a multiple of the row multiple."""
-        return head.log_probabilities(logits)
+        return self.kernels.log_probabilities(logits)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weights = self.transformer.weights

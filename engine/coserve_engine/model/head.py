@@ -1,11 +1,11 @@
-"""The language-model head: logits to sample from, and a loss over targets computed tile by tile.
+"""The language-model head: logits to sample from, and a loss over targets, of a tile or of some at once.
 
-Rows without weight never meet the head; logits of more than a tile never exist; the frozen
-head gets no gradient.
+Rows without weight never meet the head; the frozen head gets no gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,15 +20,6 @@ def logits(hidden: torch.Tensor, norm: torch.Tensor, head: FrozenLinear, kernels
     return kernels.logits(kernels.norm(hidden, norm)[1], head)
 
 
-def log_probabilities(scores: torch.Tensor) -> torch.Tensor:
-    """Log-softmax of logits [N, vocab], in their place: what training, evaluation and sampling all report.
-
-    N must be a multiple of the row multiple, as for the GEMM before it: the sum of a lone row may be split over
-    threads, and then has other bits.
-    """
-    return scores.sub_(torch.logsumexp(scores, -1, keepdim=True))
-
-
 def head_unit(
     state: PassState,
     first: int,
@@ -38,27 +29,34 @@ def head_unit(
     kernels: Kernels[Any, Any],
 ) -> None:
     """Loss of tiles [first, end) of a pass and, when training, its gradient into state.dx."""
-    for index in reversed(range(first, end)):
-        span = state.spans[index]
-        from_row, stop_row, end_row = state.head_tiles[index]
+    for tiles in _at_once(state, first, end, kernels.head_rows):
+        spans, rows = state.spans[tiles], state.head_tiles[tiles]
+        from_row, stop_row, end_row = rows[0].first, rows[-1].stop, rows[-1].end
         count = stop_row - from_row
         if state.training:
-            state.dx[span.start : span.stop].zero_()
+            state.dx[spans[0].start : spans[-1].stop].zero_()
         if count == 0:
             continue
         padded = state.head_rows[from_row:end_row]
         picked = padded[:count]
         x, xn, rstd = kernels.norm(state.final[padded], norm)
-        logp = log_probabilities(kernels.logits(xn, head))
-        targets = state.targets[padded].unsqueeze(1)
+        targets = state.targets[padded]
+        target_logp, kept = kernels.score(kernels.logits(xn, head), targets)
         weights = state.row_weights[padded]
-        target_logp = logp.gather(1, targets).squeeze(1)
         loss, slope = state.terms.loss.coefficient(target_logp, weights, state.terms.inputs[:, padded])
         if state.terms.logp is not None:
             state.terms.logp[picked] = target_logp[:count]
-        state.losses[index] = loss[:count].double().sum()
+        state.losses[tiles.start] = loss[:count].double().sum()
         if state.training:
-            # d logp[target] / d logits = onehot(target) - softmax
-            slope = slope.unsqueeze(1)
-            dlogits = logp.exp_().mul_(-slope).scatter_add_(1, targets, slope)
+            dlogits = kernels.score_backward(kept, targets, slope)
             state.dx[picked] = kernels.norm_backward(kernels.logits_backward(dlogits, head), x, rstd, norm)[:count]
+
+
+def _at_once(state: PassState, first: int, end: int, most: int) -> Iterator[slice]:
+    """Tiles [first, end) that meet the head together, last first: as many as have `most` rows, or one."""
+    while end > first:
+        begin = end - 1
+        while begin > first and state.head_tiles[end - 1].stop - state.head_tiles[begin - 1].first <= most:
+            begin -= 1
+        yield slice(begin, end)
+        end = begin

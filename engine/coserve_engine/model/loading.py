@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from coserve_engine.formats.model_tensors import read_tensors
 from coserve_engine.kernels.protocol import Kernels
 from coserve_engine.tensors.weights import FrozenLinear, LayerWeights, Weights
 
+Read = Callable[[Path, Mapping[str, tuple[int, ...]], torch.dtype, torch.device], Iterable[tuple[str, torch.Tensor]]]
+"""(folder, shape of each tensor, dtype, device) -> name and value of each, as `read_tensors`."""
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _BLOCKS = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
 
@@ -85,16 +88,25 @@ class _Fused:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels[Any, Any]
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels[Any, Any],
+    read: Read | None = None,
 ) -> Weights:
     """Read every tensor of `config` from `folder` as `dtype` on `device`; `kernels` makes the linears.
+
+    Args:
+        read: in the place of `read_tensors`.
 
     Raises:
         ModelFolderError: as `read_tensors`, or a tensor is missing, or a tied model has a head that is no embedding.
     """
     shapes = tensor_shapes(config)
     fused = _Fused(config, kernels.fused, dtype, device)
-    tensors = {name: fused.take(name, tensor) for name, tensor in read_tensors(folder, shapes, dtype, device)}
+    found = (read or read_tensors)(folder, shapes, dtype, device)
+    tensors = {name: fused.take(name, tensor) for name, tensor in found}
     missing = sorted(shapes.keys() - tensors.keys() - ({HEAD} if config.tied else set()))
     if missing:
         tied = ", or set tie_word_embeddings to true in config.json where the embedding is the head"

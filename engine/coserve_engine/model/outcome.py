@@ -1,8 +1,8 @@
 """What requests get of a forward: tokens, whether their logits are finite, log-probabilities. All of it is one row of
 numbers, fetched at once.
 
-Log-probabilities to report come from the model's own distribution, by the function that training uses
-(`head.log_probabilities`) over rows that are the same bits, so the two agree exactly.
+Log-probabilities to report come from the model's own distribution, by the word (`Kernels.log_probabilities`) that has
+the bits of training's, over rows that are the same bits, so the two agree exactly.
 """
 
 from __future__ import annotations

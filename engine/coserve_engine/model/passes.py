@@ -42,9 +42,11 @@ class PassState(PassTensors):
         terms: LossTerms,
         seed: int,
         kept_bytes: int | None,
+        head_multiple: int,
     ) -> None:
         """`buffers` are leased to `work.id`; `terms` are of its loss; `seed` addresses dropout; `kept_bytes` bounds
-        what is kept for backward (None: everything is).
+        what is kept for backward (None: everything is); `head_multiple`: to which a tile's rows are padded for the
+        head.
         """
         self.work, self.terms = work, terms
         self.training = work.mode is PassMode.TRAIN
@@ -59,7 +61,7 @@ class PassState(PassTensors):
             row_weights += [*seq.weights[1:], *([0.0] * (pad + 1))]
         self.targets = device.stage(targets, torch.int64)
         self.row_weights = device.stage(row_weights, dtypes.accumulate)
-        weighted, self.head_tiles = weighted_rows(layout.spans, row_weights, numerics)
+        weighted, self.head_tiles = weighted_rows(layout.spans, row_weights, head_multiple)
         self.head_rows = device.stage(weighted, torch.int64)
         """Rows that meet the head; of each tile its `head_tiles`."""
         tiles = tuple((span.stop - span.start, (span.index + 1) * numerics.tile) for span in layout.spans)

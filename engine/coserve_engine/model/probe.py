@@ -12,12 +12,29 @@ from coserve_engine.kernels.attention import Mask
 from coserve_engine.kernels.cpu.linears import PROBED_ROWS, PackedLinear, differing_rows, probed_rows
 from coserve_engine.kernels.cpu.table import CpuKernels
 from coserve_engine.kernels.functional import rms_norm
+from coserve_engine.model.executor import Executor
+from coserve_engine.model.probe_units import ask_units
+from coserve_engine.model.probe_words import Asked, ask_rows
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.tensors.weights import FrozenLinear
 
 Operation = tuple[str, tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]
 """Name, (rows to try, width of a row), what is done to rows."""
 RANK = 8
+
+
+def differing_operations(executor: Executor) -> tuple[str, ...]:
+    """Names of operations in which a row's bits depend on its batch, or a gradient's on how its pass was cut: of the
+    operators of a CPU, of the words of another device.
+    """
+    backward = executor.config.finetuning
+    if isinstance(executor.kernels, CpuKernels):
+        return probe_row_invariance(executor.transformer, backward=backward)
+    asked = Asked(executor)
+    ask_rows(asked)
+    if backward:
+        ask_units(asked)
+    return asked.odd
 
 
 def probe_row_invariance(transformer: Transformer, *, backward: bool) -> tuple[str, ...]:

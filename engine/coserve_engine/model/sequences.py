@@ -8,7 +8,7 @@ from typing import Protocol
 
 from coserve_engine.kernels.protocol import Adapted
 from coserve_engine.layout.batch import Placed
-from coserve_engine.layout.choices import Choice
+from coserve_engine.layout.choices import Choice, Seen
 from coserve_engine.messages import SamplingParams
 from coserve_engine.tensors.lora import LoraWeights
 
@@ -22,19 +22,19 @@ GREEDY = SamplingParams(max_tokens=1)
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """A sequence that is no request, as calibration has."""
+    """A sequence that is no request, as those at start-up are. `banned` and `seen`: see `Choice`."""
 
     tokens: Sequence[int]
     pages: tuple[int, ...]
     weights: LoraWeights | None = None
+    scored: int | None = None
+    params: SamplingParams = GREEDY
+    banned: tuple[int, ...] = ()
+    seen: Seen | None = None
 
     @property
     def adapter(self) -> int | None:
         return None if self.weights is None else id(self.weights)
 
-    @property
-    def scored(self) -> None:
-        return None
-
     def choice(self) -> Choice:
-        return Choice(GREEDY, len(self.tokens))
+        return Choice(self.params, len(self.tokens), self.banned, self.seen)

@@ -18,6 +18,11 @@ from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.passes import PassTensors, UnitRows
 from coserve_engine.tensors.weights import Weights
 
+Between = tuple[torch.Tensor, torch.Tensor | None]
+"""Rows [T, H] between two layers: what the last one added, and to what; None behind the last of all, where they are
+summed.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
@@ -40,15 +45,23 @@ class Transformer:
 
         Returns hidden [T, H], or None where it was ended.
         """
-        x, residual = self.kernels.embed(self.weights.embed, batch), None
+        between: Between | None = None
         for layer in range(self.config.layers):
             if layer > 0 and not goes_on(layer):
                 return None
+            between = self.part(layer, layer + 1, between, batch, cache)
+        assert between is not None  # there is a layer
+        self.kernels.keep_final(batch, between[0])
+        return between[0]
+
+    def part(self, first: int, end: int, between: Between | None, batch: Any, cache: KVCache) -> Between:
+        """Layers [first, end) of `forward`, from what the one before `first` left, which is used up."""
+        x, residual = (self.kernels.embed(self.weights.embed, batch), None) if between is None else between
+        for layer in range(first, end):
             x, residual = self._layer(layer, x, residual, batch, cache)
-        if residual is not None:
-            x = self.kernels.add(x, residual)
-        self.kernels.keep_final(batch, x)
-        return x
+        if end == self.config.layers and residual is not None:
+            x, residual = self.kernels.add(x, residual), None
+        return x, residual
 
     def _layer(
         self, layer: int, x: torch.Tensor, residual: torch.Tensor | None, batch: Any, cache: KVCache

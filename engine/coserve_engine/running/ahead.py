@@ -104,16 +104,18 @@ class Ahead:
         at_s = self._now()
         now.forward = id = self._timeline.enqueue(expected_s, at_s, forward=True)
         self._timeline.planned(at_s - self._begun_s)
+        rows = parts.serving.launched(plan.segments, self._timeline.end_of(id, at_s))
         start = last = self._device.mark()
         ran = 0
 
         def goes_on(layer: int) -> bool:
-            """A forward that serves somebody does; of another no more is enqueued than a lead, or the layer that the
-            device is at, so that it can be dropped.
+            """A forward that serves somebody does, and what is over meanwhile is taken over; of another no more is
+            enqueued than a lead, or the layer that the device is at, so that it can be dropped.
             """
             nonlocal ran, last
             ran = layer
             if now.view.sequences:
+                self._look()
                 return True
             ahead_s = expected_s * (1 - layer / parts.layers) + LEAD_S
             before, last = last, self._device.mark()
@@ -132,8 +134,7 @@ class Ahead:
             self._timeline.shortened(id, expected_s * ran / parts.layers)
         else:
             parts.charge(plan)
-            sampled = parts.executor.sample(computed)
-            now.flight = parts.serving.launched(plan.segments, sampled, self._timeline.end_of(id, self._now()))
+            now.flight = Flight(rows, parts.executor.sample(computed))
         self._enqueued(now, id, None, start)
 
     def _enqueued(self, owner: _Iteration, id: int, unit: UnitWork | None, start: Mark) -> None:

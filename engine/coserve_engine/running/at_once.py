@@ -10,6 +10,7 @@ from coserve_engine.running.parts import Emit, Interrupted, Parts
 from coserve_engine.scheduler.iteration import Accounts, Clock, run_units
 from coserve_engine.scheduler.plan import Plan, Unit, View
 from coserve_engine.scheduler.schedule import gives_way
+from coserve_engine.serving.serving import Flight
 
 
 class AtOnce:
@@ -44,8 +45,8 @@ class AtOnce:
                 self.accounts.rest()
                 return
             parts.charge(plan)
-            flight = parts.serving.launched(plan.segments, parts.executor.sample(computed), view.now)
-            events, tokens = parts.serving.commit(flight, self._clock.now)
+            rows, sampled = parts.serving.launched(plan.segments, view.now), parts.executor.sample(computed)
+            events, tokens = parts.serving.commit(Flight(rows, sampled), self._clock.now)
             parts.events.extend(events)
         forwarded = self.accounts.forwarded(plan, view)
         parts.emission(tokens, forwarded, plan)

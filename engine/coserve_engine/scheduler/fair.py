@@ -30,6 +30,11 @@ class FairShare:
         """A job that may get something to do; `weight` > 0."""
         self._claims[job] = _Claim(weight, self.now)
 
+    def reweigh(self, job: str, weight: float) -> None:
+        """Another weight for what is charged from now on; a job that is not here has none."""
+        if job in self._claims:
+            self._claims[job].weight = weight
+
     def leave(self, job: str) -> None:
         self._claims.pop(job, None)
 

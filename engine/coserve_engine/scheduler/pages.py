@@ -41,8 +41,9 @@ def _nothing(pages: tuple[int, ...]) -> None:
 class PageLedger:
     """Pages 1..total-1 and their owners, named `request:N` or `pass:N`. Only requests share pages.
 
-    `scrub` cleans pages that a tainted owner wrote, before anybody else can get them. `headroom` is a number of pages
-    that reservations leave for those that run already: `extend` may use them.
+    `scrub` cleans pages that a tainted owner wrote, when somebody gets them again: until then a forward that is under
+    way may write to them. `headroom` is a number of pages that reservations leave for those that run already: `extend`
+    may use them.
     """
 
     def __init__(self, total: int, scrub: Callable[[tuple[int, ...]], None] = _nothing) -> None:
@@ -59,6 +60,7 @@ class PageLedger:
         self._cached: dict[int, None] = {}
         """Pages that nobody holds but whose content has a key; the one that was left first comes first."""
         self._tainted: set[int] = set()
+        """Pages that a tainted owner got and nobody else since."""
 
     @property
     def free_pages(self) -> int:
@@ -171,8 +173,13 @@ class PageLedger:
                     self._evict(page)
             pages = self._runs.take_at(start, count)
         self._hold(owner, pages)
+        dirty = tuple(page for page in pages if page in self._tainted)
+        if dirty:
+            self._scrub(dirty)
         if holding.tainted:
             self._tainted.update(pages)
+        else:
+            self._tainted.difference_update(dirty)
         return pages
 
     def _place(self, count: int, last: int | None) -> int | None:
@@ -231,10 +238,6 @@ class PageLedger:
         self._holdings[owner].pages.extend(pages)
 
     def _release(self, pages: Sequence[int]) -> None:
-        dirty = tuple(page for page in pages if page in self._tainted)
-        if dirty:
-            self._scrub(dirty)
-            self._tainted.difference_update(dirty)
         for page in pages:
             self._runs.give(page)
 

@@ -66,8 +66,10 @@ class Serving:
         while 0 < lacking <= self._executor.ledger.held_by("pass:") and drop_pass():
             lacking = table.admit(now_s)
 
-    def launched(self, segments: tuple[Segment, ...], sampled: Sampled, expected_s: float) -> Flight:
-        """A forward of `segments` was enqueued, and will be through about `expected_s`."""
+    def launched(self, segments: tuple[Segment, ...], expected_s: float) -> tuple[Computed, ...]:
+        """A forward of `segments`, whose batch is bound, will be through about `expected_s`: what it computes of
+        requests.
+        """
         rows: list[Computed] = []
         samples = 0
         for kind, slot, start, length, sample in segments:
@@ -76,7 +78,7 @@ class Serving:
             chosen = samples if sample else None
             rows.append(self.requests.launched(self.requests.running[slot], start + length, chosen, expected_s))
             samples += sample
-        return Flight(tuple(rows), sampled)
+        return tuple(rows)
 
     def commit(self, flight: Flight, now: Callable[[], float]) -> tuple[list[Event], tuple[Token, ...]]:
         """Take over what a forward computed: tokens, and what is reported of them. What it computed of requests that

@@ -15,7 +15,7 @@ from coserve_engine.simulate.compare import Case, Row, table
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import DEFAULT_SIZES, SIZES, read_machine
 from coserve_engine.simulate.pauses import NONE, read_pauses
-from coserve_engine.simulate.policies import named, policy_named
+from coserve_engine.simulate.policies import FORMS, named, policy_named
 from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, drawn, read_trace
 from coserve_engine.simulate.world import alone_tokens_per_s
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--prompt-divisor", type=float, default=8.0)
     parser.add_argument("--output-divisor", type=float, default=4.0)
-    parser.add_argument("--cost", default="cpu", help="cpu, h200, or a JSON file")
+    parser.add_argument("--cost", default="cpu", help="cpu, h200, h200-1b, or a JSON file")
     parser.add_argument("--noise", type=float, default=0.05, help="standard deviation of log(actual / true)")
     parser.add_argument("--pauses", default="none", help="none, heavy, or a JSON file; the reserve is learnt")
     for field, size in DEFAULT_SIZES._asdict().items():
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--policies",
         nargs="+",
         metavar="NAME",
-        help="default: those of the table; also temporal 1:N, split A/B, fixed N rows",
+        help=f"default: those of the table; also, of any N: {', '.join(FORMS)}".replace("%", "%%"),
     )
     parser.add_argument("--frontier", action="store_true", help="also ours at several maxSlowdownPercent")
     parser.add_argument("--plot", type=Path, help="PNG to write")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coserve_engine.latency.work import decode_work, prefill_work
 from coserve_engine.simulate.machine import Machine
-from coserve_engine.simulate.policies import serving_alone
+from coserve_engine.simulate.peers import serving_alone
 from coserve_engine.simulate.setup import Setup
 from coserve_engine.simulate.trace import Arrival, at_rate
 from coserve_engine.simulate.world import World

@@ -18,7 +18,7 @@ from coserve_engine.simulate.world import World
 class Row:
     """One run. Percentages: attainment strict and by mean, finetuning of alone and of the bound, iterations over,
     mean error of predictions. `unit_wait_ms`: the longest that a request waited for units that were under way when it
-    came, or enqueued. `simulated_s`: how long it was.
+    came, or enqueued. `simulated_s`: how long it was. `p99_tpot_ms` is of the requests' mean gaps, which hide stalls.
     """
 
     policy: str
@@ -34,6 +34,8 @@ class Row:
     error: float
     unit_wait_ms: float
     simulated_s: float
+    p99_ttft_ms: float
+    p99_tpot_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Case:
             error=result.error_percent,
             unit_wait_ms=1e3 * result.unit_wait_s,
             simulated_s=result.seconds,
+            p99_ttft_ms=result.ttft_ms(99),
+            p99_tpot_ms=result.tpot_ms(99),
         )
 
 

@@ -17,7 +17,7 @@ from coserve_engine.latency.work import NO_WORK, Features, ForwardWork, UnitWork
 from coserve_engine.scheduler.plan import PassShape
 from coserve_engine.simulate.device import Host
 from coserve_engine.simulate.errors import SimulationError
-from coserve_engine.simulate.roofline import LLAMA_ON_H200
+from coserve_engine.simulate.roofline import LLAMA_1B_ON_H200, LLAMA_ON_H200
 
 
 class Machine(Protocol):
@@ -145,10 +145,12 @@ class Sizes(NamedTuple):
     pass_tokens: int
 
 
-SIZES = {"h200": Sizes(max_requests=256, max_batch_tokens=8192, kv_pages=10_000, pass_tokens=4096)}
+SIZES = dict.fromkeys(
+    ("h200", "h200-1b"), Sizes(max_requests=256, max_batch_tokens=8192, kv_pages=10_000, pass_tokens=4096)
+)
 """80 GiB of keys and values; passes of so many tokens fill an H200."""
 DEFAULT_SIZES = Sizes(max_requests=64, max_batch_tokens=512, kv_pages=1024, pass_tokens=512)
-MACHINES: dict[str, Machine] = {"cpu": CPU, "h200": LLAMA_ON_H200}
+MACHINES: dict[str, Machine] = {"cpu": CPU, "h200": LLAMA_ON_H200, "h200-1b": LLAMA_1B_ON_H200}
 
 
 def read_machine(name: str) -> Machine:

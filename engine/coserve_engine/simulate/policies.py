@@ -1,8 +1,4 @@
-"""Other ways to decide, behind the interface the engine uses: (view, latency model, plan id) -> plan.
-
-What other systems do is written down from their published code: the fixed budget is FlexLLM's (256 rows of all kinds in
-an iteration, backward by whole layers), the loop is Loquetier's (five decode steps, then one whole training step).
-"""
+"""Ways to decide, by name: ours, ours without one of its parts, and what others do (`peers`), each of any parameter."""
 
 from __future__ import annotations
 
@@ -14,23 +10,11 @@ from math import inf
 from coserve_engine.latency.cost import CostModel
 from coserve_engine.scheduler import finetuning, prefill
 from coserve_engine.scheduler.finetuning import Room
-from coserve_engine.scheduler.plan import (
-    Kind,
-    PassView,
-    Plan,
-    Policy,
-    Segment,
-    Unit,
-    View,
-    empty_plan,
-    forward_work,
-    split,
-)
+from coserve_engine.scheduler.plan import Kind, Plan, Policy, Unit, View, forward_work, split
 from coserve_engine.scheduler.schedule import IDLE_SHARE, decide
+from coserve_engine.simulate import peers
 from coserve_engine.simulate.errors import SimulationError
-
-FLEXLLM_ROWS = 256
-LOQUETIER_STEPS = 5
+from coserve_engine.simulate.peers import serving_alone, units_up_to, waiting_and_ready, window_up_to, with_training
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,76 +27,6 @@ class Entry:
     stops: bool = True
     finetuning: bool = True
     share: float | None = None
-
-
-def serving_alone(view: View, cost: CostModel, plan_id: int) -> Plan:
-    """No finetuning."""
-    return decide(replace(view, passes=()) if view.passes else view, cost, plan_id)
-
-
-def _with(plan: Plan, view: View, cost: CostModel, segments: list[Segment], units: tuple[Unit, ...]) -> Plan:
-    """The plan with these forward windows and units, which run whatever the clock says."""
-    everything = (*plan.segments, *segments)
-    work = forward_work(everything, view)
-    return Plan(plan.id, everything, units, inf, inf, work, plan.serving)
-
-
-def _whole_units(owner: PassView, layers: int) -> tuple[Unit, ...]:
-    """All that is left of the pass's next `layers` layers."""
-    found: list[Unit] = []
-    layer, end = owner.layer, owner.end_tile
-    while layer >= 0 and len(found) < layers:
-        found.append(Unit(owner.id, layer, 0, end))
-        layer, end = layer - 1, len(owner.shape.tiles)
-    return tuple(found)
-
-
-def _window_up_to(owner: PassView, rows: int) -> list[Segment]:
-    """The next tiles of the pass's forward in at most so many rows, as a window if there are any."""
-    end = owner.fwd_tile
-    while end < len(owner.shape.tiles) and owner.shape.tiles[end][0] <= rows:
-        rows, end = rows - owner.shape.tiles[end][0], end + 1
-    return [owner.shape.window(owner.fwd_tile, end)] if end > owner.fwd_tile else []
-
-
-def _training_step(view: View, cost: CostModel, plan: Plan) -> Plan:
-    """The first pass from where it stands to its end, whole."""
-    owner = view.passes[0]
-    tiles = len(owner.shape.tiles)
-    rest = [] if owner.forward_done else [owner.shape.window(owner.fwd_tile, tiles)]
-    return _with(plan, view, cost, rest, _whole_units(owner._replace(fwd_tile=tiles), owner.shape.layers + 1))
-
-
-def temporal(steps: int) -> Policy:
-    """`steps` iterations of inference, then one whole training step without any."""
-
-    def policy(view: View, cost: CostModel, plan_id: int) -> Plan:
-        if view.passes and (not view.sequences or plan_id % (steps + 1) == steps):
-            return _training_step(view, cost, empty_plan(plan_id, view.now))
-        return serving_alone(view, cost, plan_id)
-
-    return policy
-
-
-def loquetier(view: View, cost: CostModel, plan_id: int) -> Plan:
-    """Five steps of inference, then one with a whole training step in and after its forward."""
-    plan = serving_alone(view, cost, plan_id)
-    if view.passes and (not view.sequences or plan_id % (LOQUETIER_STEPS + 1) == LOQUETIER_STEPS):
-        return _training_step(view, cost, plan)
-    return plan
-
-
-def fixed_budget(rows: int) -> Policy:
-    """Decode, prompts, then forward windows up to `rows`; backward a whole layer of the first pass that is ready."""
-
-    def policy(view: View, cost: CostModel, plan_id: int) -> Plan:
-        serving = _serving_up_to(view, cost, plan_id, rows)
-        waiting = next((p for p in view.passes if not p.forward_done), None)
-        segments = _window_up_to(waiting, rows - serving.work.rows) if waiting else []
-        ready = next((p for p in view.passes if p.forward_done), None)
-        return _with(serving, view, cost, segments, _whole_units(ready, 1) if ready else ())
-
-    return policy
 
 
 def _serving_up_to(view: View, cost: CostModel, plan_id: int, rows: int) -> Plan:
@@ -132,21 +46,13 @@ def no_latency_model(rows: int) -> Policy:
     def policy(view: View, cost: CostModel, plan_id: int) -> Plan:
         serving = _serving_up_to(view, cost, plan_id, rows)
         free = max(0, rows - serving.work.rows)
-        waiting = next((p for p in view.passes if not p.forward_done), None)
-        ready = next((p for p in view.passes if p.forward_done), None)
+        waiting, ready = waiting_and_ready(view)
         if view.waiting or any(s.kind is Kind.PREFILL and not s.sample for s in serving.segments):
-            return _with(serving, view, cost, [], ())
+            return with_training(serving, view, cost, [])
         if waiting and (not ready or plan_id % 3 == 0):
-            return _with(serving, view, cost, _window_up_to(waiting, free), ())
-        units: list[Unit] = []
-        if ready:
-            layer, end, tiles = ready.layer, ready.end_tile, 4 * free // view.tile
-            while layer >= 0 and tiles > 0:
-                first = max(0, end - min(tiles, finetuning.UNIT_TILES))
-                units.append(Unit(ready.id, layer, first, end))
-                tiles -= end - first
-                layer, end = (layer, first) if first else (layer - 1, len(ready.shape.tiles))
-        return _with(serving, view, cost, [], tuple(units))
+            return with_training(serving, view, cost, window_up_to(waiting, free))
+        units = units_up_to(ready, 4 * free // view.tile) if ready else ()
+        return with_training(serving, view, cost, [], units)
 
     return policy
 
@@ -211,28 +117,42 @@ def _split(serving: int, training: int) -> Entry:
     return Entry(serving_alone, finetuning=False, share=serving / (serving + training))
 
 
-def _temporal(steps: int) -> Entry:
-    return Entry(temporal(steps), stops=False)
+def _peer(policy: Callable[..., Policy]) -> Callable[..., Entry]:
+    return lambda *parameters: Entry(policy(*parameters), stops=False)
 
 
-def _fixed(rows: int) -> Entry:
-    return Entry(fixed_budget(rows), stops=False)
+FORMS: dict[str, Callable[..., Entry]] = {
+    "split N/N": _split,
+    "temporal 1:N": _peer(peers.temporal),
+    "N steps, 1 training": _peer(peers.loquetier),
+    "fixed N rows": _peer(peers.fixed_budget),
+    "fixed N tokens": _peer(peers.token_budget),
+    "N % of the gap": _peer(peers.latency_budget),
+    "a layer in N": _peer(peers.layer_pauses),
+}
+"""Policies of any ratio, budget or rate, by the form of their names: N is a whole number above zero."""
 
 
 def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
-    """All policies. `cost(rows)`: expected seconds of a forward, from which the budget of "no model" is made."""
+    """Those of the table. `cost(rows)`: expected seconds of a forward, from which the budget of "no model" is made."""
     rows = 16
     while cost(rows + 16) < 0.8 * tpot_s:
         rows += 16
+    others = (
+        "split 50/50",
+        "split 90/10",
+        "temporal 1:64",
+        "temporal 1:512",
+        f"{peers.LOQUETIER_STEPS} steps, 1 training",
+        f"fixed {peers.FLEXLLM_ROWS} rows",
+        f"fixed {peers.FLEXLLM_ROWS} tokens",
+        "a layer in 4",
+    )
     return {
         "ours": Entry(decide),
         "serving alone": Entry(serving_alone, finetuning=False),
-        "split 50/50": _split(50, 50),
-        "split 90/10": _split(90, 10),
-        "temporal 1:64": _temporal(64),
-        "temporal 1:512": _temporal(512),
-        "fixed 256 rows": _fixed(FLEXLLM_ROWS),
-        "5 steps, 1 training": Entry(loquetier, stops=False),
+        **{name: _formed(name) for name in others},
+        "training when idle": Entry(peers.when_idle, stops=False),
         "ours, no fusion": Entry(no_fusion),
         "ours, no stop": Entry(decide, stops=False),
         "ours, window 128": Entry(fixed_window(2)),
@@ -240,23 +160,21 @@ def named(tpot_s: float, cost: Callable[[int], float]) -> dict[str, Entry]:
     }
 
 
-SCALED: dict[str, Callable[..., Entry]] = {
-    r"temporal 1:([1-9]\d*)": _temporal,
-    r"split ([1-9]\d*)/([1-9]\d*)": _split,
-    r"fixed ([1-9]\d*) rows": _fixed,
-}
-"""Policies of any ratio or budget, by the form of their names."""
+def _formed(name: str) -> Entry:
+    for form, made in FORMS.items():
+        found = re.fullmatch(re.escape(form).replace("N", r"([1-9]\d*)"), name)
+        if found:
+            return made(*map(int, found.groups()))
+    raise KeyError(name)
 
 
 def policy_named(name: str, tpot_s: float, cost: Callable[[int], float]) -> Entry:
-    """One of `named`, or of SCALED. Raises SimulationError: there is none of that name."""
+    """One of `named`, or of FORMS. Raises SimulationError: there is none of that name."""
     entries = named(tpot_s, cost)
     if name in entries:
         return entries[name]
-    for form, made in SCALED.items():
-        found = re.fullmatch(form, name)
-        if found:
-            return made(*map(int, found.groups()))
-    raise SimulationError(
-        f"--policies names {name!r}; there are {list(entries)}, and 'temporal 1:N', 'split A/B' and 'fixed N rows'"
-    )
+    try:
+        return _formed(name)
+    except KeyError:
+        known = f"{list(entries)}, and of any whole N {list(FORMS)}"
+        raise SimulationError(f"--policies names {name!r}; there are {known}") from None

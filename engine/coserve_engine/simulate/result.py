@@ -68,16 +68,26 @@ class Result:
         """Mean absolute error of the predicted length of an iteration (MAPE)."""
         return 100.0 * self.errors / max(1, self.iterations)
 
+    def ttft_ms(self, percent: float) -> float:
+        """A percentile of the times to first token."""
+        return self._ranked_ms([r.first_s for r in self.requests], percent)
+
+    def tpot_ms(self, percent: float) -> float:
+        """A percentile, over requests, of the mean gap of each (vLLM's benchmark and LLMStation call it TPOT)."""
+        return self._ranked_ms([sum(r.gaps_s) / len(r.gaps_s) for r in self.requests if r.gaps_s], percent)
+
     @property
     def finetune_tokens_per_s(self) -> float:
         return self.finetune_tokens / self.seconds if self.seconds else 0.0
 
     def gap_ms(self, percent: float) -> float:
         """A percentile of all gaps between tokens (nearest rank)."""
-        ranked = sorted(gap for r in self.requests for gap in r.gaps_s)
-        if not ranked:
-            return math.nan
-        return 1e3 * ranked[max(0, math.ceil(percent / 100 * len(ranked)) - 1)]
+        return self._ranked_ms([gap for r in self.requests for gap in r.gaps_s], percent)
+
+    @staticmethod
+    def _ranked_ms(seconds: list[float], percent: float) -> float:
+        ranked = sorted(seconds)
+        return 1e3 * ranked[max(0, math.ceil(percent / 100 * len(ranked)) - 1)] if ranked else math.nan
 
     @staticmethod
     def _share(kept: list[bool]) -> float:

@@ -17,6 +17,8 @@ GRAPH_ROWS, BUCKET = 256, 8
 """Decode alone, of so many rows at most, is a graph: of 1, 2, 4 or a multiple of BUCKET rows."""
 GRAPH_LAUNCHES, DECODE_KERNELS, MIXED_KERNELS, UNIT_KERNELS, HEAD_KERNELS = 4, 10, 18, 34, 8
 """The host's launches of a forward that is graphs; kernels of a layer of decode, of one with adapters, of a unit."""
+MIXED_DECODE, MIXED_OTHERS = (64, 128, 256), (64, 128, 256, 512)
+"""Rows of graphs of decode rows beside others."""
 MOST_ROWS = 8192
 """Of a forward."""
 RANK, LORA = 16, 0.057
@@ -36,6 +38,8 @@ class Roofline:
     itemsize: int = 2
     host: Host | None = BUDGET
     turnaround_ms: float = 0.0
+    mixed: bool = True
+    """Whether there are graphs of decode rows with others."""
 
     @property
     def layers(self) -> int:
@@ -50,7 +54,7 @@ class Roofline:
         decode, prefill, finetune, _, kv_rows, pairs = work
         graph = _is_graph(work)
         kernels = self.layers * (DECODE_KERNELS if graph else MIXED_KERNELS)
-        rows, sampled = (bucket(decode),) * 2 if graph else (work.rows, decode + (prefill > 0))
+        rows, sampled = (bucket(decode),) * 2 if graph else (self.mixed_rows(work) or work.rows, decode + (prefill > 0))
         device_s = self.layers * _layer_s(self, rows)
         device_s += self._attention_s(kv_rows, pairs) + self.layers * self._lora_s(finetune)
         return device_s + self._logits_s(sampled) + kernels * self.device.kernel_s
@@ -73,7 +77,19 @@ class Roofline:
         """Seconds of the host to launch it."""
         if isinstance(work, UnitWork):
             return _unit_kernels(work) * self.device.launch_s
-        return (GRAPH_LAUNCHES if _is_graph(work) else self.layers * MIXED_KERNELS) * self.device.launch_s
+        graph = _is_graph(work) or self.mixed_rows(work) > 0
+        return (GRAPH_LAUNCHES if graph else self.layers * MIXED_KERNELS) * self.device.launch_s
+
+    def mixed_rows(self, work: ForwardWork) -> int:
+        """Rows of the graph of a forward with others beside decode rows; 0 where there is none: there are such that
+        take no longer than the host would to launch their kernels.
+        """
+        if not self.mixed or work.rows in (0, work.decode):
+            return 0
+        sizes = [d + o for d in MIXED_DECODE if d >= work.decode for o in MIXED_OTHERS if d + o >= work.rows]
+        rows, kernels, device = min(sizes, default=0), self.layers * MIXED_KERNELS, self.device
+        graph_s = self.layers * _layer_s(self, rows) + kernels * device.kernel_s
+        return rows if graph_s <= kernels * device.launch_s else 0
 
     @property
     def ridge_rows(self) -> float:
@@ -175,4 +191,6 @@ LLAMA_8B = ModelConfig(
     eos_token_ids=(128_001,),
 )
 """Llama-3.1-8B, as far as times depend on it."""
-LLAMA_ON_H200 = Roofline(H200, LLAMA_8B)
+LLAMA_1B = replace(LLAMA_8B, hidden=2048, layers=16, head_size=64, intermediate=8192, windows=(None,) * 16, tied=True)
+"""Llama-3.2-1B, likewise."""
+LLAMA_ON_H200, LLAMA_1B_ON_H200 = Roofline(H200, LLAMA_8B), Roofline(H200, LLAMA_1B)

@@ -64,6 +64,11 @@ class World:
             Parts(setup, self._time, self._cost, self.requests, self._job, self.result, self._closed, stops)
         )
 
+    @property
+    def finetuned_tokens(self) -> float:
+        """Until now."""
+        return self._job.progress_tokens
+
     def run(self, seconds: float = math.inf) -> Result:
         """Until the last request is done, or for so long. Raises SimulationError for one that needs too many pages."""
         s, machine, requests, time = self.setup, self._machine, self.requests, self._time

@@ -1,9 +1,9 @@
 """LoRA weights: an adapter in one flat buffer while it trains, and what products read of it.
 
 Ranks are stored rounded up to 8 with zeros (products of 5 to 7 columns are not row-invariant on CPUs), A and B
-unscaled as in PEFT. Products of x with A^T and B^T read copies that are stored turned, [in, rank] and [rank, out]:
-where BLAS has to turn A itself, its kernels for few rows sum in another order than those for many on some processors,
-and are slower.
+unscaled as in PEFT. On a CPU products of x with A^T and B^T read copies that are stored turned, [in, rank] and
+[rank, out]: where BLAS has to turn A itself, its kernels for few rows sum in another order than those for many on some
+processors, and are slower.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Factors(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What a linear adds by one adapter: A and B, both stored turned, and what their product is scaled by. Where an
-    adapter is only served A and B are views of these.
+    """What a linear adds by one adapter: A and B, both turned, and what their product is scaled by. Each may be a view
+    of the other.
     """
 
     a: torch.Tensor
@@ -49,13 +49,29 @@ class Pair(NamedTuple):
     scale: float
 
     @classmethod
-    def served(cls, factors: Factors) -> Pair:
-        """With copies of factors, which never change."""
+    def served(cls, factors: Factors, *, turned: bool) -> Pair:
+        """With copies of factors, which never change; they lie `turned` or as they are."""
         (rank, into), out = factors.a.shape, factors.b.shape[0]
-        down = factors.a.new_zeros(into, padded(rank))
-        up = factors.b.new_zeros(padded(rank), out)
-        down[:, :rank], up[:rank] = factors.a.t(), factors.b.t()
-        return cls(down.t(), up.t(), down, up, factors.scale)
+        if turned:
+            down = factors.a.new_zeros(into, padded(rank))
+            up = factors.b.new_zeros(padded(rank), out)
+            down[:, :rank], up[:rank] = factors.a.t(), factors.b.t()
+            return cls(down.t(), up.t(), down, up, factors.scale)
+        a, b = factors.a.new_zeros(padded(rank), into), factors.b.new_zeros(out, padded(rank))
+        a[:rank], b[:, :rank] = factors.a, factors.b
+        return cls(a, b, a.t(), b.t(), factors.scale)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one that is served, what lies in one piece."""
+        return (self.down, self.up) if self.down.is_contiguous() else (self.a, self.b)
+
+    def moved(self, parts: tuple[torch.Tensor, torch.Tensor]) -> Pair:
+        """With other tensors in the place of `parts`."""
+        first, second = parts
+        if self.down.is_contiguous():
+            return Pair(first.t(), second.t(), first, second, self.scale)
+        return Pair(first, second, first.t(), second.t(), self.scale)
 
 
 def padded(rank: int) -> int:
@@ -86,13 +102,6 @@ class LoraLayout:
                 start = end
             layers.append(layer)
         return tuple(layers)
-
-    def turned(self, flat: torch.Tensor) -> tuple[dict[str, AB], ...]:
-        """Per layer: linear name -> (A^T, B^T), copies of what is in `flat` [size]."""
-        return tuple(
-            {name: (a.t().contiguous(), b.t().contiguous()) for name, (a, b) in layer.items()}
-            for layer in self.views(flat)
-        )
 
     def flat(self, layers: Sequence[Mapping[str, Factors]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """[size], of the factors of all the layout's linears, layer by layer.
@@ -129,32 +138,39 @@ class LoraWeights:
     load: int = 0
     copied: tuple[torch.Tensor, torch.Tensor] | None = None
     """Where another dtype computes than is trained: the parameters [size], and what was made of them."""
+    turned: bool = False
+    """Whether `down` and `up` are copies of factors that change."""
 
     @classmethod
-    def served(cls, layers: Iterable[Mapping[str, Factors]], load: int = 0) -> LoraWeights:
-        """Per layer: linear name -> its factors, for those that are adapted; they are copied."""
-        return cls(tuple({name: Pair.served(factors) for name, factors in layer.items()} for layer in layers), load)
-
-    @classmethod
-    def trained(cls, layout: LoraLayout, flat: torch.Tensor, dtype: torch.dtype | None = None) -> LoraWeights:
-        """Of parameters `flat` [layout.size] that change, to compute with as `dtype` (None: theirs); to be renewed when
-        they did.
+    def served(cls, layers: Iterable[Mapping[str, Factors]], load: int = 0, *, turned: bool = True) -> LoraWeights:
+        """Per layer: linear name -> its factors, for those that are adapted; they are copied, to lie as products read
+        them.
         """
-        used = flat.to(dtype or flat.dtype)
-        layers = zip(layout.views(used), layout.turned(used), strict=True)
-        scale = layout.spec.scale
-        return cls(
-            tuple({name: Pair(*ab, *turned[name], scale) for name, ab in layer.items()} for layer, turned in layers),
-            copied=None if used is flat else (flat, used),
-        )
+        pairs = ({name: Pair.served(factors, turned=turned) for name, factors in layer.items()} for layer in layers)
+        return cls(tuple(pairs), load)
+
+    @classmethod
+    def trained(
+        cls, layout: LoraLayout, flat: torch.Tensor, dtype: torch.dtype | None = None, *, turned: bool = True
+    ) -> LoraWeights:
+        """Of parameters `flat` [layout.size] that change, to compute with as `dtype` (None: theirs), by products that
+        read copies that lie `turned`, or views; to be renewed when they did.
+        """
+        used, scale = flat.to(dtype or flat.dtype), layout.spec.scale
+
+        def pair(a: torch.Tensor, b: torch.Tensor) -> Pair:
+            down, up = (a.t().contiguous(), b.t().contiguous()) if turned else (a.t(), b.t())
+            return Pair(a, b, down, up, scale)
+
+        layers = tuple({name: pair(*ab) for name, ab in layer.items()} for layer in layout.views(used))
+        return cls(layers, copied=None if used is flat else (flat, used), turned=turned)
 
     def moved(self, move: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]) -> LoraWeights:
         """One that is served, with the tensors that `move` makes of all of its."""
-        moved = iter(move([part for layer in self.layers for pair in layer.values() for part in (pair.down, pair.up)]))
-        layers = []
-        for layer in self.layers:
-            parts = {name: (next(moved), next(moved), pair.scale) for name, pair in layer.items()}
-            layers.append({name: Pair(down.t(), up.t(), down, up, scale) for name, (down, up, scale) in parts.items()})
+        moved = iter(move([part for layer in self.layers for pair in layer.values() for part in pair.parts]))
+        layers = [
+            {name: pair.moved((next(moved), next(moved))) for name, pair in layer.items()} for layer in self.layers
+        ]
         return LoraWeights(tuple(layers), self.load)
 
     def renew(self) -> None:
@@ -162,7 +178,7 @@ class LoraWeights:
         if self.copied is not None:
             master, used = self.copied
             used.copy_(master)
-        for layer in self.layers:
+        for layer in self.layers if self.turned else ():
             for pair in layer.values():
                 pair.down.copy_(pair.a.t())
                 pair.up.copy_(pair.b.t())

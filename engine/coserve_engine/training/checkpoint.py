@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from coserve_engine.config import EngineConfig
+from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.errors import AdapterFolderError, CheckpointError, OtherArithmeticError
 from coserve_engine.formats.adapter_folder import read_adapter
 from coserve_engine.formats.artifacts import peft_files, write_folder
 from coserve_engine.formats.folders import verify_folder
+from coserve_engine.formats.model_fields import is_finite_number
+from coserve_engine.formats.opened import read_text
+from coserve_engine.formats.tensor_file import load_tensors
+from coserve_engine.limits import shown
 from coserve_engine.messages import LoraSpec
 from coserve_engine.tensors.adam import AdamState, counted
 from coserve_engine.tensors.dtypes import Dtypes
@@ -30,6 +32,11 @@ HOST = torch.device("cpu")
 STATE = "state.json"
 MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
+FILE_BYTES = 1 << 30
+"""Of a file of the driver's: its log has a line a step."""
+MOST_STEPS = 2**53
+_NOT_LIKE_OURS = (ValueError, KeyError, TypeError, RecursionError)
+"""What reading a file raises that holds something else than `save_checkpoint` writes."""
 
 
 class Best(NamedTuple):
@@ -112,36 +119,49 @@ def load_checkpoint(
     verify_folder(path)
     dtype = Dtypes.of(config.dtype).lora
     try:
-        facts: dict[str, Any] = json.loads((path / STATE).read_text())
-        lora = facts["lora"]
-        found = LoraSpec(lora["rank"], lora["alpha"], tuple(lora["targets"]), use_rslora=lora.get("use_rslora", False))
+        facts: dict[str, Any] = json.loads(read_text(path, STATE))
+        found = _lora_of(facts["lora"], config.max_rank)
         try:
             layout = layout_of(found)
         except CheckpointError as error:
             raise CheckpointError(f"{path / STATE}: {error}") from None
         _check_arithmetic(path / STATE, facts, config)
         param = layout.flat(read_adapter(path, layout.config, layout.spec.rank, dtype), dtype, HOST)
-        moments = load_file(path / MOMENTS)
+        moments = load_tensors(path, MOMENTS, 2 * param.numel())
         m, v = (moments[name].to(dtype) for name in ("m", "v"))
         if m.shape != param.shape or v.shape != param.shape:
             raise CheckpointError(f"{path / MOMENTS}: moments have {m.numel()} values, the adapter {param.numel()}")
         if not torch.isfinite(m).all() or not (torch.isfinite(v) & (v >= 0)).all():
             raise CheckpointError(f"{path / MOMENTS}: moments are not finite, or squares below zero")
         updates, step, seq_no = (int(facts[name]) for name in ("updates", "step", "seq_no"))
-        if min(updates, step, seq_no) < 0:
-            raise CheckpointError(f"{path / STATE}: updates, step or seq_no is below 0: {updates}, {step}, {seq_no}")
+        if not 0 <= min(updates, step, seq_no) <= max(updates, step, seq_no) <= MOST_STEPS:
+            raise CheckpointError(
+                f"{path / STATE}: updates, step or seq_no is not from 0 to {MOST_STEPS}: {updates}, {step}, {seq_no}"
+            )
         best = _best(path, facts, param)
-        files = {name: (path / name).read_text() for name in facts["files"]}
+        files = {name: read_text(path, name, FILE_BYTES) for name in facts["files"]}
         return layout, TrainingState(param, AdamState(m, v, counted(updates, HOST)), step, seq_no, best), files
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterFolderError) as error:
+    except (OSError, ArithmeticError, AttributeError, AdapterFolderError, *_NOT_LIKE_OURS) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this job ({error})") from error
+
+
+def _lora_of(raw: Any, max_rank: int) -> LoraSpec:
+    """The LoRA shape that a checkpoint says; ValueError where no job here can have it."""
+    rank, alpha, targets, use_rslora = raw["rank"], raw["alpha"], raw["targets"], raw.get("use_rslora", False)
+    if type(rank) is not int or not 1 <= rank <= max_rank:
+        raise ValueError(f"lora.rank is {shown(rank)}; it must be a whole number from 1 to {max_rank}")
+    if not is_finite_number(alpha) or type(use_rslora) is not bool:
+        raise ValueError("lora.alpha must be a finite number, lora.use_rslora true or false")
+    if not targets or any(name not in LINEARS for name in targets):
+        raise ValueError(f"lora.targets must be some of {list(LINEARS)}")
+    return LoraSpec(rank, alpha, tuple(targets), use_rslora=use_rslora)
 
 
 def _best(path: Path, facts: dict[str, Any], like: torch.Tensor) -> Best | None:
     """What KeepBest kept; checkpoints of engines that knew no such command have none."""
     if facts.get("best_step") is None:
         return None
-    step, param = int(facts["best_step"]), load_file(path / BEST)["param"].to(like)
+    step, param = int(facts["best_step"]), load_tensors(path, BEST, like.numel())["param"].to(like)
     if param.shape != like.shape or not torch.isfinite(param).all():
         raise CheckpointError(f"{path / BEST}: has {param.numel()} values of {like.numel()}, or some are not finite")
     if not 0 <= step <= int(facts["step"]):

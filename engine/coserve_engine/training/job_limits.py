@@ -29,8 +29,13 @@ def check_start(command: StartJob, max_rank: int) -> None:
     else:
         _check_lora(command.lora, max_rank)
     _check_range("seed", command.seed, 0, MAX_SEED)
-    if not 0.0 < command.priority <= LARGEST:
-        raise refused(f"priority is {shown(command.priority)}; it must be a positive, finite weight")
+    check_priority(command.priority)
+
+
+def check_priority(priority: float) -> None:
+    """Raises JobError for what is no weight."""
+    if not 0.0 < priority <= LARGEST:
+        raise refused(f"priority is {shown(priority)}; it must be a positive, finite weight")
 
 
 def _check_lora(spec: LoraSpec, max_rank: int) -> None:

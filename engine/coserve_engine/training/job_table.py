@@ -16,6 +16,7 @@ from coserve_engine.job_messages import (
     JobEvent,
     JobFailed,
     JobStarted,
+    SetPriority,
     StartJob,
     StopJob,
 )
@@ -23,7 +24,7 @@ from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
 from coserve_engine.scheduler.fair import FairShare
 from coserve_engine.training.beginning import Beginning, begin
-from coserve_engine.training.job_limits import check_start
+from coserve_engine.training.job_limits import check_priority, check_start
 from coserve_engine.training.jobs import Job
 
 
@@ -42,8 +43,8 @@ class JobTable:
     ) -> None:
         self._config, self._executor, self._files, self._say = config, executor, files, say
         self.running: dict[str, Job] = {}
-        self._starting: dict[str, list[JobCommand]] = {}
-        """What came for a job while its state is read."""
+        self._held: dict[str, list[JobCommand]] = {}
+        """What came for a job while its state is read, or since it is to stop while a step is under way."""
         self._fair = FairShare()
 
     @property
@@ -54,17 +55,22 @@ class JobTable:
 
     def submit(self, command: JobCommand) -> None:
         """Accept a command; what it cannot do is said by an event, never raised."""
-        if command.job in self._starting:
-            self._starting[command.job].append(command)
+        if command.job in self._held:
+            self._held[command.job].append(command)
             return
         try:
             if isinstance(command, StartJob):
                 self._start(command)
                 return
             job = self.running.get(command.job)
-            if job is None:
+            if isinstance(command, SetPriority):
+                check_priority(command.priority)
+                self._fair.reweigh(command.job, command.priority)
+            elif job is None:
                 message = f"job {command.job} does not run here"
                 self._say(JobFailed(command.job, "invalid_command", message))
+            elif isinstance(command, StopJob) and not job.settled:
+                self._held[command.job] = [command]
             elif isinstance(command, StopJob):
                 for event in job.settle():
                     self._say(event)
@@ -87,7 +93,7 @@ class JobTable:
             self._say(JobFailed(command.job, "job_running", message))
             return
         check_start(command, self._config.max_rank)
-        self._starting[command.job] = []
+        self._held[command.job] = []
 
         def started(beginning: Beginning) -> None:
             layout, state, files = beginning
@@ -104,7 +110,7 @@ class JobTable:
         self._files.defer(lambda: begin(command, self._executor), started, failed)
 
     def _resubmit(self, job: str) -> None:
-        for command in self._starting.pop(job):
+        for command in self._held.pop(job):
             self.submit(command)
 
     def _write(self, job: str, work: Callable[[], JobEvent]) -> None:
@@ -134,8 +140,12 @@ class JobTable:
         A job whose next pass lacks pages that other passes hold keeps jobs of less claim from opening more, or they
         would take each page that comes free.
         """
+        for name in [name for name in self._held if name in self.running and self.running[name].settled]:
+            self._resubmit(name)
         for name in self._by_claim():
             job = self.running[name]
+            if name in self._held:
+                continue
             for event in job.advance(self._write, may_open=may_open):
                 self._say(event)
             ledger = self._executor.ledger

@@ -211,8 +211,13 @@ class Job:
         self._stepped = None
         return StepDone(self.id, command.seq_no, self.step, norm, not changed)
 
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` would not wait."""
+        return self._stepped is None or self._stepped.ready()
+
     def settle(self) -> list[JobEvent]:
-        """The event of a step that was enqueued, which this waits for."""
+        """The event of a step that was enqueued, if one is not told."""
         if self._stepped is None:
             return []
         command = self._queue.popleft()

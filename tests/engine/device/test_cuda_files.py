@@ -46,7 +46,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 
 @pytest.fixture
 def device(streams: Streams) -> CudaDevice:
-    return CudaDevice(CPU, None, streams)  # type: ignore[arg-type]
+    return CudaDevice(CPU, None, streams, None, None)  # type: ignore[arg-type]
 
 
 def test_what_is_carried_is_there_and_as_it_was(device: CudaDevice, streams: Streams) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,6 @@ PLAIN_LORA: dict[str, dict[str, Any]] = {
     "random_start": {"init_lora_weights": False},
     "notes": {"revision": "main", "qalora_group_size": 4, "megatron_core": "x", "ensure_weight_tying": True},
 }
-
-
-@pytest.fixture(scope="module")
-def good(plain: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(plain, tmp_path_factory.mktemp("peft"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("settings", PLAIN_LORA.values(), ids=PLAIN_LORA)

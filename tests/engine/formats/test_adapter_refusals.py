@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import warnings
@@ -53,16 +52,6 @@ OTHER_MATHEMATICS: dict[str, dict[str, Any]] = {
 
 MODELS = {"bias": "llama31", "lora_bias": "llama31"}
 """These need linears with a bias."""
-
-
-@pytest.fixture(scope="module")
-def good(plain: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(plain, tmp_path_factory.mktemp("peft"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
 def refusal(d: Any, folder: Path) -> str:

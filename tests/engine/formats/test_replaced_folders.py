@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,3 +138,18 @@ def test_every_folder_that_was_made_is_written_down(tmp_path: Path, monkeypatch:
     assert synced[-3:] == [tmp_path / "jobs" / "e1", tmp_path / "jobs", tmp_path]
     write(tmp_path / "jobs" / "e1" / "c2", "text")
     assert synced[-1] == tmp_path / "jobs" / "e1"
+
+
+def test_a_folder_that_does_not_fit_leaves_no_half_of_it(tmp_path: Path) -> None:
+    """A bound on the size of files stands for a disk that is full."""
+    path, tensors = tmp_path / "s1", {"a.safetensors": {"a": torch.zeros(100_000)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_folder(path, {"a.txt": "a"}, tensors)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    write_folder(path, {"a.txt": "a"}, tensors)
+    verify_folder(path)

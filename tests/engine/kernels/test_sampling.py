@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from choices import choose
+from choices import choose, drawn, kept, rows_with_ties, turns
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_engine.kernels.sampling import uniforms
+from coserve_engine.kernels.sampling import Draw, sorted_whole, uniforms, widening
 from coserve_engine.layout.choices import Choice, ChoiceLayout
 from coserve_engine.messages import AddRequest, SamplingParams
 
@@ -132,6 +132,35 @@ def test_impossible_tokens_never_come() -> None:
     logits[[7, 40]] = 0.0
     for params in (SamplingParams(1, 1.0, seed=3), SamplingParams(1, 1.0, 0.99, seed=3)):
         assert set(draws(logits, params, range(200))) == {7, 40}
+
+
+@pytest.mark.parametrize("draw", (widening, sorted_whole))
+@given(case=rows_with_ties())
+def test_each_token_that_is_kept_comes_at_its_turn(draw: Draw, case: tuple[torch.Tensor, SamplingParams]) -> None:
+    """The set is that of a sort in float64, ties by token id, and its sum is inverted in the order of ids."""
+    p, params = case
+    expected, u = turns(p.tolist(), kept(p.tolist(), params.top_k, params.top_p))
+    assert drawn(draw, p, params, u) == expected
+
+
+def test_ties_that_fall_otherwise_are_noticed() -> None:
+    """The control: of equal values the last are kept."""
+    p, params = torch.full((40,), 1 / 64), SamplingParams(1, 1.0, top_k=7)
+    expected, u = turns(p.tolist(), [39 - token for token in reversed(kept(p.tolist(), 7, 1.0))])
+    assert drawn(widening, p, params, u) == [token - 33 for token in expected] != expected
+
+
+@pytest.mark.parametrize("draw", (widening, sorted_whole))
+def test_rows_that_are_not_finite_disturb_nobody(draw: Draw) -> None:
+    logits = torch.randn(8, 700, generator=torch.Generator().manual_seed(0))
+    cuts = ({}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 90, "top_p": 0.9})
+    choices = [Choice(SamplingParams(1, 1.0, seed=n, **cuts[n // 2]), n) for n in range(8)]
+    expected = choose(logits, choices, draw)
+    for row, value in zip((0, 2, 4, 6), (math.nan, math.inf, -math.inf, math.nan), strict=True):
+        logits[row, slice(None) if value == -math.inf else 3] = value
+    found = choose(logits, choices, draw)
+    assert found[1::2] == expected[1::2]
+    assert all(0 <= token < 700 for token in found)
 
 
 def test_a_seed_names_the_whole_output(driver: Any, draw_tokens: Any) -> None:

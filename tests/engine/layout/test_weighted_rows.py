@@ -19,7 +19,7 @@ def test_rows_that_meet_the_head(lengths: list[int], draw: random.Random) -> Non
     spans = tile_spans(tuple(lengths), numerics)
     share = draw.choice((0.0, 0.1, 0.5, 1.0))
     weights = [draw.choice((0.5, -1.0, 1e-60)) if draw.random() < share else 0.0 for _ in range(spans[-1].stop)]
-    rows, tiles = weighted_rows(spans, weights, numerics)
+    rows, tiles = weighted_rows(spans, weights, numerics.row_multiple)
     assert len(tiles) == len(spans)
     for span, (first, stop, end) in zip(spans, tiles, strict=True):
         assert rows[first:stop] == [row for row in range(span.start, span.stop) if weights[row] != 0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from coserve_engine.errors import EngineConfigError
 from coserve_engine.host import on_intel
 from coserve_engine.kernels.attention import Attention, Mask
 from coserve_engine.model.probe import probe_row_invariance
@@ -63,7 +64,11 @@ def test_a_head_that_depends_on_the_number_of_rows(rig: Any) -> None:
 
 
 def test_attention_that_depends_on_the_number_of_rows(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said in the log."""
+    """It is said in the log; an engine that was to be exact does not start."""
+    granted = driver(numerics_mode="exact").engine.ready().notes
+    assert [note for note in granted if "numericsMode" in note] == [
+        "engine.numericsMode is Exact: rows and gradients have the same bits in any batch here"
+    ]
     attend = Attention.attend
 
     def other_order_for_few(
@@ -77,3 +82,5 @@ def test_attention_that_depends_on_the_number_of_rows(driver: Any, monkeypatch: 
     monkeypatch.setattr(Attention, "attend", other_order_for_few)
     notes = driver().engine.ready().notes
     assert ["rows of attention depend" in note for note in notes if "not bit-exact" in note] == [True]
+    with pytest.raises(EngineConfigError, match=r"Mode is Exact, .* rows of attention depend .* set .* to Fast"):
+        driver(numerics_mode="exact").engine.ready()

@@ -20,7 +20,7 @@ from coserve_engine.messages import (
     TokenLogprobs,
     TrainSeq,
 )
-from coserve_engine.model import head, outcome
+from coserve_engine.model import outcome
 from coserve_engine.numerics import Numerics
 
 VERSION = AdapterVersion("a", 1)
@@ -131,13 +131,13 @@ def test_a_prompt_is_scored_in_pieces_and_computed_whole(
     """Whatever is cached; of a long prompt's logits only a few rows exist at once."""
     d = driver()
     rows: list[int] = []
-    log_probabilities = head.log_probabilities
+    log_probabilities = d.engine.executor.log_probabilities
 
     def spy(scores: torch.Tensor) -> torch.Tensor:
         rows.append(scores.shape[0])
         return log_probabilities(scores)
 
-    monkeypatch.setattr(head, "log_probabilities", spy)
+    monkeypatch.setattr(d.engine.executor, "log_probabilities", spy)
     prompt = draw_tokens(5, 200)
     for name in ("first", "second"):
         d.submit(AddRequest(name, prompt, SamplingParams(1, ignore_eos=True, prompt_logprobs=2), 0.0))

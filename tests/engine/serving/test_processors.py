@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as reference
 
 from coserve_engine.kernels import sampling
-from coserve_engine.kernels.sampling import CANDIDATES, Likeliest, sorted_whole, widening
+from coserve_engine.kernels.sampling import CANDIDATES, Draw, sorted_whole, widening
 from coserve_engine.layout.choices import Choice
 from coserve_engine.messages import AddRequest, FinishReason, SamplingParams, TokenBatch
 
@@ -120,24 +120,24 @@ def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def farthest(
-    params: SamplingParams, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, likeliest: Likeliest = widening
+    params: SamplingParams, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, draw: Draw = widening
 ) -> float:
     """How far the share of a fine grid of numbers that leads to a token is from its probability, in grid steps."""
     grid = 20_000
     monkeypatch.setattr(sampling, "uniforms", lambda seeds, positions: (positions + 0.5) / grid)
     choices = [Choice(params, position) for position in range(grid)]
-    found = choose(random_logits(7).expand(grid, -1), choices, likeliest)
+    found = choose(random_logits(7).expand(grid, -1), choices, draw)
     share = torch.bincount(torch.tensor(found), minlength=VOCAB).double() / grid
     assert not bool(share[expected == 0].any())
     return float((share - expected).abs().max()) * grid
 
 
-@pytest.mark.parametrize("likeliest", (widening, sorted_whole))
+@pytest.mark.parametrize("draw", (widening, sorted_whole))
 @pytest.mark.parametrize("params", CUTS, ids=str)
 def test_what_is_left_to_draw_from_is_transformers(
-    params: SamplingParams, likeliest: Likeliest, monkeypatch: pytest.MonkeyPatch
+    params: SamplingParams, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert farthest(params, distribution(random_logits(7), params), monkeypatch, likeliest) <= 2
+    assert farthest(params, distribution(random_logits(7), params), monkeypatch, draw) <= 2
 
 
 @pytest.mark.parametrize("change", ({"top_k": 41}, {"top_p": 0.88}, {"min_p": 0.03}, {"temperature": 0.82}), ids=str)
@@ -169,10 +169,10 @@ def parameters(draw: st.DrawFn) -> SamplingParams:
     )
 
 
-def said(several: list[SamplingParams], rows: list[int], logits: torch.Tensor, likeliest: Likeliest) -> list[int]:
+def said(several: list[SamplingParams], rows: list[int], logits: torch.Tensor, draw: Draw) -> list[int]:
     """What these rows choose together."""
     requests = Requests(VOCAB, PROMPT, OUTPUT, (6,))
-    return requests.choose(logits[rows], [requests.choice(several[n], n) for n in rows], likeliest)
+    return requests.choose(logits[rows], [requests.choice(several[n], n) for n in rows], draw)
 
 
 @given(st.lists(parameters(), min_size=1, max_size=9), st.integers(0, 1000))
@@ -189,12 +189,12 @@ def test_sorting_all_finds_what_widening_does(several: list[SamplingParams], see
     assert said(several, rows, logits, sorted_whole) == said(several, rows, logits, widening)
 
 
-@pytest.mark.parametrize("likeliest", (widening, sorted_whole))
+@pytest.mark.parametrize("draw", (widening, sorted_whole))
 @pytest.mark.parametrize("top_p", (0.9999999, 1 - 1e-12))
-def test_a_nucleus_that_rounding_never_fills_is_all_tokens(top_p: float, likeliest: Likeliest) -> None:
+def test_a_nucleus_that_rounding_never_fills_is_all_tokens(top_p: float, draw: Draw) -> None:
     """The sum of a large vocabulary's probabilities may stay below top_p."""
     choices = [Choice(SamplingParams(1, 1.0, top_p, seed=n), n) for n in range(64)]
-    found = choose(random_logits(3, 64, 50_000), choices, likeliest)
+    found = choose(random_logits(3, 64, 50_000), choices, draw)
     assert all(0 <= token < 50_000 for token in found)
     assert len(set(found)) > 50
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 
+from coserve_engine.config import EngineConfig
+from coserve_engine.device.fake import BehindDevice
 from coserve_engine.engine import Engine
 from coserve_engine.host import EngineHost
 from coserve_engine.messages import (
@@ -19,6 +22,7 @@ from coserve_engine.messages import (
     StartJob,
     TokenBatch,
 )
+from coserve_engine.model import executor
 
 E = TypeVar("E")
 PATIENCE_S = 60.0
@@ -96,3 +100,17 @@ class Driver:
         """The job's adapter as one vector, copied."""
         layers = self.engine.jobs[job].weights.layers
         return torch.cat([x.flatten() for layer in layers for pair in layer.values() for x in (pair.a, pair.b)])
+
+
+def late_driver(
+    path: str, settings: dict[str, Any], seed: int = 0, slow_s: float = 2e-3, jitter_s: float = 1e-5
+) -> Driver:
+    """Of an engine whose device is late by times drawn from a seed; engines made after it have their own."""
+    clock = FakeClock(jitter_s, seed)
+
+    def pass_time(seconds: float) -> None:
+        clock.now += seconds
+
+    device = BehindDevice(torch.device("cpu"), clock, pass_time, random.Random(seed), slow_s)
+    with mock.patch.object(executor, "device_of", lambda _: device):
+        return Driver(Engine(EngineConfig(path, **settings), clock), clock)

@@ -76,9 +76,10 @@ class Rig:
         window: Callable[[], int] = lambda: 1,
         unit: Callable[[], int] = lambda: 1,
         between: Callable[[], object] = lambda: None,
+        **how: Any,
     ) -> PassState:
         """A pass from open to close, its windows and units of drawn numbers of tiles; `between` runs after each."""
-        state = self.open(work, adapter)
+        state = self.open(work, adapter, **how)
         while not state.forward_done:
             self.forward(self.window(state, window()))
             between()

@@ -28,10 +28,10 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double().cpu() - expected).norm() / expected.norm())
 
 
-def logits(r: Rig, adapter: Adapter, tokens: tuple[int, ...]) -> torch.Tensor:
-    """[LENGTH - CHUNK + 1, vocab]: of a chunk's last row and of all that are decoded after it."""
-    rows = r.rows(r.add(tokens, adapter), [CHUNK] + [1] * (LENGTH - CHUNK))
-    found = torch.stack([rows[at] for at in range(CHUNK - 1, LENGTH)])
+def logits(r: Rig, adapter: Adapter, tokens: tuple[int, ...], chunk: int = CHUNK) -> torch.Tensor:
+    """[LENGTH - chunk + 1, vocab]: of a chunk's last row and of all that are decoded after it."""
+    rows = r.rows(r.add(tokens, adapter), [chunk] + [1] * (LENGTH - chunk))
+    found = torch.stack([rows[at] for at in range(chunk - 1, LENGTH)])
     assert found.dtype is r.executor.dtypes.accumulate
     return found
 
@@ -43,6 +43,7 @@ def samples() -> tuple[TrainSeq, ...]:
 
 def trained(r: Rig, adapter: Adapter, seqs: tuple[TrainSeq, ...]) -> PassState:
     """A pass over `seqs`, cut into windows and units, with its gradient and loss."""
-    state = r.run_pass(Pass(1, "job", 0, 0, seqs), adapter, window=lambda: 2, unit=lambda: 2)
+    work = Pass(1, "job", 0, 0, seqs)
+    state = r.run_pass(work, adapter, window=lambda: 2, unit=lambda: 2, want_logprobs=True)
     assert state.grads.dtype is r.executor.dtypes.lora
     return state

@@ -17,7 +17,7 @@ from coserve_engine.simulate import ahead
 from coserve_engine.simulate.device import Host
 from coserve_engine.simulate.machine import SIZES
 from coserve_engine.simulate.pauses import HEAVY
-from coserve_engine.simulate.policies import serving_alone
+from coserve_engine.simulate.peers import serving_alone
 from coserve_engine.simulate.result import Result
 from coserve_engine.simulate.roofline import LLAMA_ON_H200
 from coserve_engine.simulate.setup import Setup

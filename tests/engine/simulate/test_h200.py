@@ -12,7 +12,7 @@ from coserve_engine.scheduler.schedule import decide
 from coserve_engine.simulate import machine
 from coserve_engine.simulate.bound import work_conserving_bound
 from coserve_engine.simulate.machine import CPU, SIZES, calibrated
-from coserve_engine.simulate.policies import serving_alone
+from coserve_engine.simulate.peers import serving_alone
 from coserve_engine.simulate.result import Result
 from coserve_engine.simulate.roofline import LLAMA_ON_H200
 from coserve_engine.simulate.setup import Setup

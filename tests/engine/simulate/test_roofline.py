@@ -9,7 +9,7 @@ import pytest
 from coserve_engine.latency.work import ForwardWork, UnitWork, decode_work
 from coserve_engine.scheduler.plan import PassShape
 from coserve_engine.simulate.device import H200
-from coserve_engine.simulate.roofline import LLAMA_8B, LLAMA_ON_H200, bucket
+from coserve_engine.simulate.roofline import LLAMA_1B_ON_H200, LLAMA_8B, LLAMA_ON_H200, bucket
 
 WEIGHTS = 32 * 218_103_808 + 128_256 * 4096
 
@@ -80,6 +80,20 @@ def test_rows_beside_others_cost_no_more_than_alone(rows: int) -> None:
     assert LLAMA_ON_H200.rows_s(work) + LLAMA_ON_H200.fixed_s <= LLAMA_ON_H200.forward_s(work)
     both = LLAMA_ON_H200.rows_s(work) + LLAMA_ON_H200.rows_s(beside) + LLAMA_ON_H200.fixed_s
     assert both <= LLAMA_ON_H200.forward_s(work.plus(beside))
+
+
+def test_a_small_model_has_graphs_of_forwards_that_are_shorter_than_their_launches() -> None:
+    small, work = LLAMA_1B_ON_H200, ForwardWork(decode=20, prefill=40, calls=21, kv_rows=2000, pairs=8000)
+    launched = replace(small, mixed=False)
+    assert small.mixed_rows(work) == 128
+    assert small.launch_s(work) == 4 * H200.launch_s
+    assert small.forward_s(work) == small.forward_s(work._replace(prefill=108)) >= launched.forward_s(work)
+    assert small.forward_s(work) <= launched.launch_s(work) == 16 * 18 * H200.launch_s
+    for more in (work._replace(prefill=4000), work._replace(decode=300)):
+        assert small.mixed_rows(more) == 0
+        assert small.launch_s(more) == launched.launch_s(more)
+    assert LLAMA_ON_H200.mixed_rows(work) == 0
+    assert small.mixed_rows(ForwardWork()) == small.mixed_rows(decode_work([64] * 9, 64)) == 0
 
 
 def test_other_models_have_other_times() -> None:

@@ -24,7 +24,8 @@ from coserve_engine.simulate.__main__ import main
 from coserve_engine.simulate.bound import capacity, service_s, work_conserving_bound
 from coserve_engine.simulate.errors import SimulationError
 from coserve_engine.simulate.machine import CPU, ForwardCost, read_machine
-from coserve_engine.simulate.policies import fixed_budget, loquetier, named, temporal
+from coserve_engine.simulate.peers import fixed_budget, loquetier, temporal
+from coserve_engine.simulate.policies import named
 from coserve_engine.simulate.requests import Requests
 from coserve_engine.simulate.result import RequestTimes, Result
 from coserve_engine.simulate.setup import Setup
@@ -85,7 +86,7 @@ def test_more_noise_costs_time_and_not_the_promise(trace: list[Arrival]) -> None
     assert rough.gap_ms(50) < calm.gap_ms(50)
 
 
-@pytest.mark.parametrize("policy", (fixed_budget(256), loquetier, temporal(64)))
+@pytest.mark.parametrize("policy", (fixed_budget(256), loquetier(5), temporal(64)))
 def test_policies_without_a_promise_break_it(trace: list[Arrival], policy: Policy) -> None:
     setup = Setup(CPU, tpot_s=0.1)
     result = World(setup, at_rate(trace[:200], 0.7), policy, stops=False).run()
@@ -288,7 +289,7 @@ def test_a_machine_from_a_file(tmp_path: Path) -> None:
     refused(lambda c: c.pop("unit"), "unit")
     refused(lambda c: c["unit"].update(row_ms=-1), r"unit\.row_ms is -1")
     refused(lambda c: c.update(speed=1), "speed")
-    with pytest.raises(SimulationError, match=r"neither cpu nor h200 nor a file"):
+    with pytest.raises(SimulationError, match=r"neither cpu nor h200 nor h200-1b nor a file"):
         read_machine("tpu")
 
 

@@ -144,9 +144,49 @@ def test_a_state_without_a_field(driver: Any, start_job: Any, folder: Path, fiel
 
 
 @pytest.mark.parametrize("field", ("step", "seq_no", "updates"))
-def test_a_counter_below_zero(driver: Any, start_job: Any, folder: Path, field: str) -> None:
-    rewrite(folder, lambda facts: facts.update({field: -1}))
-    assert "is below 0" in refusal(driver(), start_job(resume=str(folder)))
+@pytest.mark.parametrize("value", (-1, 2**64, float("inf"), float("nan"), [1], "x"))
+def test_a_counter_that_no_step_leaves(driver: Any, start_job: Any, folder: Path, field: str, value: object) -> None:
+    rewrite(folder, lambda facts: facts.update({field: value}))
+    assert str(folder) in refusal(driver(), start_job(resume=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 10**9},
+        {"rank": -4},
+        {"rank": 10**4000},
+        {"rank": "4"},
+        {"alpha": "8"},
+        {"alpha": float("nan")},
+        {"alpha": 10**400},
+        {"targets": ["lm_head"]},
+        {"targets": [{}]},
+        {"targets": 3},
+        {"use_rslora": "no"},
+    ],
+    ids=str,
+)
+def test_a_shape_that_no_job_has(driver: Any, folder: Path, lora: dict[str, Any]) -> None:
+    """Taken over as it is by a job that says nothing of its own."""
+    rewrite(folder, lambda facts: facts["lora"].update(lora))
+    assert str(folder) in refusal(driver(), StartJob("job", Continued("/none"), 0, str(folder)))
+
+
+@pytest.mark.parametrize("facts", ("[" * 100_000, "[]", "null", '{"lora": []}', '{"lora": {}}', "\x00\xff"))
+def test_a_state_that_is_none(driver: Any, start_job: Any, folder: Path, facts: str) -> None:
+    (folder / "state.json").write_text(facts, encoding="latin-1")
+    agree(folder, folder / "state.json")
+    assert str(folder) in refusal(driver(), start_job(resume=str(folder)))
+
+
+@pytest.mark.parametrize("name", ("../secret", "/etc/hostname", "..", "", "linked", "pipe"))
+def test_a_state_that_names_files_elsewhere(driver: Any, start_job: Any, folder: Path, name: str) -> None:
+    (folder.parent / "secret").write_text("not to be read")
+    (folder / "linked").symlink_to("../secret")
+    os.mkfifo(folder / "pipe")
+    rewrite(folder, lambda facts: facts.update(files=["notes.txt", name]))
+    assert str(folder) in refusal(driver(), start_job(resume=str(folder)))
 
 
 def test_another_rank(driver: Any, start_job: Any, folder: Path) -> None:

@@ -17,6 +17,7 @@ from coserve_engine.job_messages import (
     OptimStep,
     Pass,
     PassDone,
+    SetPriority,
     StartJob,
     StepDone,
     TrainSeq,
@@ -149,6 +150,32 @@ def test_time_is_shared_by_priority(driver: Any, draw_tokens: Any, start_job: An
     assert done["three"] == passes
     assert done["two"] == pytest.approx(passes * 2 / 3, abs=4)
     assert done["one"] == pytest.approx(passes / 3, abs=4)
+
+
+def test_a_priority_may_change_while_jobs_run(driver: Any, draw_tokens: Any, start_job: Any) -> None:
+    """Equal shares until one job's weight is 3; from then on it does three passes where the other does one."""
+    d = driver(kv_cache_bytes=4 << 20, max_batch_tokens=64)
+    d.submit(SetPriority("one", 2.0))  # no such job yet: it means nothing
+    for name in NAMES[:2]:
+        seqs = (TrainSeq(0, draw_tokens(1, 64), (0.01,) * 64),)
+        work = [ForwardBackward(name, n, Pass(n, name, 0, n, seqs)) for n in range(1, 41)]
+        d.submit(start_job(name), *work)
+    done: Counter[str] = Counter()
+    one_unit_a_step = itertools.cycle((False, True))
+
+    def until(enough: int) -> Counter[str]:
+        done.clear()
+        while max(done.values(), default=0) < enough:
+            done.update(event.job for event in d.step(lambda: next(one_unit_a_step)) if isinstance(event, PassDone))
+        return done
+
+    assert min(until(12).values()) >= 10
+    d.submit(SetPriority("two", 3.0))
+    assert until(24)["one"] == pytest.approx(8, abs=3)
+    assert d.failures == []
+    d.submit(SetPriority("two", 0.0))
+    d.step(lambda: False)
+    assert "priority" in d.one(JobFailed).message
 
 
 @pytest.mark.parametrize("priority", [0.0, -1.0, float("nan"), float("inf")])

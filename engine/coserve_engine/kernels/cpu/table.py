@@ -33,6 +33,7 @@ class CpuKernels(PlainKernels[BoundBatch]):
 
     linears: LinearChoice
     exact: bool = True
+    turned: bool = True
     fused: tuple[tuple[str, ...], ...] = ()
 
     @classmethod

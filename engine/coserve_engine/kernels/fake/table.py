@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from coserve_engine.config import ModelConfig
 from coserve_engine.device.protocol import Device
 from coserve_engine.kernels import bound
 from coserve_engine.kernels.bound import BoundBatch, Shared
-from coserve_engine.kernels.protocol import Adapted
+from coserve_engine.kernels.protocol import Adapted, Graphs, Mixed
 from coserve_engine.layout.batch import BatchLayout
 from coserve_engine.numerics import Numerics
 from coserve_engine.tensors.adam import AdamState, AdamW
@@ -54,6 +55,9 @@ class FakeKernels:
     rope: torch.Tensor
     launches: Counter[str] = field(default_factory=Counter)
     exact: bool = False
+    turned: bool = False
+    graphs: Graphs[BoundBatch] | None = None
+    mixed: Mixed[BoundBatch] | None = None
     fused: tuple[tuple[str, ...], ...] = ()
 
     def notes(self) -> Iterator[str]:
@@ -135,10 +139,27 @@ class FakeKernels:
         self.launches["sample"] += 1
         return torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
 
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        self.launches["log_probabilities"] += 1
+        return logits
+
     # ---- backward of a unit ----
 
     def bind_unit(self, state: PassTensors, layer: int, first: int, end: int) -> UnitRows:
         return UnitRows.of(state, layer, first, end)
+
+    @property
+    def head_rows(self) -> int:
+        return 0
+
+    def score(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        self.launches["score"] += 1
+        return torch.zeros(targets.shape, dtype=logits.dtype, device=logits.device), logits
+
+    def score_backward(self, kept: Any, targets: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        self.launches["score_backward"] += 1
+        dlogits: torch.Tensor = kept
+        return dlogits
 
     def logits_backward(self, dlogits: torch.Tensor, head: FrozenLinear) -> torch.Tensor:
         self.launches["logits_backward"] += 1

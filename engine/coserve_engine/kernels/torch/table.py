@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -38,10 +39,14 @@ class TorchKernels(PlainKernels[BoundBatch]):
     dtypes: Dtypes
     windows: tuple[int | None, ...]
     exact: bool = False
+    turned: bool = False
     fused: tuple[tuple[str, ...], ...] = (QKV, GATE_UP)
 
+    def __post_init__(self) -> None:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # parts of a split sum are sums too
+
     @classmethod
-    def create(cls, config: ModelConfig, numerics: Numerics, dtypes: Dtypes, rope: torch.Tensor) -> TorchKernels:
+    def create(cls, config: ModelConfig, numerics: Numerics, dtypes: Dtypes, rope: torch.Tensor) -> Self:
         """`rope` covers the longest sequence, padding included."""
         attention = Attention(numerics, reference_forward, reference_backward, "plain products")
         windows = layer_windows(config, rope.shape[1])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bfloat16_reference import peft_gradient, reference_of, rounded_folder, widen_norms
 from parity import BOUND, CHUNK, LENGTH, error, logits, rounded_adapter, samples, trained
-from peft_reference import Reference
 from random_models import Adapter
-from transformers import AutoModelForCausalLM
 
-from coserve_engine.messages import TrainSeq
 from coserve_engine.tensors.kv_cache import KVCache
 
 MODELS = ("plain", "tied", "wide", "llama31", "mistral", "qwen2", "qwen3")
@@ -22,62 +19,32 @@ MODELS = ("plain", "tied", "wide", "llama31", "mistral", "qwen2", "qwen3")
 
 @pytest.fixture
 def folder(model_path: Callable[[str], str], tmp_path: Path) -> Callable[[str], str]:
-    """One of MODELS with weights that bfloat16 holds: errors are of arithmetic alone."""
-
-    def make(name: str) -> str:
-        AutoModelForCausalLM.from_pretrained(model_path(name), dtype=torch.bfloat16).save_pretrained(tmp_path)
-        return str(tmp_path)
-
-    return make
+    """One of MODELS with weights that bfloat16 holds."""
+    return lambda name: rounded_folder(model_path(name), tmp_path)
 
 
 @pytest.fixture
 def wide_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes RMSNorm in float32, even where the reference is float64."""
-    to = torch.Tensor.to
-
-    def kept(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return self if self.dtype is torch.float64 and args == (torch.float32,) else to(self, *args, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", kept)
+    widen_norms(monkeypatch)
 
 
 def logits_ratio(r: Any, adapter: Adapter, tokens: tuple[int, ...]) -> float:
     """Our error over that of PEFT, of a chunk's last row and of all that are decoded after it."""
     path = r.executor.config.model_path
-    exact = Reference.of(path, torch.float64, replace(adapter, flat=adapter.flat.double())).logits(tokens)
-    theirs = Reference.of(path, torch.bfloat16, adapter).logits(tokens)
+    exact = reference_of(path, adapter, torch.float64).logits(tokens)
+    theirs = reference_of(path, adapter, torch.bfloat16).logits(tokens)
     return error(logits(r, adapter, tokens), exact[CHUNK - 1 :]) / error(theirs[CHUNK - 1 :], exact[CHUNK - 1 :])
-
-
-def peft_gradient(reference: Reference, seqs: Sequence[TrainSeq], wide: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Loss and gradient, the loss from logits in `wide`, as Trainers take it."""
-    total = torch.zeros((), dtype=wide)
-    for seq in seqs:
-        logits = reference.model(torch.tensor([seq.tokens])).logits[0, :-1].to(wide)
-        picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(seq.tokens[1:]).unsqueeze(1)).squeeze(1)
-        total = total - (picked * torch.tensor(seq.weights[1:], dtype=wide)).sum()
-    total.backward()
-    layout, parameters = reference.adapter.layout, dict(reference.model.named_parameters())
-    flat = torch.zeros(layout.size, dtype=torch.float64)
-    for index, layer in enumerate(layout.views(flat)):
-        for name, (a, b) in layer.items():
-            (stem,) = (key for key in parameters if f"layers.{index}." in key and f"{name}.lora_A" in key)
-            a[: layout.spec.rank] = parameters[stem].grad
-            b[:, : layout.spec.rank] = parameters[stem.replace("lora_A", "lora_B")].grad
-    return total.item(), flat
 
 
 def gradient_ratio(r: Any, adapter: Adapter) -> float:
     """Our gradient's error over that of PEFT's."""
     path = r.executor.config.model_path
     seqs = samples()
-    wide = replace(adapter, flat=adapter.flat.double())
-    loss, exact = peft_gradient(Reference.of(path, torch.float64, wide), seqs, torch.float64)
-    _, theirs = peft_gradient(Reference.of(path, torch.bfloat16, adapter), seqs, torch.float32)
+    exact = peft_gradient(reference_of(path, adapter, torch.float64), seqs, torch.float64)
+    theirs = peft_gradient(reference_of(path, adapter, torch.bfloat16), seqs, torch.float32)
     state = trained(r, adapter, seqs)
-    assert state.loss_sum() == pytest.approx(loss, rel=1e-2)
-    return error(state.grads, exact) / error(theirs, exact)
+    assert state.loss_sum() == pytest.approx(exact.loss, rel=1e-2)
+    return error(state.grads, exact.gradient) / error(theirs.gradient, exact.gradient)
 
 
 @pytest.mark.usefixtures("wide_norms")
