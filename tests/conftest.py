@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 
-from coserve_api.connect import command, connect
+from coserve_contract.connect import command, connect
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -68,7 +68,9 @@ def answers(port: int) -> bool:
 @pytest.fixture(scope="session")
 def servers() -> SimpleNamespace:
     """The helpers above, for tests that start a server of their own."""
-    return SimpleNamespace(free_port=free_port, program=program, wait_until=wait_until, answers=answers)
+    return SimpleNamespace(
+        free_port=free_port, program=program, wait_until=wait_until, answers=answers, kubernetes=kubernetes
+    )
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def cluster_programs() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    folder, programs = tmp_path_factory.mktemp("apiserver"), cluster_programs()
+@contextmanager
+def kubernetes(folder: Path, *flags: str) -> Iterator[ApiServer]:
+    """Run etcd and a kube-apiserver, with more flags for that one; everything of theirs is in `folder`."""
+    programs = cluster_programs()
     etcd_port, peer_port, port, token = free_port(), free_port(), free_port(), secrets.token_hex(16)
     etcd_url, peer_url = f"http://127.0.0.1:{etcd_port}", f"http://127.0.0.1:{peer_port}"
     (folder / "tokens.csv").write_text(f"{token},admin,admin,system:masters\n")
@@ -166,6 +169,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
             "--endpoint-reconciler-type",
             "none",
         ),
+        *flags,
     ]
     kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(
@@ -188,3 +192,9 @@ current-context: test
             ready = ("get", "--raw", "/readyz")
             wait_until(lambda: api.kubectl(*ready).returncode == 0, process, folder / "apiserver.log")
             yield api
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with kubernetes(tmp_path_factory.mktemp("apiserver")) as api:
+        yield api

@@ -20,6 +20,8 @@ from coserve_api.errors import InvalidValueError
 GROUP = "coserve.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+LONGEST_SHOWN = 512
+"""Characters of a text that a message repeats."""
 
 
 def cel_string(text: str) -> str:
@@ -61,8 +63,13 @@ class Text:
             "type": "string",
             "maxLength": self.max_length,
             **bounds,
-            "x-kubernetes-validations": [{"rule": rule, "message": self.remedy}],
+            "x-kubernetes-validations": [{"rule": rule, "message": self.remedy, **self._shown()}],
         }
+
+    def _shown(self) -> dict[str, str]:
+        """The message with the value, which the API server would show as "string"; long texts stay out of it."""
+        quoted = '"\'" + self + "\' " + '
+        return {"messageExpression": quoted + cel_string(self.remedy)} if self.max_length <= LONGEST_SHOWN else {}
 
 
 # ---- durations ----
@@ -192,29 +199,6 @@ def format_decimal(value: float) -> str:
     return f"{value:.6g}"
 
 
-_QUANTITY = re.compile(r"([0-9]{1,15})(Ki|Mi|Gi|Ti|k|M|G|T)?")
-_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def quantity_bytes(text: str) -> int:
-    """A memory quantity such as "256Mi" in bytes; InvalidValueError for anything else."""
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
-        raise InvalidValueError(f"{text[:40]!r} must be a quantity of bytes such as 256Mi or 40Gi")
-    return int(match[1]) * _FACTORS[match[2] or ""]
-
-
-Memory = Annotated[
-    str,
-    Text(
-        "[0-9]{1,15}(Ki|Mi|Gi|Ti|k|M|G|T)?",
-        20,
-        "must be a quantity of bytes from 1Mi to 64Ti, such as 256Mi or 40Gi",
-        "quantity(self).compareTo(quantity('1Mi')) >= 0 && quantity(self).compareTo(quantity('64Ti')) <= 0",
-        lambda text: 2**20 <= quantity_bytes(text) <= 2**46,
-    ),
-]
-
 # ---- names ----
 
 LABEL_PATTERN = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
@@ -341,21 +325,28 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class SpecModel(BaseModel):
-    """A part of a spec: camelCase outside, snake_case inside; an unknown field is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True, use_attribute_docstrings=True
-    )
-
-
-class StatusModel(BaseModel):
-    """A part of a status. Unknown fields are ignored: after a roll-back the older operator must read what the newer one
-    wrote.
+    """A part of a spec: camelCase outside, snake_case inside. Unknown fields are ignored: the API server has refused
+    what its CRD does not know, and after a roll-back the older program must read what was made for the newer one.
     """
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, alias_generator=to_camel, populate_by_name=True, use_attribute_docstrings=True
     )
+
+
+class StatusModel(BaseModel):
+    """A part of a status. Unknown fields are kept: after a roll-back the older operator must read what the newer one
+    wrote, and write it back.
+    """
+
+    model_config = ConfigDict(
+        extra="allow", frozen=True, alias_generator=to_camel, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Fields that this version does not know, as they came."""
+        return dict(self.model_extra or {})
 
     def to_dict(self) -> dict[str, Any]:
         """As the API server takes it; what is not known (None) is left out."""

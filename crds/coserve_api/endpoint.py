@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
+from coserve_api.adapters import MAX_ADAPTERS, AdapterOverride, AdapterStatus
 from coserve_api.common import (
     BatchTokens,
     ConcurrentJobs,
     Duration,
-    Memory,
     ModelLength,
     ModelName,
     ObjectMeta,
@@ -23,22 +23,35 @@ from coserve_api.common import (
     SlowdownPercent,
     SpecModel,
     StatusModel,
+    Subdomain,
     TemplateVariables,
     Threads,
     Window,
 )
 from coserve_api.conditions import Condition
-from coserve_api.pods import PodTemplate
-from coserve_api.uris import ArtifactsUri, ModelUri
+from coserve_api.pods import FeederTemplate, PodTemplate
+from coserve_api.quantities import Memory
+from coserve_api.uris import ARTIFACTS_ROOT, MODELS_ROOT, ArtifactsUri, ModelUri
 
 MAX_AGENTS = 512
 
 
 class EndpointCondition(StrEnum):
+    ACCEPTED = "Accepted"
+    """False where this version of the operator cannot read the object."""
     READY = "Ready"
     MODEL_LOADED = "ModelLoaded"
     SLO_MET = "SLOMet"
     SCALING_READY = "ScalingReady"
+    REDIS_READY = "RedisReady"
+    DRIFTED = "Drifted"
+    """Only where somebody else has changed fields of what the endpoint owns again and again, at some time."""
+    AVAILABLE = "Available"
+    """Agents serve, be they of the newest spec or of an older one."""
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    """These two are kstatus's: True only while something is under way, or cannot go on."""
+    ADAPTERS_READY = "AdaptersReady"
 
 
 class FinetuningPolicy(StrEnum):
@@ -61,6 +74,16 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class NumericsMode(StrEnum):
+    FAST = "Fast"
+    EXACT = "Exact"
+
+
+class KernelFallback(StrEnum):
+    FORBIDDEN = "Forbidden"
+    ALLOWED = "Allowed"
 
 
 class Model(SpecModel):
@@ -141,17 +164,30 @@ class Finetuning(SpecModel):
     """Whether FinetuneJobs may run on this endpoint."""
 
     policy: FinetuningPolicy = FinetuningPolicy.ALLOWED
-    """Allowed or Disabled."""
+    """Allowed or Disabled. Disabled gives back every job at a checkpoint, and restarts no agent; agents that started
+    with it are replaced when it becomes Allowed."""
     max_rank: Rank = 64
     """The largest adapter rank, served or trained."""
     max_concurrent_jobs: ConcurrentJobs = 1
-    """FinetuneJobs that an agent runs at once; they share its finetuning time by their priority."""
+    """FinetuneJobs that an agent runs at once; they share its finetuning time by their priority. Fewer restart no
+    agent: jobs of the lowest priority are given back, then the youngest. More than it was started for replace it."""
     max_slowdown_percent: SlowdownPercent | None = None
     """With finetuning an iteration may take so many percent longer than it would without. Unset: as long as the promise
-    allows."""
+    allows. A change reaches the agents that run, and restarts none."""
+    dataset_claims: Annotated[
+        tuple[Subdomain, ...], Field(max_length=64, json_schema_extra={"x-kubernetes-list-type": "set"})
+    ] = ()
+    """The PersistentVolumeClaims that jobs may read data sets from, never that of the artifact store. Default: none."""
+    feeder: FeederTemplate = Field(default_factory=FeederTemplate)
+    """What the pods need that read jobs' data sets. They get no variable and no volume of `template`."""
     activation_memory: Memory | None = None
     """What each pass of a job may keep for its backward; the rest is computed again, to the same bits. Unset:
     everything is kept."""
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs an agent may run at once; 0 where finetuning is disabled."""
+        return self.max_concurrent_jobs if self.policy is FinetuningPolicy.ALLOWED else 0
 
 
 class Engine(SpecModel):
@@ -162,6 +198,14 @@ class Engine(SpecModel):
     one, else the CPU. A GPU that is asked for and is not there is an error, never a CPU."""
     dtype: Dtype = Dtype.AUTO
     """Of weights and KV cache: float32, bfloat16, or auto: bfloat16 on a GPU, float32 on a CPU."""
+    numerics_mode: NumericsMode = NumericsMode.FAST
+    """Exact: an answer has the same bits in any batch, beside finetuning, after a cache hit or a preemption, and so
+    have a job's gradients; a GPU is slower, and an agent that cannot keep it does not start. Fast: on a GPU none of it
+    is promised; on a CPU in float32 both are the same."""
+    kernel_fallback: KernelFallback = KernelFallback.FORBIDDEN
+    """Where a GPU's kernels cannot compute (a model with odd heads or heads larger than 256, or widths that do not
+    divide by 16; an image without triton): Forbidden, so that an agent does not start and says why, or Allowed, by
+    torch's plain operators, which are slower (metric coserve_kernel_fallbacks)."""
     max_requests: Requests | None = None
     """The most requests that run at once; more wait. Unset: by the device, 64 on a CPU, 256 on a GPU of 80 GB or more,
     128 on a smaller one."""
@@ -180,6 +224,15 @@ class Engine(SpecModel):
     template_variables: TemplateVariables = Field(default_factory=dict)
     """Variables of the chat template by name, such as enable_thinking, where neither the request
     (chat_template_kwargs) nor the adapter has a value. At most 16 KiB of JSON, 32 deep."""
+
+
+class Rollout(SpecModel):
+    """How agents are replaced when what they run changes."""
+
+    max_surge: Annotated[int, Field(ge=0, le=MAX_AGENTS)] = 0
+    """Agents that may be there above `replicas` meanwhile. Default 0, since a spare GPU cannot be assumed."""
+    max_unavailable: Annotated[int, Field(ge=0, le=MAX_AGENTS)] = 1
+    """Agents that may be missing meanwhile. With 0 and maxSurge 1 even a single agent is replaced without a gap."""
 
 
 class Cors(SpecModel):
@@ -207,6 +260,17 @@ def _frozen(field: str, remedy: str) -> JsonValue:
     }
 
 
+def _mounts_outside(root: str, uri: str) -> JsonValue:
+    """A claim is mounted there; a file URI is served by the template's own volumes."""
+    mounts = "self.template.volumeMounts"
+    return {
+        "rule": f"!self.{uri}.startsWith('pvc://') || !has(self.template) || !has({mounts})"
+        f" || {mounts}.all(m, m.mountPath != '{root}' && !m.mountPath.startsWith('{root}/'))",
+        "message": f"{root} is where the operator mounts the claim of {uri}: choose another mountPath",
+        "fieldPath": ".template.volumeMounts",
+    }
+
+
 class EndpointSpec(SpecModel):
     """What the endpoint should be."""
 
@@ -215,6 +279,13 @@ class EndpointSpec(SpecModel):
             "x-kubernetes-validations": [
                 _frozen("model", "create another endpoint for another model"),
                 _frozen("artifactStore", "create another endpoint to use another artifact store"),
+                {
+                    "rule": "self.rollout.maxSurge + self.rollout.maxUnavailable > 0",
+                    "message": "maxSurge and maxUnavailable are both 0, so nothing could ever be replaced: raise one",
+                    "fieldPath": ".rollout.maxUnavailable",
+                },
+                _mounts_outside(MODELS_ROOT, "model.uri"),
+                _mounts_outside(ARTIFACTS_ROOT, "artifactStore.uri"),
             ]
         }
     )
@@ -229,10 +300,21 @@ class EndpointSpec(SpecModel):
     """Scale on saturation."""
     finetuning: Finetuning = Field(default_factory=Finetuning)
     """Whether FinetuneJobs may run here."""
+    adapters: Annotated[
+        tuple[AdapterOverride, ...],
+        Field(
+            max_length=MAX_ADAPTERS,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ] = ()
+    """Names under which something else than the newest published version is served. A name that is not listed is the
+    newest; taking its entry out returns to that."""
     engine: Engine = Field(default_factory=Engine)
     """The engine's size, and how it samples."""
     cors: Cors = Field(default_factory=Cors)
     """Which web pages may call the agents."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """How agents are replaced when what they run changes."""
     artifact_store: ArtifactStore
     """Where checkpoints and adapter versions lie."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
@@ -250,25 +332,6 @@ class SloStatus(StatusModel):
     """P99 of the time per output token."""
     attainment_percent: Annotated[int, Field(ge=0, le=100)] | None = None
     """Share of requests that attained the promise."""
-
-
-class AdapterStatus(StatusModel):
-    """A published adapter: enough, without Redis and after its job is gone, to go on serving it."""
-
-    name: Annotated[str, Field(max_length=63)]
-    """What clients give as `model`."""
-    version: Annotated[int, Field(ge=1)]
-    """The published version."""
-    ready_agents: Annotated[int, Field(ge=0)] = 0
-    """Agents that have it loaded."""
-    uri: Annotated[str, Field(max_length=1600)] = ""
-    """Its PEFT folder."""
-    sha256: Annotated[str, Field(max_length=64)] = ""
-    """Checksum of its manifest.json."""
-    rank: Annotated[int, Field(ge=0, le=256)] = 0
-    """Its rank."""
-    job_uid: Annotated[str, Field(max_length=64)] = ""
-    """UID of the FinetuneJob that made it."""
 
 
 class AgentStatus(StatusModel):
@@ -304,7 +367,8 @@ class EndpointStatus(StatusModel):
     adapters: Annotated[
         tuple[AdapterStatus, ...],
         Field(
-            max_length=512, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+            max_length=MAX_ADAPTERS,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
         ),
     ] = ()
     """Published adapters."""
@@ -324,13 +388,14 @@ class EndpointStatus(StatusModel):
             max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
         ),
     ] = ()
-    """Ready, ModelLoaded, SLOMet, ScalingReady."""
+    """Accepted, Ready, Available, Reconciling, Stalled, ModelLoaded, SLOMet, ScalingReady, RedisReady, AdaptersReady;
+    Drifted where it was True once."""
 
 
 class InferenceEndpoint(BaseModel):
     """One base model, served by N agents under a latency promise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, alias_generator=to_camel, populate_by_name=True)
 
     api_version: Literal["coserve.dev/v1alpha1"] = "coserve.dev/v1alpha1"
     kind: Literal["InferenceEndpoint"] = "InferenceEndpoint"
@@ -342,6 +407,10 @@ class InferenceEndpoint(BaseModel):
     def model_name(self) -> str:
         """What clients give as `model` for the base model."""
         return self.spec.model.name or self.metadata.name
+
+    def override(self, adapter: str) -> AdapterOverride | None:
+        """What the spec says of an adapter's name, if anything."""
+        return next((each for each in self.spec.adapters if each.name == adapter), None)
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> InferenceEndpoint:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from coserve_api.common import GROUP, VERSION
 from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint
-from coserve_api.job import FinetuneJob, JobSpec
+from coserve_api.job import FROZEN, FinetuneJob, JobSpec
 from coserve_api.job_status import JobStatus
 
 Schema = dict[str, Any]
@@ -57,7 +57,7 @@ def _convert(node: Schema, definitions: dict[str, Schema], defaults: bool) -> Sc
     if not defaults or out.get("default", 0) in (None, [], {}):
         out.pop("default", None)
     if "x-kubernetes-int-or-string" in node:
-        return out | {"x-kubernetes-int-or-string": True, "anyOf": node["anyOf"]}
+        return out | {name: value for name, value in node.items() if name.startswith("x-kubernetes-")}
     if out["type"] == "integer":
         out["format"] = "int32" if out.get("maximum", _INT32_MAX + 1) <= _INT32_MAX else "int64"
     out |= {name: value for name, value in node.items() if name.startswith("x-kubernetes-")}
@@ -105,12 +105,15 @@ def _name_rules(pattern: str, remedy: str) -> list[Schema]:
     return [{"rule": f"self.metadata.name.matches('{pattern}')", "message": remedy, "fieldPath": ".metadata.name"}]
 
 
-def _frozen_once_started() -> list[Schema]:
-    fields = [field.alias for field in JobSpec.model_fields.values() if field.alias not in (None, "suspend")]
+def frozen_once_started(fields: Sequence[str]) -> list[Schema]:
+    """Rules for fields of a FinetuneJob's spec. A field that is in neither is the same: else an optional one could not
+    be added, since no status of a job that had started before could be written any more.
+    """
     return [
         {
             "rule": "!has(oldSelf.status) || !has(oldSelf.status.startTime)"
-            f" || (has(self.spec.{field}) && has(oldSelf.spec.{field}) && self.spec.{field} == oldSelf.spec.{field})",
+            f" || (has(self.spec.{field}) == has(oldSelf.spec.{field})"
+            f" && (!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field}))",
             "message": f"{field} is immutable once the job has started (it has a startTime): create another job",
             "fieldPath": f".spec.{field}",
         }
@@ -147,7 +150,8 @@ def custom_resource_definition(
             "kind": {"type": "string"},
             "metadata": {"type": "object", "properties": {"name": {"type": "string", "maxLength": 52}}},
             "spec": structural_schema(spec, defaults=True),
-            "status": structural_schema(status, defaults=False),
+            # an older CRD keeps what a newer operator has written, and this one what the next will write
+            "status": structural_schema(status, defaults=False) | {"x-kubernetes-preserve-unknown-fields": True},
         },
     }
     version = {
@@ -215,6 +219,7 @@ def definitions() -> dict[str, Schema]:
         short="ftj",
         columns=(
             ("State", "string", ".status.state"),
+            ("Reason", "string", ".status.reason"),
             ("Endpoint", "string", ".spec.endpointRef.name"),
             ("Progress", "integer", ".status.progress.percent"),
             ("Loss", "string", ".status.progress.loss"),
@@ -227,7 +232,7 @@ def definitions() -> dict[str, Schema]:
                 "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
                 "the job's name becomes its feeder's: use only a-z, 0-9 and -, a letter or digit at both ends",
             ),
-            *_frozen_once_started(),
+            *frozen_once_started(FROZEN),
         ],
         scale=False,
     )

@@ -30,11 +30,19 @@ from coserve_api.common import (
 )
 from coserve_api.errors import InvalidValueError
 from coserve_api.job_status import JobStatus
+from coserve_api.resume import ResumeFrom
 from coserve_api.uris import AdapterSource, DatasetUri
 
 _STORED = "stored"
 """In the context of a validation: the API server took the object, maybe by older rules."""
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 16
+
+
+FROZEN = ("endpointRef", "dataset", "adapter", "resumeFrom", "training", "evaluation")
+"""Fields of a spec that decide the training: immutable once the job has started. The others may change at any time."""
+
+
+MAX_SECONDS = 2**31 - 1
 
 
 class FailedReason(StrEnum):
@@ -43,23 +51,32 @@ class FailedReason(StrEnum):
     DATASET_NOT_FOUND = "DatasetNotFound"
     INVALID_DATASET = "InvalidDataset"
     INVALID_ADAPTER = "InvalidAdapter"
+    INVALID_CHECKPOINT = "InvalidCheckpoint"
     ENDPOINT_REJECTED = "EndpointRejected"
     RANK_TOO_LARGE = "RankTooLarge"
-    NAME_TAKEN = "NameTaken"
     TRAINING_DIVERGED = "TrainingDiverged"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     ARTIFACT_STORE_ERROR = "ArtifactStoreError"
     INTERNAL_ERROR = "InternalError"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
 
 
 class PendingReason(StrEnum):
     """What a job waits for."""
 
     ENDPOINT_NOT_FOUND = "EndpointNotFound"
+    ENDPOINT_REJECTED = "EndpointRejected"
+    RANK_TOO_LARGE = "RankTooLarge"
+    NAME_TAKEN = "NameTaken"
+    DATASET_NOT_ALLOWED = "DatasetNotAllowed"
+    TOO_MANY_ADAPTERS = "TooManyAdapters"
     ADAPTER_NOT_FOUND = "AdapterNotFound"
+    CHECKPOINT_NOT_FOUND = "CheckpointNotFound"
     NO_CAPACITY = "NoCapacity"
     WAITING_FOR_DATA = "WaitingForData"
     FINETUNING_DISABLED = "FinetuningDisabled"
+    BACKING_OFF = "BackingOff"
+    REDIS_UNAVAILABLE = "RedisUnavailable"
 
 
 class DatasetFormat(StrEnum):
@@ -279,11 +296,12 @@ _NEEDS_SAMPLES = (
     "out, set it above 0, or set evaluation.uri"
 )
 _HELD_OUT_TWICE = "evaluation.uri has the held-out samples: leave dataset.evalPercent out, or set it to 0"
+_TWO_BEGINNINGS = "resumeFrom and adapter.from each say what training begins with: leave one of them out"
 _BEST_OF_SOME = "publish.policy Best chooses among evaluations: set evaluation.everySteps to 1 or more"
 
 
 class JobSpec(SpecModel):
-    """What to train. All but `suspend` is immutable once the job has started."""
+    """What to train. What decides the training is immutable once the job has started."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -301,6 +319,11 @@ class JobSpec(SpecModel):
                     "fieldPath": ".dataset.evalPercent",
                 },
                 {
+                    "rule": "!has(self.resumeFrom) || !has(self.adapter.from)",
+                    "message": _TWO_BEGINNINGS,
+                    "fieldPath": ".resumeFrom",
+                },
+                {
                     "rule": "self.publish.policy != 'Best' || self.evaluation.everySteps > 0",
                     "message": _BEST_OF_SOME,
                     "fieldPath": ".publish.policy",
@@ -315,6 +338,9 @@ class JobSpec(SpecModel):
     """What to learn from."""
     adapter: Adapter
     """The adapter to train."""
+    resume_from: ResumeFrom | None = None
+    """The checkpoint that the job goes on from as if it were its own; the shape of its adapter is taken over, and
+    what is set of it must be the same. Default: the job begins anew."""
     training: Training
     """The optimizer's settings."""
     checkpoint: CheckpointPolicy = Field(default_factory=CheckpointPolicy)
@@ -328,7 +354,15 @@ class JobSpec(SpecModel):
     suspend: bool = False
     """Give the agent back after a checkpoint, and go on when false again."""
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 6
-    """Rebindings after a lost agent before the job fails."""
+    """Agents that a job may lose, or that may fail at it, in a row without a checkpoint in between, before it fails. A
+    pod that was taken away (a drain, an eviction) and an artifact store that is away do not count.
+    """
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
+    """How long the job may go on after its start, or after it was last resumed, before it fails with DeadlineExceeded;
+    the time in which it is suspended does not count. Default: for ever.
+    """
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    """How long after it is Complete or Failed the job is deleted; its adapter stays published. Default: never."""
 
     @property
     def eval_percent(self) -> int:
@@ -345,6 +379,8 @@ class JobSpec(SpecModel):
             raise InvalidValueError(_NEEDS_SAMPLES)
         if evaluation.uri is not None and self.eval_percent > 0:
             raise InvalidValueError(_HELD_OUT_TWICE)
+        if self.resume_from is not None and self.adapter.source is not None:
+            raise InvalidValueError(_TWO_BEGINNINGS)
         if policy is PublishPolicy.BEST and evaluation.every_steps == 0:
             raise InvalidValueError(_BEST_OF_SOME)
         return self
@@ -353,7 +389,7 @@ class JobSpec(SpecModel):
 class FinetuneJob(BaseModel):
     """Train one LoRA adapter on an endpoint, beside its inference, and publish it there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, alias_generator=to_camel, populate_by_name=True)
 
     api_version: Literal["coserve.dev/v1alpha1"] = "coserve.dev/v1alpha1"
     kind: Literal["FinetuneJob"] = "FinetuneJob"

@@ -25,6 +25,8 @@ class JobState(StrEnum):
 
 
 class JobCondition(StrEnum):
+    ACCEPTED = "Accepted"
+    """False where this version of the operator cannot read the object."""
     DATA_READY = "DataReady"
     BOUND = "Bound"
     RUNNING = "Running"
@@ -32,6 +34,11 @@ class JobCondition(StrEnum):
     PUBLISHED = "Published"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    FINISHED = "Finished"
+    """Complete or Failed."""
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    """These two are kstatus's: True only while something is under way, or cannot go on."""
 
 
 class EvaluationStatus(StatusModel):
@@ -188,14 +195,31 @@ class PublishedAdapter(StatusModel):
 
 
 class ContinuedFrom(StatusModel):
-    """The adapter whose weights the job began with, as it was chosen at the first binding."""
+    """The adapter or the checkpoint that the job began with, as it was chosen at the first binding."""
 
     uri: Annotated[str, Field(max_length=1600)]
-    """Its PEFT folder."""
+    """Its folder."""
     version: Annotated[int, Field(ge=1)] | None = None
-    """Its number, where it was published here."""
+    """The adapter's number, where it was published here."""
     sha256: Annotated[str, Field(max_length=64)] | None = None
-    """Checksum of its manifest.json, where it was published here."""
+    """Checksum of its manifest.json; not of a PEFT folder that is named by its URI."""
+
+
+class BackoffStatus(StatusModel):
+    """Attempts that ended by a fault since the last checkpoint; a later one ends it, and so does suspending the job."""
+
+    attempts: Annotated[int, Field(ge=1)]
+    """How many; each waits longer before the next."""
+    failures: Annotated[int, Field(ge=0)] = 0
+    """Of these, what backoffLimit counts."""
+    step: Annotated[int, Field(ge=0)] = 0
+    """The step of the last checkpoint."""
+    reason: Annotated[str, Field(min_length=1, max_length=64)]
+    """Of the last fault, in one word."""
+    message: Annotated[str, Field(max_length=1024)] = ""
+    """The last fault, and what to do about it."""
+    until: Timestamp
+    """When the next attempt may begin."""
 
 
 class JobStatus(StatusModel):
@@ -216,17 +240,19 @@ class JobStatus(StatusModel):
     adapter: PublishedAdapter | None = None
     """The published version."""
     continued_from: ContinuedFrom | None = None
-    """The adapter whose weights the job began with, where adapter.from names one."""
+    """What the job began with, where adapter.from or resumeFrom names it."""
     endpoint_template_variables: Annotated[str, Field(max_length=MAX_VARIABLES_BYTES)] | None = None
     """The endpoint's engine.templateVariables when the job's data were first read, as JSON. The job keeps them,
     whatever becomes of the endpoint's; its own dataset.templateVariables come before them.
     """
     restarts: Annotated[int, Field(ge=0)] = 0
-    """Rebindings after a lost agent."""
+    """Rebindings after a lost agent, in all."""
+    backoff: BackoffStatus | None = None
+    """Faults since the last checkpoint, and when the job is tried again."""
     observed_generation: Annotated[int, Field(ge=0)] = 0
     """The metadata.generation this status is based on."""
     start_time: Timestamp | None = None
-    """When the job was first bound; the spec is immutable from then on."""
+    """When the job was first bound; what decides the training is immutable from then on."""
     completion_time: Timestamp | None = None
     """When it was complete or failed."""
     conditions: Annotated[
@@ -235,4 +261,4 @@ class JobStatus(StatusModel):
             max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
         ),
     ] = ()
-    """DataReady, Bound, Running, Suspended, Published, Complete, Failed."""
+    """Accepted, DataReady, Bound, Running, Suspended, Published, Complete, Failed, Finished, Reconciling, Stalled."""

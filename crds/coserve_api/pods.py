@@ -9,31 +9,14 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field
 
-from coserve_api.common import Label, SpecModel, Subdomain, Text
+from coserve_api.common import LABEL_PATTERN, Label, SpecModel, Subdomain, Text
+from coserve_api.quantities import ResourceQuantity
+from coserve_api.uris import DATA_ROOT
 
 Key = Annotated[str, Field(min_length=1, max_length=317)]
 Name253 = Annotated[str, Field(min_length=1, max_length=253)]
-_QUANTITY = Text(
-    "[0-9]{1,15}(\\.[0-9]{1,9})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?",
-    32,
-    'must be a quantity string such as "1", "500m" or "8Gi"',
-)
-ResourceQuantity = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    _QUANTITY,
-    WithJsonSchema(
-        {
-            "x-kubernetes-int-or-string": True,
-            "anyOf": [{"type": "integer"}, {"type": "string"}],
-            "maxLength": _QUANTITY.max_length,
-            "pattern": f"^{_QUANTITY.pattern}$",
-        }
-    ),
-]
-"""A Kubernetes quantity; a whole number needs no quotes."""
 ResourceList = Annotated[dict[str, ResourceQuantity], Field(max_length=16)]
 
 
@@ -114,8 +97,8 @@ class EnvVar(SpecModel):
         Text(
             "[A-Za-z_][A-Za-z0-9_]*",
             128,
-            "must be a variable name that does not begin with COSERVE_, which the operator sets",
-            "!self.startsWith('COSERVE_')",
+            "must be a variable name that does not begin with COSERVE_ and is not HOME: these the operator sets",
+            "!self.startsWith('COSERVE_') && self != 'HOME'",
             lambda name: not name.startswith("COSERVE_"),
         ),
     ]
@@ -165,7 +148,15 @@ class Volume(SpecModel):
         json_schema_extra=_exactly_one("emptyDir", "configMap", "secret", "persistentVolumeClaim")
     )
 
-    name: Label
+    name: Annotated[
+        str,
+        Text(
+            LABEL_PATTERN,
+            63,
+            "must be a DNS-1123 label of at most 63 characters that does not begin with coserve-, as the operator's do",
+            "!self.startsWith('coserve-')",
+        ),
+    ]
     """Its name in `volumeMounts`."""
     empty_dir: EmptyDir | None = None
     """A scratch folder."""
@@ -190,8 +181,9 @@ class VolumeMount(SpecModel):
         Text(
             _MOUNT_PATH,
             512,
-            "must be an absolute path without ':' or '..'",
-            "!self.contains('..')",
+            "must be an absolute path without ':', '.' or '..' and outside /tmp and /data, where the operator mounts",
+            "!self.contains('..') && !(self + '/').contains('/./')"
+            f" && ['/tmp/', '{DATA_ROOT}/'].all(ours, !(self + '/').startsWith(ours))",
             lambda path: ".." not in path,
         ),
     ]
@@ -218,8 +210,21 @@ def _map_list(key: str) -> dict[str, Any]:
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
+class FeederTemplate(SpecModel):
+    """What the feeders' pods need besides what the operator gives them."""
+
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=64, json_schema_extra=_map_list("name"))] = ()
+    """Further environment variables."""
+    volumes: Annotated[tuple[Volume, ...], Field(max_length=16, json_schema_extra=_map_list("name"))] = ()
+    """Further volumes."""
+    volume_mounts: Annotated[
+        tuple[VolumeMount, ...], Field(max_length=16, json_schema_extra=_map_list("mountPath"))
+    ] = ()
+    """Where the container sees them."""
+
+
 class PodTemplate(SpecModel):
-    """What the agents' (and feeders') pods need besides what the operator gives them."""
+    """What the agents' pods need besides what the operator gives them; feeders take the place alone."""
 
     resources: Resources = Field(default_factory=Resources)
     """Compute resources of the agent's container."""

@@ -38,6 +38,15 @@ def _text(root: str, segment: str = _SEGMENT, more: str = "") -> Text:
 ModelUri = Annotated[str, _text(MODELS_ROOT)]
 DatasetUri = Annotated[str, _text(DATA_ROOT, _MARKED, ", or the marks * and ?,")]
 ArtifactsUri = Annotated[str, _text(ARTIFACTS_ROOT)]
+CheckpointUri = Annotated[
+    str,
+    Text(
+        f"(pvc://{_CLAIM}(/{_PATH})?|file:///artifacts(/{_PATH})?)/jobs/{_SEGMENT}/e[1-9][0-9]{{0,14}}/s[0-9]{{1,15}}/?",
+        1024,
+        "must be the URI of a checkpoint as status.checkpoint.uri has it: the endpoint's artifact store, then "
+        "/jobs/UID/eEPOCH/sSTEP",
+    ),
+]
 AdapterSource = Annotated[
     str,
     Text(

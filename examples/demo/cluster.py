@@ -43,6 +43,7 @@ def manifest(path: Path, *, mounted_environment: bool) -> dict[str, Any]:
     if body["kind"] == "InferenceEndpoint" and mounted_environment:
         spec = body["spec"]
         spec["image"], spec["template"] = DEV_IMAGE, {**spec.get("template", {}), **DEV_TEMPLATE}
+        spec["finetuning"] = {**spec.get("finetuning", {}), "feeder": DEV_TEMPLATE}
     return body
 
 

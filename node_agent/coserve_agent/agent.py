@@ -27,8 +27,8 @@ from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.slo import Slo, SloMeter
 from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.endpoint import FinetuningPolicy, GenerationConfig
-from coserve_engine.config import DeviceChoice, EngineConfig
+from coserve_api.endpoint import FinetuningPolicy, GenerationConfig, KernelFallback, NumericsMode
+from coserve_engine.config import EXACT, FAST, DeviceChoice, EngineConfig
 from coserve_engine.host import EngineHost, settle
 from coserve_engine.latency.reserve import Reserve
 from coserve_engine.messages import IterationDone
@@ -183,6 +183,10 @@ class Agent:
             )
         for note in ready.notes:
             log.info("engine: %s", note)
+        self.metrics.on_ready(ready)
+        if ready.plain_reason is not None:
+            self.lifecycle.slow = f"plain operators compute ({ready.plain_reason}), slower than the GPU's kernels"
+            log.warning("engine: %s", self.lifecycle.slow)
         log.info("engine: model loaded in %.1f s, %d KV pages", time.monotonic() - begun_s, ready.kv_total_pages)
         settle()
         self.pacer.tell()
@@ -246,6 +250,8 @@ def device_choice(settings: AgentSettings) -> DeviceChoice:
         max_batch_tokens=settings.max_batch_tokens,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_jobs=settings.max_concurrent_jobs,
+        kernel_cache=None if settings.kernel_cache is None else str(settings.kernel_cache),
+        image_kernels=None if settings.image_kernels is None else str(settings.image_kernels),
         visible_devices=settings.visible_devices,
     )
 
@@ -264,4 +270,6 @@ def engine_config(settings: AgentSettings, end_tokens: tuple[int, ...]) -> Engin
         max_slowdown_percent=settings.max_slowdown_percent,
         pass_bytes=settings.pass_bytes,
         end_tokens=end_tokens,
+        numerics_mode=EXACT if settings.numerics_mode is NumericsMode.EXACT else FAST,
+        kernel_fallback=settings.kernel_fallback is KernelFallback.ALLOWED,
     )

@@ -24,8 +24,8 @@ _TEXT_FIELDS: Mapping[object, str] = {
 class MessageError(AgentError):
     """What is wrong with a message, and the remedy. `unsupported`: it is well-formed, and asks for what is missing."""
 
-    def __init__(self, message: str, *, unsupported: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, unsupported: bool = False, public: str | None = None) -> None:
+        super().__init__(message, public)
         self.unsupported = unsupported
 
 
@@ -134,10 +134,12 @@ def _text_of(part: Mapping[str, Any]) -> str | None:
         raise MessageError(
             f"messages has a content part of type {kind!r:.80}; only parts of type 'text' are supported, remove it",
             unsupported=True,
+            public="messages has a content part of another type than 'text', and only these are supported: remove it",
         )
     text = part.get(field)
     if not isinstance(text, str | None):
-        raise MessageError(f"messages has a content part whose {field} is {text!r:.80}; send a string")
+        public = f"messages has a content part whose {field} is no string; send one"
+        raise MessageError(f"messages has a content part whose {field} is {text!r:.80}; send a string", public=public)
     return text
 
 
@@ -151,6 +153,7 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise MessageError(
                 f"messages has a call of {call.function.name!r} with arguments {arguments[:80]!r}, which are no JSON "
-                f"({error}); send JSON"
+                f"({error}); send JSON",
+                public="messages has a call whose arguments are no JSON; send JSON",
             ) from None
     return shown

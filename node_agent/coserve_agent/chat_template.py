@@ -55,6 +55,9 @@ class Given:
 NOTHING = Given()
 
 
+REFUSED = "the chat template does not accept these messages"
+
+
 class ChatTemplateError(AgentError):
     """The model's chat template refuses these messages; the message is the template's own."""
 
@@ -126,11 +129,11 @@ class ChatTemplate:
         except _Endless as error:
             raise ChatTemplateError(f"the chat template {error}; shorten the messages, or mend the template") from None
         except TemplateError as error:
-            raise ChatTemplateError(str(error) or type(error).__name__) from None
+            raise ChatTemplateError(str(error) or type(error).__name__, REFUSED) from None
         except Exception as error:
             # A template is a program over the client's data: whatever it raises is the data's fault, not the server's.
             raise ChatTemplateError(
-                f"the chat template does not accept these messages: {type(error).__name__}: {error}"
+                f"the chat template does not accept these messages: {type(error).__name__}: {error}", REFUSED
             ) from None
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from coserve_agent.errors import JobFailedError
 from coserve_agent.trainlog import STATE_FILE
 from coserve_api.job import FailedReason
-from coserve_api.messages import Checkpoint
+from coserve_contract.messages import Checkpoint
 from coserve_engine.errors import CheckpointError
 from coserve_engine.formats.folders import restore_folder, verify_folder
+from coserve_engine.formats.opened import read_text
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ _PART = re.compile(r"\.s[0-9]+\.(?:part|old)")
 MIN_KEEP = 2
 VERIFY_TRIES = 2
 VERIFY_PAUSE_S = 2.0
+_NOT_LIKE_OURS = (ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,8 @@ class CheckpointStore:
         if older is None:
             raise JobFailedError(
                 FailedReason.ARTIFACT_STORE_ERROR,
-                f"the checkpoint of step {accepted.step} is corrupt and no older one is whole: {problem}; "
-                "restore the folder, or create the job again",
+                f"the checkpoint of step {accepted.step} is corrupt and no older one is whole: {problem}; restore the "
+                "folder, or create the job again; where resumeFrom names it, look at its sha256",
             )
         log.warning("job %s: going on from the older checkpoint of step %d", self.job, older.step)
         self.rewound = f"the checkpoint of step {accepted.step} cannot be used: {problem}"
@@ -89,7 +91,7 @@ class CheckpointStore:
             if attempt:
                 await asyncio.sleep(VERIFY_PAUSE_S)
             try:
-                await asyncio.to_thread(_verify, self.artifacts / accepted.path, accepted.sha256)
+                await asyncio.to_thread(_verify, self.artifacts, self.artifacts / accepted.path, accepted.sha256)
                 return None
             except (CheckpointError, OSError) as error:
                 problem = str(error)
@@ -99,9 +101,9 @@ class CheckpointStore:
         older = [folder for folder in self._folders() if folder.step < below_step and folder.epoch <= self.epoch]
         for folder in sorted(older, key=lambda one: (one.step, one.epoch), reverse=True):
             try:
-                sha256 = _verify(folder.path)
-                step = int(json.loads((folder.path / STATE_FILE).read_text(encoding="utf-8"))["step"])
-            except (CheckpointError, OSError, ValueError, KeyError) as error:
+                sha256 = _verify(self.artifacts, folder.path)
+                step = int(json.loads(read_text(folder.path, STATE_FILE))["step"])
+            except (CheckpointError, OSError, ArithmeticError, *_NOT_LIKE_OURS) as error:
                 log.warning("job %s: %s cannot be used either: %s", self.job, folder.path, error)
                 continue
             path = folder.path.relative_to(self.artifacts).as_posix()
@@ -136,10 +138,10 @@ class CheckpointStore:
                 yield Folder(epoch, step, folder)
 
 
-def _verify(path: Path, sha256: str | None = None) -> str:
+def _verify(artifacts: Path, path: Path, sha256: str | None = None) -> str:
     """Check a folder; the holder of the lease is its only writer, so it also ends a replacement that was cut short."""
     restore_folder(path)
-    return verify_folder(path, sha256)
+    return verify_folder(path, sha256, artifacts)
 
 
 def _numbered(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,12 +20,12 @@ from coserve_agent.errors import JobFailedError
 from coserve_agent.evaluations import EvalLog, EvalRecord
 from coserve_agent.inflight import Evaluation, OpenSteps
 from coserve_agent.lora import lora_of
-from coserve_agent.passes import PassBounds, split_passes, to_seqs
+from coserve_agent.passes import PassBounds, check_length, passes_of, to_seqs
 from coserve_agent.template_variables import FILE as RENDERING_FILE
 from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog
-from coserve_api.job import FailedReason, PublishPolicy
-from coserve_api.messages import BindingSpec
-from coserve_api.shards import Sample, Shard
+from coserve_api.job import FailedReason
+from coserve_contract.messages import BindingSpec
+from coserve_contract.shards import Sample, Shard, shard_bytes
 from coserve_engine.messages import (
     AdapterExported,
     BestKept,
@@ -40,6 +40,8 @@ from coserve_engine.messages import (
     PassDone,
     PassMode,
     SaveCheckpoint,
+    SetPriority,
+    SetSlowdown,
     StartJob,
     StepDone,
     StopJob,
@@ -50,6 +52,8 @@ log = logging.getLogger(__name__)
 STEPS_IN_FLIGHT = 2
 EVAL_PASSES_IN_FLIGHT = 4
 MAX_SKIPPED_IN_ROW = 5
+UNSAVED_BYTES = 64 * 2**20
+"""A checkpoint is due after so much data at the latest: what no checkpoint covers stays in Redis."""
 # How long a stop waits for steps that are nearly done before it gives them up.
 STOP_WAIT_S = 5.0
 
@@ -60,8 +64,8 @@ class ShardSource(Protocol):
     def get(self, number: int) -> Shard | None:
         """Training shard `number` if it is here; earlier ones are forgotten. Wakes the driver when it arrives."""
 
-    async def eval_samples(self) -> list[Sample]:
-        """All held-out samples."""
+    async def eval_samples(self) -> Iterable[Sample]:
+        """All held-out samples. Iterating may read a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,6 @@ class Plan:
     rendering: str
     checkpoint_path: Callable[[int], Path]
     start: Path | None = None
-
-    @property
-    def publishes_best(self) -> bool:
-        """Whether the best weights have to be kept."""
-        return self.spec.publish is PublishPolicy.BEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +137,7 @@ class Driver:
         self._stopped: JobStopped | None = None
         self._exported: AdapterExported | None = None
         self._best_kept: BestKept | None = None
+        self.kept_step: int | None = None  # of the best evaluation, whose weights the engine keeps
         self._saving: int | None = None
         self._acceptance: asyncio.Task[None] | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -160,6 +160,13 @@ class Driver:
         """Something the driver may wait for has changed."""
         self._changed.set()
 
+    def update(self, spec: BindingSpec) -> None:
+        """Go on with what may change of a spec; a checkpoint that is due is due from the next step on."""
+        if spec.priority != self._plan.spec.priority:
+            self._channel.submit(SetPriority(self._plan.engine_job, spec.weight))
+        self._channel.submit(SetSlowdown(spec.max_slowdown_percent))
+        self._plan = replace(self._plan, spec=spec)
+
     def request_stop(self) -> None:
         self._stop = True
         self.wake()
@@ -173,13 +180,13 @@ class Driver:
         plan, spec = self._plan, self._plan.spec
         folder = None if resume is None else str(resume)
         self._pump = asyncio.create_task(self._read_events())
+        self._channel.submit(SetSlowdown(spec.max_slowdown_percent))
         self._channel.submit(StartJob(plan.engine_job, lora_of(spec, plan.start), spec.seed, folder, spec.weight))
         await self._until(lambda: self._started is not None, stoppable=False)
         assert self._started is not None
         if resume is not None:
             self._log = TrainingLog.from_files(self._started.files, self._started.step)
-            if plan.publishes_best:
-                self._log.check_best(self._started.best_step)
+            self.kept_step = self._log.check_best(self._started.best_step)
             self.accepted_step = self._started.step
         self._seq = itertools.count(self._started.seq_no + 1)
 
@@ -190,7 +197,7 @@ class Driver:
         Raises:
             StopRequested, JobFailedError, EngineGoneError.
         """
-        total = self._plan.total_steps
+        total, unsaved_bytes = self._plan.total_steps, 0
         for step in range(self.state.step + 1, total + 1):
             if self._evaluates_after(step - 1):
                 await self._evaluate(step - 1)
@@ -201,23 +208,22 @@ class Driver:
             await self._until(lambda: len(self._open) < STEPS_IN_FLIGHT)
             for command in self._open.begin(step, shard, self._seq):
                 self._channel.submit(command)
-            if step % self._plan.spec.checkpoint_every_steps == 0 and step < total:
+            unsaved_bytes += shard_bytes(len(shard.samples), shard.tokens)
+            due = step % self._plan.spec.checkpoint_every_steps == 0 or unsaved_bytes >= UNSAVED_BYTES
+            if due and step < total:
                 await self._until(lambda: not self._open)
                 await self._save()
+                unsaved_bytes = 0
         await self._evaluate(total)
         await self._settle_acceptance(stoppable=True)  # where patience ended it, one of this step may be on its way
         if self.accepted_step < self.state.step:
             await self._save()
         await self._settle_acceptance(stoppable=True)
 
-    async def export(self, path: Path) -> str:
-        """Write the adapter, or the best one where the job publishes that, as PEFT folder `path`; returns the sha256 of
-        its manifest.
-        """
-        plan, files = self._plan, {**self._log.logs(), RENDERING_FILE: self._plan.rendering}
-        self._channel.submit(
-            ExportAdapter(plan.engine_job, next(self._seq), str(path), plan.base_model_name, files, plan.publishes_best)
-        )
+    async def export(self, path: Path, *, best: bool = False) -> str:
+        """Write the adapter, or with `best` that of `kept_step`, as PEFT folder; returns its manifest's sha256."""
+        plan, files, number = self._plan, {**self._log.logs(), RENDERING_FILE: self._plan.rendering}, next(self._seq)
+        self._channel.submit(ExportAdapter(plan.engine_job, number, str(path), plan.base_model_name, files, best))
         await self._until(lambda: self._exported is not None)
         assert self._exported is not None
         return self._exported.sha256
@@ -234,8 +240,7 @@ class Driver:
         if step <= self.accepted_step:
             await self.drop()
             return
-        path = self._plan.checkpoint_path(step)
-        self._channel.submit(StopJob(self._plan.engine_job, str(path), self._log.files()))
+        self._channel.submit(StopJob(self._plan.engine_job, str(self._plan.checkpoint_path(step)), self._log.files()))
         await self._until(lambda: self._stopped is not None, stoppable=False)
         stopped = self._stopped
         if stopped is None or stopped.checkpoint is None or stopped.step != step:
@@ -264,17 +269,8 @@ class Driver:
         await self._until(lambda: self._shards.get(step) is not None)
         shard = self._shards.get(step)
         assert shard is not None
-        for sample in shard.samples:
-            self._check_length(sample)
+        check_length(shard.samples, self._plan.max_length)
         return shard
-
-    def _check_length(self, sample: Sample) -> None:
-        if len(sample.tokens) > self._plan.max_length:
-            raise JobFailedError(
-                FailedReason.INVALID_DATASET,
-                f"line {sample.id}: has {len(sample.tokens)} tokens, more than the endpoint's model.maxModelLength "
-                f"{self._plan.max_length}; set dataset.maxSequenceLength to that, with onInvalid: Skip if need be",
-            )
 
     def _evaluates_after(self, step: int) -> bool:
         every = self._plan.spec.eval_every_steps
@@ -287,21 +283,24 @@ class Driver:
         await self._until(lambda: not self._open)
         if self.state.eval_step == step:
             return
-        samples = await self._shards.eval_samples()
-        if not samples:
-            return
-        for sample in samples:
-            self._check_length(sample)
+        parts = passes_of(await self._shards.eval_samples(), self._plan.bounds)
         self._eval = Evaluation()
-        for micro, part in enumerate(split_passes(samples, self._plan.bounds)):
+        for micro in itertools.count():
+            part = await asyncio.to_thread(next, parts, ())
+            if not part:
+                break
+            check_length(part, self._plan.max_length)
             await self._until(lambda: len(self._eval.pending) < EVAL_PASSES_IN_FLIGHT)
             seqs = to_seqs(part, 1.0)
             work = Pass(next(self._pass_ids), self._plan.engine_job, step, micro, seqs, PassMode.EVAL)
             self._channel.submit(self._eval.begin(work, next(self._seq)))
+        if not micro:
+            return
         await self._until(lambda: not self._eval.pending)
         record = self._eval.record(step)
-        if self._plan.publishes_best and step > 0 and self.evals.is_best(record.loss):
-            await self._keep_best()
+        if step > 0 and self._plan.spec.eval_every_steps > 0 and self.evals.beats_kept(record.loss, self.kept_step):
+            await self._keep_best()  # whatever the policy is: it may change as long as the job runs
+            self.kept_step = step
         self._log.note_eval(record)
         self._on_eval(record)
         log.info("job %s: eval loss %s at step %d", self._plan.spec.job_name, record.loss, step)

@@ -4,7 +4,15 @@ from coserve_api.job import FailedReason
 
 
 class AgentError(Exception):
-    """Base of everything the agent raises on purpose."""
+    """Base of everything the agent raises on purpose.
+
+    Args:
+        public: the message without any content of a user's data, for status, events and logs; None: it has none.
+    """
+
+    def __init__(self, message: str = "", public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
 
 
 class StartError(AgentError):

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from coserve_api.job_status import MAX_EVALUATIONS
-from coserve_api.messages import Evaluated
+from coserve_contract.messages import Evaluated
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -48,6 +48,12 @@ class EvalLog:
         """Whether an evaluation with this loss would be the best so far."""
         best = self.best
         return loss is not None and (best is None or best.loss is None or loss < best.loss)
+
+    def beats_kept(self, loss: float | None, kept_step: int | None) -> bool:
+        """Whether it is below the initial one and that of the weights that are kept. They are those of `best`, but for
+        a job that an agent began which kept none.
+        """
+        return EvalLog(tuple(one for one in self.records if one.step in (0, kept_step))).is_best(loss)
 
     @property
     def improved(self) -> bool:

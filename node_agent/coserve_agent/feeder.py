@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from types import FrameType
 from typing import NoReturn
 
@@ -24,18 +25,21 @@ from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.main import give_up, log_to_stderr
 from coserve_agent.rendering import Renderer
-from coserve_agent.settings import FeederSettings, read
+from coserve_agent.settings import FeederMode, FeederSettings, read
 from coserve_agent.template_variables import TemplateVariableError
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.connect import connect
+from coserve_api.errors import MessageError
 from coserve_api.job import FailedReason
-from coserve_api.keys import Keys
-from coserve_api.messages import Completed, Failed, FeedError, FeedStatus
-from coserve_api.store import JobRecord, Push, Store
+from coserve_contract.connect import connect
+from coserve_contract.keys import Keys
+from coserve_contract.messages import Completed, Failed, FeedError, FeedStatus
+from coserve_contract.store import SHARD_BOUND, WINDOW_BYTES, JobRecord, Push, Store
 
 log = logging.getLogger(__name__)
 
 FULL_WAIT_S = 0.2
+EVAL_WAIT_S = 0.05
+"""A new agent waits for all held-out samples before its first step."""
 IDLE_WAIT_S = 2.0
 RETRY_S = 2.0
 LOOK_EVERY_S = 2.0
@@ -57,6 +61,8 @@ class Feeder:
         self._sleep = sleep
         self._status = material.status()
         self._said_under: str | None = None
+        self._bytes = lru_cache(4 * SHARD_BOUND)(material.shard_bytes)
+        self._eval_bytes = lru_cache(4 * SHARD_BOUND)(material.eval_shard_bytes)
 
     async def run(self) -> None:
         """Until the job has a result. Redis may go away meanwhile.
@@ -64,15 +70,26 @@ class Feeder:
         Raises:
             DatasetError: the file changed since the job began.
         """
+        await self._until(self._round)
+
+    async def check(self) -> None:
+        """Say what the data are, for a job whose turn has not come; raises as `run`."""
+        await self._until(self._check)
+
+    async def _check(self) -> bool:
+        await self._say(await self._store.job(self._job))
+        return True
+
+    async def _until(self, done: Callable[[], Awaitable[bool]]) -> None:
         while True:
             try:
-                if await self._round():
+                if await done():
                     return
             except JobDeletedError:
                 log.info("feeder: the job was deleted")
                 return
-            except (RedisError, OSError, TimeoutError) as error:
-                log.warning("feeder: redis cannot be reached, tries again in %g s: %s", RETRY_S, error)
+            except (RedisError, OSError, TimeoutError, MessageError) as error:
+                log.warning("feeder: redis cannot be read, tries again in %g s: %s", RETRY_S, error)
                 await self._sleep(RETRY_S)
 
     async def _round(self) -> bool:
@@ -82,8 +99,8 @@ class Feeder:
             log.info("feeder: the job has a result: %s", record.result.outcome)
             return True
         await self._say(record)
-        await self._push_eval()
-        await self._sleep(await self._push_training(record.last_shard + 1))
+        waits_s = await self._push_eval(record), await self._push_training(record)
+        await self._sleep(min(waits_s))
         return False
 
     async def _say(self, record: JobRecord) -> None:
@@ -122,24 +139,49 @@ class Feeder:
                 "since the job began; create a new job",
             )
 
-    async def _push_eval(self) -> None:
-        number = 1
-        while number <= self._material.eval_shards:
-            pushed = await self._store.push_eval(self._job, self._material.eval_shard(number))
+    async def _push_eval(self, record: JobRecord) -> float:
+        """Push held-out shards until there is no room; returns how long to wait before the next look."""
+        total, progress = self._material.eval_shards, record.progress
+        bound = progress is not None and record.fence is not None and progress.epoch == record.fence.epoch
+        kept = (progress.eval_cursor if bound and progress is not None else 0) or 0
+        whole = bound and progress is not None and progress.eval_cursor is None  # an agent of the version before
+        last = total if whole else room(kept, total, self._eval_bytes)
+        number = kept + 1
+        while number <= last:
+            pushed = await self._store.push_eval(self._job, self._material.eval_shard(number), last - kept)
+            if pushed.outcome is Push.FULL or pushed.last < kept:
+                return EVAL_WAIT_S
             number = pushed.last + 1
+        return IDLE_WAIT_S if last == total else EVAL_WAIT_S
 
-    async def _push_training(self, number: int) -> float:
-        """Push from `number` on until there is no room; returns how long to wait before the next look."""
+    async def _push_training(self, record: JobRecord) -> float:
+        """Push training shards until there is no room; returns as `_push_eval`."""
         loop = asyncio.get_running_loop()
         look_again_s = loop.time() + LOOK_EVERY_S
-        while number <= self._status.total_steps:
+        cursor = record.checkpoint.cursor if record.checkpoint else 0
+        read, total = max(cursor, record.progress.cursor if record.progress else 0), self._status.total_steps
+        last, number = room(read, total, self._bytes), record.last_shard + 1
+        while number <= last:
             pushed = await self._store.push_shard(self._job, self._material.shard(number))
             if pushed.outcome is Push.FULL:
                 return FULL_WAIT_S
             number = pushed.last + 1
-            if loop.time() > look_again_s:
+            if pushed.outcome is Push.GAP or loop.time() > look_again_s:
                 return 0.0
-        return IDLE_WAIT_S
+        return IDLE_WAIT_S if last == total else FULL_WAIT_S
+
+
+def room(read: int, total: int, bytes_of: Callable[[int], int]) -> int:
+    """The last shard that may be in Redis when `read` is the last one that was read: SHARD_BOUND further at most, and
+    WINDOW_BYTES, but for one shard.
+    """
+    last, left = read, WINDOW_BYTES
+    while last < min(total, read + SHARD_BOUND):
+        left -= bytes_of(last + 1)
+        if left < 0 and last > read:
+            break
+        last += 1
+    return last
 
 
 def _differ(before: str | None, now: str | None) -> bool:
@@ -161,14 +203,15 @@ async def say_error(store: Store, job: str, error: DatasetError) -> None:
 
 
 async def feed(settings: FeederSettings, material: Material | DatasetError) -> None:
-    """Push `material`, or say what is wrong with it."""
+    """Push `material` or say what it is, by the mode; or say what is wrong with it."""
     password = settings.redis_password
     redis = connect(settings.redis_url, settings.redis_username, password.get_secret_value() if password else None)
     store = Store(redis, Keys(settings.endpoint_uid))
     try:
         if isinstance(material, DatasetError):
             raise material
-        await Feeder(store, settings.job_uid, material).run()
+        feeder = Feeder(store, settings.job_uid, material)
+        await (feeder.check() if settings.mode is FeederMode.CHECK else feeder.run())
     except DatasetError as error:
         log.error("feeder: %s: %s", error.reason, error)
         await say_error(store, settings.job_uid, error)

@@ -23,12 +23,12 @@ from coserve_agent.settings import AgentSettings
 from coserve_agent.slo import SloMeter
 from coserve_agent.tokenizer import Tokenizer
 from coserve_agent.worker import Worker
-from coserve_api.connect import connect
 from coserve_api.endpoint import FinetuningPolicy
-from coserve_api.keys import Keys, agent_id
-from coserve_api.messages import Heartbeat, Load, SloReport
-from coserve_api.scripts import Fencing
-from coserve_api.store import Store
+from coserve_contract.connect import connect
+from coserve_contract.keys import Keys, agent_id
+from coserve_contract.messages import Heartbeat, Load, SloReport
+from coserve_contract.scripts import Fencing
+from coserve_contract.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Finetuning:
             metrics=metrics,
             artifacts=settings.artifacts,
             endpoint_uid=settings.endpoint_uid,
+            model_path=str(settings.model_path),
             base_model=base_model(settings.model_path, settings.model_uri),
             digest=tokenizer.digest,
             max_model_length=settings.max_model_length,
@@ -118,5 +119,6 @@ class Finetuning:
                 requests=slo.requests,
             ),
             adapters=self._registry.numbers(),
+            failed_adapters=self._registry.failures(),
             jobs=self.worker.beats(),
         )

@@ -10,8 +10,7 @@ from redis.exceptions import RedisError
 
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.registry import AdapterRegistry
-from coserve_api.errors import MessageError
-from coserve_api.store import Store
+from coserve_contract.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +50,17 @@ class AdapterFollower:
 
     async def once(self) -> None:
         try:
-            records = await self._store.adapters()
+            records, broken = await self._store.published()
             # Read after the adapters: an emptied Redis has no incarnation, and then an empty hash means nothing.
             if not await self._store.incarnation():
                 return
         except (RedisError, OSError, TimeoutError):
             return  # the heartbeat says so in the log
-        except MessageError as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                log.error("adapters: %s", error)
-            return
-        self._lifecycle.set_adapters(await self._registry.sync(records))
+        complaint = "; ".join(map(str, broken))
+        if complaint and complaint != self._complaint:
+            log.error("adapters: %s", complaint)
+        self._complaint = complaint
+        self._registry.expect(records)
+        self._lifecycle.set_adapters(self._registry.pending())  # a folder may take its time
+        await self._registry.sync(records)
+        self._lifecycle.set_adapters(self._registry.pending())

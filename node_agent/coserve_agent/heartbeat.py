@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from coserve_api.messages import Heartbeat
-from coserve_api.scripts import Fencing
+from coserve_contract.messages import Heartbeat
+from coserve_contract.scripts import Fencing
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,26 +18,37 @@ from coserve_agent.driver import Driver, Plan, Saved, StopRequested
 from coserve_agent.engine_client import EngineClient
 from coserve_agent.errors import AgentError, EngineGoneError, FencedError, JobFailedError
 from coserve_agent.evaluations import EvalRecord
+from coserve_agent.held_out import HeldOut
 from coserve_agent.lease import LeaseKeeper
 from coserve_agent.metrics import Metrics
 from coserve_agent.progress import ProgressMeter
+from coserve_agent.resumed import check_resumed
 from coserve_agent.shard_reader import ShardReader
 from coserve_agent.template_variables import rendering_file
 from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.errors import MessageError
 from coserve_api.job import FailedReason, PublishPolicy
-from coserve_api.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
-from coserve_api.scripts import Fencing
-from coserve_api.store import Store
+from coserve_contract.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
+from coserve_contract.scripts import Fencing, Refused
+from coserve_contract.store import Store
 from coserve_engine.errors import CheckpointError
-from coserve_engine.formats.folders import verify_folder
+from coserve_engine.formats.folders import digest, verify_folder
+from coserve_engine.formats.opened import check_beneath
 from coserve_engine.messages import StopJob
 
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
 FEED_POLL_S = 0.5
-# The artifact store or the engine may recover; a job's mistake does not.
+# A job's own mistakes, by which every attempt would end.
+FINAL = (
+    FailedReason.DATASET_NOT_FOUND,
+    FailedReason.INVALID_DATASET,
+    FailedReason.INVALID_ADAPTER,
+    FailedReason.INVALID_CHECKPOINT,
+    FailedReason.TRAINING_DIVERGED,
+)
+# The artifact store or the engine may recover soon; else the job is given back, and the operator has it tried again.
 RETRIED = (FailedReason.ARTIFACT_STORE_ERROR, FailedReason.INTERNAL_ERROR)
 RETRY_WAITS_S = (2.0, 10.0)
 
@@ -53,6 +65,7 @@ class Surroundings:
     metrics: Metrics
     artifacts: Path
     endpoint_uid: str
+    model_path: str
     base_model: str
     digest: str
     max_model_length: int
@@ -74,8 +87,20 @@ class JobRun:
         self._checkpoints = CheckpointStore(around.artifacts, self.job, self.epoch, self._spec.checkpoint_keep)
         self._accepted: Checkpoint | None = None
         self._driver: Driver | None = None
+        self._held_out: HeldOut | None = None
         self._stop_message: str | None = None
         self.step = 0 if binding.resume is None else binding.resume.step
+
+    def update(self, binding: Binding) -> None:
+        """Take over what has changed in the binding since, of what may change while the job runs."""
+        live = binding.spec.live
+        if live == self._spec.live:
+            return
+        log.info("job %s: goes on from step %d with %s", self.name, self.step, live)
+        self._spec = self._spec.model_copy(update=live)
+        self._checkpoints.keep = self._spec.checkpoint_keep
+        if self._driver is not None and self._around.engine.alive:
+            self._driver.update(self._spec)
 
     def request_stop(self, message: str) -> None:
         """Save, have it accepted, give the job back."""
@@ -106,18 +131,21 @@ class JobRun:
                 await self._give_back()
                 return
             except JobFailedError as error:
-                if self._stop_message is not None and error.reason in RETRIED:
+                if error.reason in FINAL:
+                    await self._fail(error)
+                    return
+                if self._stop_message is not None:
                     log.error("job %s: could not be saved, goes on from the last checkpoint: %s", self.name, error)
                     await self._give_back()
                     return
                 if wait_s is None or error.reason not in RETRIED:
-                    await self._fail(error)
+                    await self._give_back(error)
                     return
                 log.warning("job %s: tries again in %g s: %s: %s", self.name, wait_s, error.reason, error)
             await asyncio.sleep(wait_s)
 
     async def _guarded(self, engine_job: str) -> None:
-        """An attempt; a mistake of our own fails the job visibly instead of leaving it bound to nobody's work."""
+        """An attempt; a mistake of our own ends it visibly instead of leaving the job bound to nobody's work."""
         try:
             await self._attempt(engine_job)
         except (AgentError, StopRequested):
@@ -138,9 +166,13 @@ class JobRun:
         start = None if spec.start is None else around.artifacts / spec.start.path
         if start is not None and checkpoint is None:
             await self._verify_start(start)
+        if checkpoint is not None and spec.start is not None and spec.start.path == checkpoint.path:
+            step, total = checkpoint.step, feed.total_steps
+            folder = around.artifacts / checkpoint.path
+            await asyncio.to_thread(check_resumed, folder, spec.start, around.model_path, step, total)
         plan = Plan(
             engine_job=engine_job,
-            spec=spec,
+            spec=self._spec,  # which may have changed since
             total_steps=feed.total_steps,
             max_length=around.max_model_length,
             bounds=around.engine.pass_bounds,
@@ -160,20 +192,23 @@ class JobRun:
             around.metrics.on_evaluation(self.name, record.loss)
 
         channel = around.engine.open_job(engine_job)
+        self._held_out = HeldOut(self._checkpoints.root, self.epoch, feed)
         reader = ShardReader(
             around.store,
             self.job,
             after=0 if checkpoint is None else checkpoint.cursor,
             total=feed.total_steps,
-            eval_shards=feed.eval_shards,
+            held_out=self._held_out,
+            windowed=feed.windowed,
             digest=around.digest,
         )
         driver = Driver(
             plan, channel, reader, accept=self._accept, on_step=on_step, pass_ids=around.pass_ids, on_eval=on_eval
         )
         reader.on_arrival = driver.wake
-        self._driver = driver
+        self._driver = driver  # from here on `update` reaches the plan
         try:
+            await reader.look_for_held_out()
             await driver.start(None if checkpoint is None else around.artifacts / checkpoint.path)
             self.step = driver.state.step
             meter.begin(driver.state)
@@ -182,6 +217,7 @@ class JobRun:
             log.info("job %s: epoch %d, from step %d of %d", self.name, self.epoch, self.step, feed.total_steps)
             if self._stop_message is not None:
                 driver.request_stop()
+            await self._lease.write(self._progress(driver, reader, meter))  # an attempt before may have told of more
             await alongside(self._drive(driver), reader.run(), self._report(driver, reader, meter))
         finally:
             self._driver = None
@@ -193,7 +229,8 @@ class JobRun:
     async def _drive(self, driver: Driver) -> None:
         try:
             await driver.train()
-            adapter = await self._publish(driver)
+            policy = self._spec.publish
+            adapter = await self._publish(driver, policy)
         except StopRequested:
             await driver.stop()
             raise
@@ -203,6 +240,7 @@ class JobRun:
             step=state.step,
             tokens=state.tokens,
             adapter=adapter,
+            publish=policy,
             loss=state.loss,
             eval_loss_initial=state.eval_loss_initial,
             eval_loss=state.eval_loss,
@@ -210,36 +248,46 @@ class JobRun:
             best=driver.evals.best_message(),
             rank=driver.rank,
         )
-        await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
+        await self._finish(result)
         log.info("job %s: completed after %d steps and %d tokens", self.name, state.step, state.tokens)
 
-    async def _publish(self, driver: Driver) -> AdapterFiles | None:
+    async def _publish(self, driver: Driver, policy: PublishPolicy) -> AdapterFiles | None:
         spec = self._spec
-        if spec.publish is PublishPolicy.NEVER:
+        if policy is PublishPolicy.NEVER:
             return None
-        if spec.publish is PublishPolicy.IF_EVAL_IMPROVES and not driver.state.improved:
+        if policy is PublishPolicy.IF_EVAL_IMPROVES and not driver.state.improved:
             log.info("job %s: not published: the evaluation loss did not fall", self.name)
             return None
-        if spec.publish is PublishPolicy.BEST and not driver.evals.improved:
+        if policy is PublishPolicy.BEST and driver.kept_step is None:
             log.info("job %s: not published: no evaluation loss was below the initial one", self.name)
             return None
         path = f"adapters/{self._around.endpoint_uid}/{spec.adapter_name}/v{spec.adapter_number}"
-        sha256 = await driver.export(self._around.artifacts / path)
+        sha256 = await driver.export(self._around.artifacts / path, best=policy is PublishPolicy.BEST)
         return AdapterFiles(name=spec.adapter_name, number=spec.adapter_number, path=path, sha256=sha256)
 
     # ---- checkpoints ----
 
     async def _verify_start(self, folder: Path) -> None:
-        """The adapter to go on from is the version that the operator chose."""
+        """The adapter to go on from is the version that the operator chose, or lies in its volume, behind no link."""
         assert self._spec.start is not None
-        if self._spec.start.sha256 is None:
-            return
+        sha256, artifacts = self._spec.start.sha256, self._around.artifacts
+        if sha256 is None:
+            root = artifacts if folder.is_relative_to(artifacts) else Path(*folder.parts[:2])  # where it is mounted
+            try:
+                await asyncio.to_thread(check_beneath, root, folder)
+            except FileNotFoundError:
+                pass  # its volume may come back: see below
+            except OSError as error:
+                raise JobFailedError(FailedReason.INVALID_ADAPTER, f"adapter.from: {error}") from None
         try:
-            await asyncio.to_thread(verify_folder, folder, self._spec.start.sha256)
+            if sha256 is None:
+                await asyncio.to_thread(_read, folder)
+            else:
+                await asyncio.to_thread(verify_folder, folder, sha256, artifacts)
         except (CheckpointError, OSError) as error:
             raise JobFailedError(
                 FailedReason.ARTIFACT_STORE_ERROR,
-                f"adapter.from: the published version cannot be used: {error}; restore the folder, or name another",
+                f"adapter.from: {folder} cannot be used: {error}; restore the folder or its volume, or name another",
             ) from None
 
     async def _resume_from(self) -> Checkpoint | None:
@@ -286,17 +334,39 @@ class JobRun:
 
     async def _report(self, driver: Driver, reader: ShardReader, meter: ProgressMeter) -> None:
         while True:
-            progress = meter.report(driver.state, driver.evals, reader.last_read, self._checkpoints.rewound[:2048])
-            await self._lease.write_now(partial(self._around.fencing.report_progress, self.job, progress))
-            await asyncio.sleep(PROGRESS_S)
+            reader.kept_more.clear()
+            await self._lease.write_now(self._progress(driver, reader, meter))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.kept_more.wait(), PROGRESS_S)
 
-    async def _give_back(self) -> None:
+    def _progress(
+        self, driver: Driver, reader: ShardReader, meter: ProgressMeter
+    ) -> Callable[[], Awaitable[Refused | None]]:
+        """The write that says how far the job is now."""
+        rewound = self._checkpoints.rewound[:2048]
+        progress = meter.report(driver.state, driver.evals, reader.last_read, rewound, reader.eval_cursor)
+        return partial(self._around.fencing.report_progress, self.job, progress)
+
+    async def _give_back(self, error: JobFailedError | None = None) -> None:
         step = 0 if self._accepted is None else self._accepted.step
-        result = Released(epoch=self.epoch, step=step, message=self._stop_message or "")
+        reason, message = (None, self._stop_message or "") if error is None else (error.reason, str(error))
+        result = Released(epoch=self.epoch, step=step, message=message[:2048], reason=reason)
         await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
-        log.info("job %s: given back at step %d", self.name, step)
+        log.info("job %s: given back at step %d%s", self.name, step, f": {reason}: {message}" if reason else "")
 
     async def _fail(self, error: JobFailedError) -> None:
         log.error("job %s: failed: %s: %s", self.name, error.reason, error)
-        result = Failed(epoch=self.epoch, reason=error.reason, message=str(error)[:2048])
+        await self._finish(Failed(epoch=self.epoch, reason=error.reason, message=str(error)[:2048]))
+
+    async def _finish(self, result: Completed | Failed) -> None:
         await self._lease.write(lambda: self._around.fencing.finish(self.job, result))
+        if self._held_out is not None:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(self._held_out.remove)
+
+
+def _read(folder: Path) -> None:
+    """Read a folder that has no checksums: what is wrong with its volume is no mistake of the job's. Raises OSError."""
+    for path in folder.iterdir():
+        if path.is_file():
+            digest(path)

@@ -15,8 +15,8 @@ from redis.exceptions import RedisError
 
 from coserve_agent.errors import FencedError
 from coserve_api.errors import MessageError
-from coserve_api.messages import Checkpoint
-from coserve_api.scripts import Fencing, Lease, Reason, Refused
+from coserve_contract.messages import Checkpoint
+from coserve_contract.scripts import Fencing, Lease, Reason, Refused
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coserve_api.job import TargetModule
-from coserve_api.messages import BindingSpec
+from coserve_contract.messages import BindingSpec
 from coserve_engine.messages import Continued, LoraSpec
 
 

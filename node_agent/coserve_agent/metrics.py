@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from coserve_agent.passage import Cause
 from coserve_agent.slo import LoadAverage, SloMeter
-from coserve_engine.messages import IterationDone, LoadReport
+from coserve_engine.messages import EngineReady, IterationDone, LoadReport, PlainReason
 
 RING_SIZE = 20_000
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
@@ -110,6 +110,12 @@ class Metrics:
         self.reserve = Gauge(
             "coserve_reserve_seconds", "Of each gap, kept free for what no plan foresees", registry=self.registry
         )
+        self._fallbacks = Gauge(
+            "coserve_kernel_fallbacks",
+            "Words of an iteration that plain operators compute though the device has kernels for them, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
         self._pauses_s = 0.0
         self._paused = Counter("coserve_paused_seconds", "Pauses of the machine", registry=self.registry)
         self._iterations_done = Counter("coserve_iterations", "Iterations of the engine", registry=self.registry)
@@ -120,6 +126,10 @@ class Metrics:
         )
         self._iteration = self._histogram("coserve_iteration_seconds", "Duration of an iteration", ITERATION_BUCKETS_S)
         self._overrun = self._histogram("coserve_iteration_overrun_seconds", "Duration past its bound", GAP_BUCKETS_S)
+
+    def on_ready(self, event: EngineReady) -> None:
+        for reason in PlainReason:
+            self._fallbacks.labels(reason.value).set(event.plain_words if reason is event.plain_reason else 0)
 
     def on_iteration(self, event: IterationDone) -> None:
         self.iterations.add(event)

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from coserve_api.shards import Sample
+from coserve_agent.errors import JobFailedError
+from coserve_api.job import FailedReason
+from coserve_contract.shards import Sample
 from coserve_engine.messages import TrainSeq
 
 
@@ -27,18 +29,34 @@ class PassBounds:
         return -(-len(sample.tokens) // self.page_tokens)
 
 
-def split_passes(samples: Sequence[Sample], bounds: PassBounds) -> list[tuple[Sample, ...]]:
+def split_passes(samples: Iterable[Sample], bounds: PassBounds) -> list[tuple[Sample, ...]]:
+    """All that `passes_of` gives."""
+    return list(passes_of(samples, bounds))
+
+
+def passes_of(samples: Iterable[Sample], bounds: PassBounds) -> Iterator[tuple[Sample, ...]]:
     """Whole samples in order, as many to a pass as fit `bounds`; a larger sample is a pass of its own."""
-    passes: list[tuple[Sample, ...]] = []
     current: list[Sample] = []
     tokens = pages = 0
     for sample in samples:
         tokens, pages = tokens + len(sample.tokens), pages + bounds.pages_of(sample)
         if current and (tokens > bounds.tokens or pages > bounds.pages):
-            passes.append(tuple(current))
+            yield tuple(current)
             current, tokens, pages = [], len(sample.tokens), bounds.pages_of(sample)
         current.append(sample)
-    return [*passes, tuple(current)] if current else passes
+    if current:
+        yield tuple(current)
+
+
+def check_length(samples: Iterable[Sample], most: int) -> None:
+    """That no sample has more than `most` tokens, the endpoint's model.maxModelLength. JobFailedError."""
+    for sample in samples:
+        if len(sample.tokens) > most:
+            raise JobFailedError(
+                FailedReason.INVALID_DATASET,
+                f"line {sample.id}: has {len(sample.tokens)} tokens, more than the endpoint's model.maxModelLength "
+                f"{most}; set dataset.maxSequenceLength to that, with onInvalid: Skip if need be",
+            )
 
 
 def weight_sum(samples: Sequence[Sample]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from coserve_agent.evaluations import EvalLog
 from coserve_agent.trainlog import DriverState
-from coserve_api.messages import Progress
+from coserve_contract.messages import Progress
 
 WINDOW_S = 60.0
 
@@ -34,7 +34,9 @@ class ProgressMeter:
         while len(self._steps) > 2 and self._steps[0][0] < now_s - WINDOW_S:
             self._steps.popleft()
 
-    def report(self, state: DriverState, evals: EvalLog, cursor: int, rewound: str = "") -> Progress:
+    def report(
+        self, state: DriverState, evals: EvalLog, cursor: int, rewound: str = "", eval_cursor: int | None = None
+    ) -> Progress:
         """What is said of the job; `rewound` says why it went on from an older checkpoint, if it did."""
         tokens_per_second = eta_s = None
         if len(self._steps) > 1:
@@ -46,6 +48,7 @@ class ProgressMeter:
             epoch=self._epoch,
             step=state.step,
             cursor=max(cursor, state.step),
+            eval_cursor=eval_cursor,
             total_steps=self._total_steps,
             tokens=state.tokens,
             loss=state.loss,

@@ -129,9 +129,9 @@ class Renderer:
             try:
                 turn = self._turn(conversation, index, before)
             except ChatTemplateError as error:
-                raise RenderingError(
-                    f"messages[{index}]: {error}; change the messages to what the model's chat template takes"
-                ) from None
+                remedy = "change the messages to what the model's chat template takes"
+                where = f"messages[{index}]"
+                raise RenderingError(f"{where}: {error}; {remedy}", f"{where}: {error.public}; {remedy}") from None
             last = sequences[-1] if sequences else Rendered(-1)
             if not sequences or turn.prompt_tokens[: len(last.tokens)] != last.tokens:
                 last = Rendered(count)

@@ -47,10 +47,12 @@ class Roles:
             if given == "developer" and not self._written(given, n == 0):
                 role = "system"
             if self._written(role, n == 0) is False:
-                raise ChatTemplateError(
-                    f"message {n} has role {given[:40]!r}, which this model's chat template does not write"
-                    f"{' there' if n else ''}: it would be lost; use another role, or put its text into another message"
+                rest = (
+                    f", which this model's chat template does not write{' there' if n else ''}: it would be lost; use "
+                    "another role, or put its text into another message"
                 )
+                public = f"message {n} has a role{rest}"
+                raise ChatTemplateError(f"message {n} has role {given[:40]!r}{rest}", public)
             known.append(message if role == given else {**message, "role": role})
         return known
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -39,7 +40,7 @@ from coserve_api.common import (
     Threads,
     Uid,
 )
-from coserve_api.endpoint import Device, Dtype, FinetuningPolicy, GenerationConfig
+from coserve_api.endpoint import Device, Dtype, FinetuningPolicy, GenerationConfig, KernelFallback, NumericsMode
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_api.uris import DATA_ROOT, ModelUri
 
@@ -117,7 +118,11 @@ class AgentSettings(RedisSettings):
     device: Device = Device.AUTO
     gpu_resource: str = ""
     dtype: Dtype = Dtype.AUTO
+    numerics_mode: NumericsMode = NumericsMode.FAST
+    kernel_fallback: KernelFallback = KernelFallback.FORBIDDEN
     visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")
+    kernel_cache: Annotated[Path | None, OrBlank] = Field(None, validation_alias="TRITON_CACHE_DIR")
+    image_kernels: Annotated[Path | None, OrBlank] = None
     max_requests: Annotated[Requests | None, OrBlank] = None
     max_batch_tokens: Annotated[BatchTokens | None, OrBlank] = None
     kv_cache_bytes: Annotated[Bytes | None, OrBlank] = None
@@ -147,12 +152,19 @@ class AgentSettings(RedisSettings):
         return self
 
 
+class FeederMode(StrEnum):
+    FEED = "Feed"
+    CHECK = "Check"
+    """Read the data, say what they are, and end."""
+
+
 class FeederSettings(RedisSettings):
     """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set. DATASET_ROOT is the folder that no link in the
     data set may lead out of, EVAL_ROOT that of EVAL_PATH, the held-out samples' own; with them EVAL_PERCENT is 0.
     """
 
     redis_url: str
+    mode: FeederMode = FeederMode.FEED
     endpoint_uid: Uid
     job_uid: Uid
     job_name: Subdomain

@@ -16,6 +16,7 @@ from coserve_agent.chat_template import ChatTemplateError, Given, Message
 from coserve_agent.errors import AgentError
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.common import variables_fault
+from coserve_engine.formats.opened import read_text
 
 FILE = "rendering.json"
 """In an adapter's folder: how its prompts were written."""
@@ -77,7 +78,7 @@ def rendering_file(variables: Mapping[str, Any], digest: str) -> str:
 def variables_of(folder: Path) -> dict[str, Any]:
     """Those of the adapter in `folder`; none where it does not say (it may be from elsewhere)."""
     try:
-        content = strict_json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = strict_json.loads(read_text(folder, FILE))
     except (OSError, ValueError, RecursionError):
         return {}
     variables = content.get("template_variables") if isinstance(content, dict) else None

@@ -86,15 +86,16 @@ class TrainingLog:
         self.state = replace(state, eval_loss_initial=record.loss) if initial else replace(state, eval_loss=record.loss)
         self.evals = self.evals.plus(record)
 
-    def check_best(self, kept_step: int | None) -> None:
-        """The weights that came back as the best are those of the best evaluation.
+    def check_best(self, kept_step: int | None) -> int | None:
+        """The step of the weights that came back as the best, which an evaluation must have found to be so.
 
         Raises:
-            JobFailedError: they are not.
+            JobFailedError: none did.
         """
-        best = self.evals.best.step if self.evals.best is not None and self.evals.improved else None
-        if kept_step != best:
-            raise _bad(f"the best evaluation of {EVALUATIONS_FILE} is of step {best}, its best weights of {kept_step}")
+        measured = {one.step for one in self.evals.records if one.loss is not None}
+        if kept_step is not None and kept_step not in measured:
+            raise _bad(f"its best weights are of step {kept_step}, of which {EVALUATIONS_FILE} has no loss")
+        return kept_step
 
     def logs(self) -> dict[str, str]:
         """What goes with the adapter, too."""
@@ -115,7 +116,7 @@ class TrainingLog:
             state = DriverState(**json.loads(files[STATE_FILE]))
             lines = files[LOG_FILE].splitlines(keepends=True)
             evals = EvalLog.from_text(files[EVALUATIONS_FILE]) if EVALUATIONS_FILE in files else _told_by(state)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise _bad(f"{STATE_FILE}, {LOG_FILE} or {EVALUATIONS_FILE} does not read ({error!r})") from None
         if state.step != step or len(lines) != step:
             raise _bad(

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from coserve_agent.concurrency import end
 from coserve_agent.jobrun import JobRun, Surroundings
 from coserve_agent.lifecycle import Lifecycle
-from coserve_api.messages import Binding, Desired, JobBeat
+from coserve_contract.messages import Binding, Desired, JobBeat
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Worker:
                 return
             run = JobRun(self._around, binding)
             self._running[job] = running = _Running(run, asyncio.create_task(run.run(), name=f"job {run.name}"))
+        running.run.update(binding)
         if binding.desired is Desired.STOP:
             running.run.request_stop("the operator asks for it")
 

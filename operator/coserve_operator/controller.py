@@ -8,30 +8,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from coserve_operator.apply import Applier, ForeignObjectError
-from coserve_operator.budget import PROGRESS, PROGRESS_EVERY_S, StatusBudget
-from coserve_operator.endpoints import EndpointKeeper, Pass
-from coserve_operator.events import Recorder
-from coserve_operator.feeders import FeederKeeper
-from coserve_operator.kube import FINETUNE_JOB, ConflictError, InvalidError, Kube, KubeError
-from coserve_operator.reconcile import job as jobs
-from coserve_operator.reconcile import job_status
-from coserve_operator.reconcile.job import Sight, Verdict, is_final
-from coserve_operator.reconcile.observed import Notice, RedisView
-from coserve_operator.reconcile.placement import Waiting, place
-from coserve_operator.reconcile.published import next_number, published
-from coserve_operator.reconcile.sources import continued_from
-from coserve_operator.resources.feeder import inputs_digest
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_contract.messages import AdapterRecord
+from coserve_operator.apply.budget import PROGRESS, PROGRESS_EVERY_S, StatusBudget
+from coserve_operator.apply.endpoint import EndpointApplier, Reconciliation
+from coserve_operator.apply.events import Recorder
+from coserve_operator.apply.feeder import FeederApplier
+from coserve_operator.apply.hindrances import LISTEN_S, LOOK_AGAIN_S, Hindrances
+from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
+from coserve_operator.apply.objects import Applier
+from coserve_operator.apply.status import greet, refuse, write_status
+from coserve_operator.decide import job as jobs
+from coserve_operator.decide import job_status
+from coserve_operator.decide.actions import Forget
+from coserve_operator.decide.feeding import feed_the_next
+from coserve_operator.decide.job import Decision, ObservedJob, is_final
+from coserve_operator.decide.observed import Obstacle, Unreadable
+from coserve_operator.decide.placement import Bound, Waiting, capacity, created, place, surplus
+from coserve_operator.decide.published import Versions, next_number, published, served
+from coserve_operator.decide.sources import continued_from
+from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, ConflictError, Kube, KubeError
+from coserve_operator.manifests.feeder import inputs_digest
+from coserve_operator.redis.store import OperatorStore, StoreError
 from coserve_operator.settings import Settings
-from coserve_operator.status import write_status
-from coserve_operator.store import OperatorStore, StoreError
-from coserve_operator.views import feeder_view
-from coserve_operator.world import Group, Name, World
+from coserve_operator.watch.cache import Cache, Group, Name
+from coserve_operator.watch.views import feeder_view
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 STRAY_S = 10.0
+UNREADABLE_S = 30.0
 
 
 class ReconcileError(Exception):
@@ -45,149 +53,234 @@ class Controller:
     settings: Settings
     kube: Kube
     store: OperatorStore
-    world: World
+    cache: Cache
     applier: Applier
     budget: StatusBudget
     recorder: Recorder
+    metrics_slot: MetricsSlotKeeper
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     def __post_init__(self) -> None:
-        self._endpoints = EndpointKeeper(
-            self.settings, self.kube, self.store, self.world, self.applier, self.budget, self.recorder
+        self._endpoints = EndpointApplier(
+            self.settings,
+            self.kube,
+            self.store,
+            self.cache,
+            self.applier,
+            self.budget,
+            self.recorder,
+            self.metrics_slot,
         )
-        self._feeders = FeederKeeper(self.settings, self.kube)
-        self._refused: dict[str, str] = {}
+        self._feeders = FeederApplier(self.settings, self.kube, self.cache)
+        self._obstacles: dict[Name, dict[str, Obstacle]] = {}
+        """What keeps feeders from being made, by group and by the job's uid, as of the last pass."""
 
     async def reconcile(self, name: Name) -> float | None:
         """Bring one group forward; return in how many seconds to look again, None when only a change is a reason to."""
-        group, now, faults = self.world.group(name), self.now(), _Faults()
-        this = Pass(group, now)
+        now, faults = self.now(), _Faults()
+        group = await self._greet(name, now, faults)
+        run = Reconciliation(group, now)
+        for unreadable in group.unreadable:
+            with faults.of(f"{unreadable.kind.name} {unreadable.metadata.name}"):
+                await refuse(self.kube, self.cache, self.budget, unreadable, now)
+        going = group.endpoint is not None and group.endpoint.metadata.deletion_timestamp is not None
+        if going or any(each.kind is ENDPOINT for each in group.unreadable):
+            for job in group.jobs if going else ():
+                if not job.status.observed_generation:  # nothing was said of it yet
+                    observed = ObservedJob(job, endpoint=None, endpoint_goes=True)
+                    with faults.of(f"FinetuneJob {job.metadata.name}"):
+                        await self._act(observed, jobs.decide(observed, now), run)
+            faults.check()
+            return None  # nothing is made that the garbage collector would take; its jobs go on as they are
         if group.endpoint is not None:
-            this.redis = await self._look(group, faults)
-            self._endpoints.plan(this)
-        sights = self._sights(this)
-        verdicts = self._decide(sights, this)
+            await self._read_redis(run, group, faults)
+            self._endpoints.plan(run)
+        known = self._obstacles.pop(name, {})
+        observations = self._observe(run, known)
+        decisions = self._decide(observations, run)
         for job in group.jobs:
-            sight, verdict = sights[job.metadata.uid], verdicts[job.metadata.uid]
+            observed, decision = observations[job.metadata.uid], decisions[job.metadata.uid]
             with faults.of(f"FinetuneJob {job.metadata.name}"):
-                await self._act(sight, verdict, this)
+                await self._act(observed, decision, run)
         if group.endpoint is not None:
-            this.verdicts = verdicts
+            run.decisions = decisions
             with faults.of("Redis"):
-                await self._tidy(this, sights, verdicts)
+                await self._clean_up(run, observations, decisions)
             with faults.of(f"InferenceEndpoint {name[1]}"):
-                await self._endpoints.act(this)
-        if faults.messages:
-            raise ReconcileError("; ".join(faults.messages))
-        return this.again_in_s
+                await self._endpoints.act(run)
+        if run.obstacles:
+            self._obstacles[name] = run.obstacles
+        if run.obstacles != known:
+            run.requeue_after(0.0)
+        faults.check()
+        return run.requeue_after_s
 
-    async def _look(self, group: Group, faults: "_Faults") -> RedisView | None:
+    async def _greet(self, name: Name, now: datetime, faults: "_Faults") -> Group:
+        """Write the first statuses before anything else is asked, and return the group."""
+        group = self.cache.group(name)
+        objects: list[InferenceEndpoint | FinetuneJob] = [*group.jobs]
+        if group.endpoint is not None:
+            objects.insert(0, group.endpoint)
+        new = [each for each in objects if not each.status.conditions and each.metadata.deletion_timestamp is None]
+        for each in new:
+            with faults.of(f"{each.kind} {each.metadata.name}"):
+                await greet(self.kube, self.cache, self.budget, each, now)
+        return self.cache.group(name) if new else group
+
+    async def _read_redis(self, run: Reconciliation, group: Group, faults: "_Faults") -> None:
         assert group.endpoint is not None
         uid = group.endpoint.metadata.uid
-        view: RedisView | None = None
         with faults.of("Redis"):
-            await self.store.assert_user(uid)
-            view = (await self.store.read({uid: [job.metadata.uid for job in group.jobs]}))[uid]
-            for error in view.broken:
-                logger.warning("%s", error)
-        return view
+            try:
+                await self.store.assert_user(uid)
+                found = (await self.store.read({uid: [job.metadata.uid for job in group.jobs]}))[uid]
+            except StoreError as error:
+                run.unreadable = Unreadable("Unreachable", str(error))
+                raise
+            if isinstance(found, Unreadable):
+                run.unreadable = found
+                run.requeue_after(UNREADABLE_S)
+            else:
+                run.redis = found
 
-    def _sights(self, this: Pass) -> dict[str, Sight]:
-        group, endpoint = this.group, this.group.endpoint
+    def _observe(self, run: Reconciliation, obstacles: dict[str, Obstacle]) -> dict[str, ObservedJob]:
+        group, endpoint = run.group, run.group.endpoint
         live = [job for job in group.jobs if not is_final(job)]
-        in_redis = this.redis.adapters if this.redis is not None else {}
-        known = {}
+        in_redis = run.redis.adapters if run.redis is not None else {}
+        known: Versions = {}
+        sources: dict[str, AdapterRecord] = {}
         if endpoint is not None:
             known = published(endpoint, [(job, job.status.adapter) for job in group.jobs], in_redis)
-        sights = {}
+            run.published = known
+            sources = {name: versions[0] for name, versions in known.items()} | served(endpoint, known)
+        observations, too_many = {}, _surplus(run)
         for job in group.jobs:
             name, feeder = job.metadata.name, group.feeders.get(job.metadata.name)
             if feeder is not None and not self._feeders.owns(job, feeder):
                 feeder = None
-            sights[job.metadata.uid] = Sight(
+            observations[job.metadata.uid] = ObservedJob(
                 job=job,
                 endpoint=endpoint,
                 rivals=tuple(each for each in live if each.metadata.uid != job.metadata.uid),
-                redis=this.redis,
+                redis=run.redis,
                 feeder=feeder_view(feeder, group.feeder_pods.get(name, ())) if feeder is not None else None,
                 feeder_inputs=inputs_digest(job, endpoint) if endpoint is not None else "",
-                leaving=this.leaving_agents,
+                leaving=run.leaving_agents,
                 adapter_number=next_number(job.spec.adapter.name, endpoint, known) if endpoint is not None else 1,
-                source=continued_from(job, endpoint, known) if endpoint is not None else None,
+                source=continued_from(job, endpoint, sources, group.jobs) if endpoint is not None else None,
+                surplus=job.metadata.uid in too_many,
+                disrupted=_disrupted(job, run),
+                unreadable=run.unreadable,
+                obstacle=obstacles.get(job.metadata.uid),
+                published=known.keys(),
             )
-        return sights
+        return observations
 
-    @staticmethod
-    def _decide(sights: dict[str, Sight], this: Pass) -> dict[str, Verdict]:
-        verdicts = {uid: jobs.assess(sight, this.now) for uid, sight in sights.items()}
+    def _decide(self, observations: dict[str, ObservedJob], run: Reconciliation) -> dict[str, Decision]:
+        decisions = {uid: jobs.decide(observed, run.now) for uid, observed in observations.items()}
         waiting = [
-            Waiting(uid, (sights[uid].job.metadata.creation_timestamp or "", sights[uid].job.metadata.name))
-            for uid, verdict in verdicts.items()
-            if verdict.wants_agent
+            Waiting(uid, created(observations[uid].job)) for uid, decision in decisions.items() if decision.wants_agent
         ]
-        agents = this.redis.agents if this.redis is not None else {}
-        bound = {uid: verdict.agent for uid, verdict in verdicts.items() if verdict.agent}
-        placed = place(waiting, agents, bound, this.leaving_agents)
+        agents = run.redis.agents if run.redis is not None else {}
+        bound = {uid: decision.agent for uid, decision in decisions.items() if decision.agent}
+        most = run.group.endpoint.spec.finetuning.jobs if run.group.endpoint is not None else 0
+        placed = place(waiting, agents, bound, run.leaving_agents, most)
         queue = sorted((each for each in waiting if each.uid not in placed), key=lambda each: each.created)
         places = {each.uid: number for number, each in enumerate(queue, 1)}
-        return {
-            uid: jobs.give(sights[uid], verdict, agents, placed.get(uid), places.get(uid, 0))
-            for uid, verdict in verdicts.items()
+        decisions = {
+            uid: jobs.assign(observations[uid], decision, agents, placed.get(uid), places.get(uid, 0))
+            for uid, decision in decisions.items()
         }
+        free = sum(capacity(agents, bound | placed, run.leaving_agents, most).values())
+        return feed_the_next(observations, decisions, free, self.settings.endpoint_checks)
 
-    async def _act(self, sight: Sight, verdict: Verdict, this: Pass) -> None:
+    async def _act(self, observed: ObservedJob, decision: Decision, run: Reconciliation) -> None:
         """Write the status of one job; then, and only then, tell Redis and the feeder."""
-        job = sight.job
-        this.look_again(verdict.again_in_s)
-        new = job_status.status_of(sight, verdict, this.now)
+        job = observed.job
+        if decision.expired:
+            meta = job.metadata
+            logger.info("FinetuneJob %s/%s: is deleted after its ttlSecondsAfterFinished", meta.namespace, meta.name)
+            await self.kube.delete(FINETUNE_JOB, meta.namespace, meta.name, meta.uid, meta.resource_version)
+            return
+        run.requeue_after(decision.requeue_after_s)
+        new = job_status.status_of(observed, decision, run.now)
         delay_s = self.budget.delay_s(job.metadata.uid, job.status.to_dict(), new.to_dict(), PROGRESS, PROGRESS_EVERY_S)
         if delay_s == 0.0:
-            if not await write_status(self.kube, self.world, self.budget, FINETUNE_JOB, job.metadata, new.to_dict()):
+            if not await write_status(self.kube, self.cache, self.budget, FINETUNE_JOB, job.metadata, new.to_dict()):
                 return
-            await self.recorder.tell(FINETUNE_JOB, job.metadata, job_status.notices(sight, verdict, new), this.now)
+            await self.recorder.record(FINETUNE_JOB, job.metadata, job_status.events(observed, decision, new), run.now)
         else:
-            this.look_again(delay_s)
-        if sight.endpoint is not None and sight.redis is not None:
-            for action in verdict.actions:
-                answer = await self.store.do(sight.endpoint.metadata.uid, action)
+            run.requeue_after(delay_s)
+        if observed.endpoint is not None and observed.redis is not None:
+            for action in decision.actions:
+                answer = await self.store.do(observed.endpoint.metadata.uid, action)
                 if answer is not None:
-                    logger.info("%s %s: %s %s", job.metadata.name, type(action).__name__, verdict.reason, answer)
-                    this.look_again(RETRY_S)
-        try:
-            await self._feeders.act(sight, verdict, this.group.feeders.get(job.metadata.name))
-        except InvalidError as error:  # a quota, an admission policy: the user must hear of it, once
-            if self._refused.get(job.metadata.uid) != error.message:
-                self._refused[job.metadata.uid] = error.message
-                refused = Notice("FeederRejected", error.message, warning=True)
-                await self.recorder.tell(FINETUNE_JOB, job.metadata, [refused], this.now)
-            raise
+                    logger.info("%s %s: %s %s", job.metadata.name, type(action).__name__, decision.reason, answer)
+                    run.requeue_after(RETRY_S)
+        hindrances = Hindrances()
+        with hindrances:
+            found = run.group.feeders.get(job.metadata.name)
+            run.requeue_after(await self._feeders.act(observed, decision, found))
+        obstacle = hindrances.obstacle
+        if obstacle is not None:
+            run.requeue_after(LOOK_AGAIN_S)
+        elif observed.feeder is not None and (observed.feeder.podless or observed.feeder.creating is not None):
+            obstacle = await self._feeders.listen(job, observed.feeder, run.now)
+            run.requeue_after(LISTEN_S)
+        if obstacle is not None:
+            run.obstacles[job.metadata.uid] = obstacle
+        hindrances.check()
 
-    async def _tidy(self, this: Pass, sights: dict[str, Sight], verdicts: dict[str, Verdict]) -> None:
+    async def _clean_up(
+        self, run: Reconciliation, observations: dict[str, ObservedJob], decisions: dict[str, Decision]
+    ) -> None:
         """Keep the index of jobs, drop what deleted jobs left, and begin a new incarnation once all is in Redis."""
-        endpoint, view = this.group.endpoint, this.redis
+        endpoint, view = run.group.endpoint, run.redis
         assert endpoint is not None
         if view is None:
             return
         uid = endpoint.metadata.uid
-        fed = {job for job, sight in sights.items() if not is_final(sight.job)}
+        fed = {job for job, observed in observations.items() if not is_final(observed.job)}
         if fed - view.known_jobs:
             await self.store.register(uid, sorted(fed - view.known_jobs))
-        for stray in view.known_jobs - sights.keys():
-            await self.store.do(uid, jobs.Forget(stray))
-            if stray in this.group.fed_jobs:  # its feeder may write a little longer: delete again
+        unreadable = {each.metadata.uid for each in run.group.unreadable}
+        for stray in view.known_jobs - observations.keys() - unreadable:
+            await self.store.do(uid, Forget(stray))
+            if stray in run.group.fed_jobs:  # its feeder may write a little longer: delete again
                 await self.store.register(uid, [stray])
-                this.look_again(STRAY_S)
+                run.requeue_after(STRAY_S)
         if view.lost_agents and view.settled:
             await self.store.sweep_agents(uid)
-        adapters = [(sight.job, verdicts[job].adapter) for job, sight in sights.items()]
-        this.adapters = published(endpoint, adapters, view.adapters)
-        if this.adapters != view.adapters:
-            await self.store.set_adapters(uid, this.adapters.values())
-        unsure = any(not verdict.settled and not is_final(sights[job].job) for job, verdict in verdicts.items())
+        adapters = [(observed.job, decisions[job].adapter) for job, observed in observations.items()]
+        run.published = published(endpoint, adapters, view.adapters)
+        run.adapters = served(endpoint, run.published)
+        if run.adapters != view.adapters:
+            await self.store.set_adapters(uid, run.adapters.values())
+        unsure = any(
+            not decision.settled and not is_final(observations[job].job) for job, decision in decisions.items()
+        )
         if view.incarnation is None and not unsure:
             await self.store.begin(uid)
         elif view.incarnation is None:
-            this.look_again(RETRY_S)
+            run.requeue_after(RETRY_S)
+
+
+def _surplus(run: Reconciliation) -> frozenset[str]:
+    """Return the uids of the jobs that are too many for their agents."""
+    if run.redis is None or run.group.endpoint is None:
+        return frozenset()
+    held: dict[str, list[Bound]] = {}
+    for job in run.group.jobs:
+        uid, record = job.metadata.uid, run.redis.jobs.get(job.metadata.uid)
+        if record is not None and record.fence is not None and record.fence.agent and not is_final(job):
+            held.setdefault(record.fence.agent, []).append(Bound(uid, job.spec.priority, created(job)))
+    return surplus(held, run.group.endpoint.spec.finetuning.jobs)
+
+
+def _disrupted(job: FinetuneJob, run: Reconciliation) -> bool:
+    """Return whether the pod that the job is bound to was taken away, and did not end by itself."""
+    named = job.status.binding.agent if job.status.binding else ""
+    return all(pod.deleting or pod.disrupted for pod in run.pods if pod.name == named)
 
 
 class _Faults:
@@ -196,6 +289,11 @@ class _Faults:
     def __init__(self) -> None:
         self.messages: list[str] = []
         self._part = ""
+
+    def check(self) -> None:
+        """Raise what was collected."""
+        if self.messages:
+            raise ReconcileError("; ".join(self.messages))
 
     def of(self, part: str) -> "_Faults":
         self._part = part
@@ -207,7 +305,7 @@ class _Faults:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, ConflictError):
             self.messages.append(f"{self._part} has changed meanwhile")
-        elif isinstance(error, (KubeError, StoreError, ForeignObjectError)):
+        elif isinstance(error, (KubeError, StoreError)):
             self.messages.append(f"{self._part}: {error}")
         else:
             return False

@@ -1,6 +1,9 @@
 """The API server as the operator needs it: plain dicts in and out, server-side apply, and errors by what they mean."""
 
+import asyncio
 import json
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,11 @@ from kubernetes.aio.client import ApiClient, Configuration
 Manifest = dict[str, Any]
 
 FIELD_MANAGER = "coserve-operator"
+PAGE = 500
+"""Objects of a list that are asked for at once."""
+PATIENCE = 4
+"""How often a call is made that the API server puts off."""
+TOO_MANY, LONGEST_WAIT_S = 429, 10.0
 
 
 class KubeError(Exception):
@@ -32,11 +40,13 @@ class ConflictError(KubeError):
 
 
 class InvalidError(KubeError):
-    """400, 403 or 422: asking again will not help until somebody changes something."""
+    """The request is refused, by a validation, a quota, a policy, a webhook (4xx, and 500 with the API server's own
+    words): asking again will not help until somebody changes something.
+    """
 
 
 class UnavailableError(KubeError):
-    """The API server could not be reached or is overloaded: worth trying again."""
+    """The API server could not be reached or is overloaded (429, 502 to 504): worth trying again."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,14 @@ DISRUPTION_BUDGET = Kind("policy", "v1", "poddisruptionbudgets", "PodDisruptionB
 AUTOSCALER = Kind("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
 NETWORK_POLICY = Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
 LEASE = Kind("coordination.k8s.io", "v1", "leases", "Lease")
+CLUSTER_ROLE = Kind("rbac.authorization.k8s.io", "v1", "clusterroles", "ClusterRole")
+API_SERVICE = Kind("apiregistration.k8s.io", "v1", "apiservices", "APIService")
 
 KINDS = {
     kind.name: kind
     for kind in (
         ENDPOINT, FINETUNE_JOB, DEPLOYMENT, SERVICE, SERVICE_ACCOUNT, SECRET, POD, EVENT, CONFIG_MAP, BATCH_JOB,
-        DISRUPTION_BUDGET, AUTOSCALER, NETWORK_POLICY, LEASE,
+        DISRUPTION_BUDGET, AUTOSCALER, NETWORK_POLICY, LEASE, API_SERVICE,
     )
 }  # fmt: skip
 
@@ -102,9 +114,16 @@ def _in_pod() -> bool:
 class Kube:
     """A thin asynchronous client. Every call has a timeout; errors are of KubeError's tree."""
 
-    def __init__(self, client: ApiClient, timeout_s: float = 15.0) -> None:
+    def __init__(
+        self, client: ApiClient, timeout_s: float = 15.0, before_write: Callable[[], object] = lambda: None
+    ) -> None:
         self._client = client
         self._timeout_s = timeout_s
+        self._before_write = before_write
+
+    def guarded(self, before_write: Callable[[], object]) -> "Kube":
+        """Return a client of the same connections that asks before each write, and writes nothing if that raises."""
+        return Kube(self._client, self._timeout_s, before_write)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -116,19 +135,36 @@ class Kube:
 
     async def list_all(self, kind: Kind, labels: str = "") -> tuple[list[Manifest], int]:
         """Read all objects of the cluster as they are now; return them and the resourceVersion of the list."""
-        query = [("labelSelector", labels)] if labels else []
-        answer = await self._call("GET", kind.path(None), query=query)
-        return answer.get("items") or [], int(answer.get("metadata", {}).get("resourceVersion") or 0)
+        found: list[Manifest] = []
+        labelled = [("labelSelector", labels)] if labels else []
+        more = ""
+        while True:
+            page = [("limit", str(PAGE)), *([("continue", more)] if more else [])]
+            answer = await self._call("GET", kind.path(None), query=[*labelled, *page])
+            found += answer.get("items") or []
+            more = answer.get("metadata", {}).get("continue") or ""
+            if not more:
+                return found, int(answer.get("metadata", {}).get("resourceVersion") or 0)
+
+    async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
+        """Return the events about one object, oldest first."""
+        query = [("fieldSelector", f"involvedObject.uid={uid}"), ("limit", str(PAGE))]
+        found = (await self._call("GET", EVENT.path(namespace), query=query)).get("items") or []
+        return sorted(found, key=lambda each: int(each["metadata"]["resourceVersion"]))
 
     async def create(self, manifest: Manifest) -> Manifest:
         """Create; ConflictError when it exists."""
         kind, namespace, _ = _address(manifest)
         return await self._call("POST", kind.path(namespace), manifest, query=[("fieldManager", FIELD_MANAGER)])
 
-    async def apply(self, manifest: Manifest, subresource: str | None = None) -> Manifest:
-        """Server-side apply: our fields become exactly the manifest's; everybody else's stay."""
+    async def apply(
+        self, manifest: Manifest, subresource: str | None = None, manager: str = FIELD_MANAGER, force: bool = True
+    ) -> Manifest:
+        """Server-side apply: our fields become exactly the manifest's; everybody else's stay. Without `force`,
+        ConflictError where another manager has one of them.
+        """
         kind, namespace, name = _address(manifest)
-        query = [("fieldManager", FIELD_MANAGER), ("force", "true")]
+        query = [("fieldManager", manager), ("force", str(force).lower())]
         path = kind.path(namespace, name, subresource)
         return await self._call("PATCH", path, manifest, "application/apply-patch+yaml", query)
 
@@ -142,11 +178,15 @@ class Kube:
         kind, namespace, name = _address(manifest)
         return await self._call("PUT", kind.path(namespace, name), manifest)
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> None:
-        """Delete with what it owns; only the object with this uid, if given. Gone already is fine."""
+    async def delete(
+        self, kind: Kind, namespace: str | None, name: str, uid: str | None = None, version: str | None = None
+    ) -> None:
+        """Delete with what it owns; only the object with this uid, and as it was in that resourceVersion, if given.
+        Gone already, or changed, is fine.
+        """
         body: Manifest = {"propagationPolicy": "Background"}
         if uid is not None:
-            body["preconditions"] = {"uid": uid}
+            body["preconditions"] = {"uid": uid, **({"resourceVersion": version} if version else {})}
         try:
             await self._call("DELETE", kind.path(namespace, name), body)
         except (NotFoundError, ConflictError):
@@ -160,10 +200,27 @@ class Kube:
         content_type: str = "application/json",
         query: list[tuple[str, str]] | None = None,
     ) -> Manifest:
+        """Call until it is not put off (429, in the seconds that the API server asks for) any more."""
+        for left in reversed(range(PATIENCE)):
+            if method != "GET":
+                self._before_write()
+            status, answer, retry_after_s = await self._call_once(method, path, body, content_type, query or [])
+            if status != TOO_MANY or not left:
+                break
+            await asyncio.sleep(min(LONGEST_WAIT_S, retry_after_s) * random.uniform(1.0, 1.5))
+        if status < 300:
+            return answer
+        in_words = answer.get("kind") == "Status"
+        raise _error_type(status, in_words)(status, f"{method} {path}: {answer.get('message', '')}")
+
+    async def _call_once(
+        self, method: str, path: str, body: Manifest | None, content_type: str, query: list[tuple[str, str]]
+    ) -> tuple[int, Manifest, float]:
+        """Return HTTP status, the answer, and after how many seconds to ask again."""
         headers = {"Content-Type": content_type, "Accept": "application/json"}
         try:
             request = await self._client.param_serialize(
-                method, path, query_params=query or [], header_params=headers, body=body, auth_settings=["BearerToken"]
+                method, path, query_params=query, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             _, url, sent, payload, _ = request
             timeout = aiohttp.ClientTimeout(total=self._timeout_s)
@@ -174,10 +231,10 @@ class Kube:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UnavailableError(0, f"{method} {path}: {error or type(error).__name__}") from error
         parsed: Manifest = _parsed(data)
-        if response.status < 300:
-            return parsed
-        message = parsed.get("message") or response.reason or ""
-        raise _error_type(response.status)(response.status, f"{method} {path}: {message}")
+        if response.status >= 300 and not parsed.get("message"):
+            parsed["message"] = response.reason or ""
+        after = response.headers.get("Retry-After", "")
+        return response.status, parsed, float(after) if after.isdecimal() else 1.0
 
 
 def _address(manifest: Manifest) -> tuple[Kind, str | None, str]:
@@ -193,8 +250,7 @@ def _parsed(data: bytes) -> Manifest:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _error_type(status: int) -> type[KubeError]:
-    known: dict[int, type[KubeError]] = {
-        404: NotFoundError, 409: ConflictError, 400: InvalidError, 403: InvalidError, 422: InvalidError,
-    }  # fmt: skip
-    return known.get(status, UnavailableError)
+def _error_type(status: int, in_words: bool) -> type[KubeError]:
+    known: dict[int, type[KubeError]] = {404: NotFoundError, 409: ConflictError, TOO_MANY: UnavailableError}
+    refused = 400 <= status < 500 or (status == 500 and in_words)
+    return known.get(status, InvalidError if refused else UnavailableError)

@@ -1,33 +1,36 @@
-"""The operator's process: wait for the Lease, list everything, then watch, poll and reconcile until told to stop."""
+"""The operator's process: wait for the Lease, list everything, watch, poll and reconcile until told to stop."""
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 from pydantic_settings import CliApp
 
-from coserve_api.connect import connect as connect_redis
 from coserve_operator import kube as kubernetes
-from coserve_operator.apply import Applier
-from coserve_operator.budget import StatusBudget
+from coserve_operator.apply.budget import StatusBudget
+from coserve_operator.apply.events import Recorder
+from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
+from coserve_operator.apply.objects import Applier
+from coserve_operator.apply.own_secrets import ServingCertificate, with_access
 from coserve_operator.controller import Controller, ReconcileError
-from coserve_operator.events import Recorder
-from coserve_operator.handlers import SELECTORS, watch
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, KubeError, Manifest
 from coserve_operator.leader import Leader, LeadershipLostError
-from coserve_operator.poller import Poller
-from coserve_operator.process import first_of, stop_on_signals
+from coserve_operator.process import first_of
 from coserve_operator.queue import BackOff, KeyedQueue
+from coserve_operator.redis.bounded import connect_bounded
+from coserve_operator.redis.poller import Poller
+from coserve_operator.redis.store import OperatorStore, StoreError
 from coserve_operator.settings import Settings
-from coserve_operator.store import OperatorStore, StoreError
 from coserve_operator.telemetry import Telemetry
-from coserve_operator.world import WATCHED, Name, World
+from coserve_operator.watch.cache import WATCHED, Cache, Name
+from coserve_operator.watch.handlers import SELECTORS, operate, registry
 
 logger = logging.getLogger(__name__)
+AGAIN_S = 1.0
 
 
 class Operator:
@@ -36,20 +39,26 @@ class Operator:
     def __init__(self, settings: Settings, kube: Kube, store: OperatorStore, telemetry: Telemetry) -> None:
         self._settings, self._kube, self._store, self._telemetry = settings, kube, store, telemetry
         self._rng = random.Random()
-        self.world = World()
+        self.cache = Cache()
         self.queue: KeyedQueue[Name] = KeyedQueue(time.monotonic, BackOff(self._rng))
         self._applier = Applier(kube, time.monotonic)
         self._budget = StatusBudget(time.monotonic)
         recorder = Recorder(kube, settings.identity)
-        self.controller = Controller(settings, kube, store, self.world, self._applier, self._budget, recorder)
-        self.poller = Poller(self.world, store, self.queue)
+        service, secret = settings.metrics_api_service, settings.metrics_api_certificate
+        ours = (settings.namespace, service) if service else None
+        self._metrics_slot = MetricsSlotKeeper(kube, ours, time.monotonic, partial(self._reconcile_all, 5.0))
+        self._certificate = ServingCertificate(kube, settings.namespace, secret, f"{service}.{settings.namespace}.svc")
+        self.controller = Controller(
+            settings, kube, store, self.cache, self._applier, self._budget, recorder, self._metrics_slot
+        )
+        self.poller = Poller(self.cache, store, self.queue)
         self._sweep = asyncio.Event()
 
     async def list_all(self) -> None:
         """Read all that matters, so that nothing known to the API server is taken for deleted."""
         for kind in WATCHED:
             listed, version = await self._kube.list_all(kind, SELECTORS[kind])
-            self._touch(self.world.replace_all(kind, listed, version))
+            self._touch(self.cache.replace_all(kind, listed, version))
         self._sweep.set()
 
     def on_event(self, kind: Kind, type_: str | None, body: Manifest) -> None:
@@ -57,8 +66,12 @@ class Operator:
         metadata = body["metadata"]
         name = (metadata["namespace"], metadata["name"])
         if kind in WATCHED:
-            self._touch(self.world.remove(kind, name) if type_ == "DELETED" else self.world.put(kind, body))
+            gone = type_ == "DELETED"
+            self._touch(self.cache.remove(kind, name, metadata["uid"]) if gone else self.cache.put(kind, body))
         if type_ != "DELETED":
+            owner = self._applier.observe(kind.name, body)
+            if owner is not None:
+                self._touch({(metadata["namespace"], owner)})
             return
         if kind in (ENDPOINT, FINETUNE_JOB):
             self._budget.forget(metadata["uid"])
@@ -77,7 +90,7 @@ class Operator:
             self._telemetry.queue.set(len(self.queue))
             try:
                 with self._telemetry.seconds.time():
-                    again_in_s = await self.controller.reconcile(group)
+                    requeue_after_s = await self.controller.reconcile(group)
             except ReconcileError as error:
                 delay_s = self.queue.failed(group)
                 logger.warning("%s: %s; tried again in %.1f s", "/".join(group), error, delay_s)
@@ -87,7 +100,7 @@ class Operator:
                 logger.exception("%s: a fault of the operator", "/".join(group))
                 self._telemetry.reconciles.labels("failed").inc()
             else:
-                self.queue.done(group, again_in_s)
+                self.queue.done(group, requeue_after_s)
                 self._telemetry.reconciles.labels("done").inc()
 
     async def resync(self) -> None:
@@ -99,8 +112,11 @@ class Operator:
             except KubeError as error:
                 logger.warning("the resync is put off: %s", error)
                 continue
-            for group in self.world.groups():
-                self.queue.add(group, self._rng.uniform(0.0, min(30.0, self._settings.resync_seconds / 4)))
+            self._reconcile_all(min(30.0, self._settings.resync_seconds / 4))
+
+    def _reconcile_all(self, within_s: float) -> None:
+        for group in self.cache.groups():
+            self.queue.add(group, self._rng.uniform(0.0, within_s))
 
     async def sweep(self) -> None:
         """Delete from Redis what belongs to endpoints that are gone."""
@@ -108,7 +124,7 @@ class Operator:
             await self._sweep.wait()
             self._sweep.clear()
             try:
-                gone = await self._store.endpoints() - {each.metadata.uid for each in self.world.endpoints()}
+                gone = await self._store.endpoints() - {each.metadata.uid for each in self.cache.endpoints()}
                 if not gone:
                     continue
                 listed, _ = await self._kube.list_all(ENDPOINT)  # the watch may be behind: ask again before deleting
@@ -120,17 +136,34 @@ class Operator:
                 await asyncio.sleep(30)
                 self._sweep.set()
 
-    def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """Return everything that has to run while this replica leads."""
-        workers = [self.work() for _ in range(self._settings.workers)]
-        watching = watch(self.on_event, self._settings.identity)
-        return [
-            watching,
-            self.poller.run(self._settings.poll_seconds, self._tick),
-            self.resync(),
-            self.sweep(),
-            *workers,
-        ]
+    async def run(self) -> None:
+        """Do everything that has to be done while this replica leads, until something of it ends."""
+        while True:
+            try:
+                await self._metrics_slot.look()  # first: an autoscaler that can stay must not go
+                await self.list_all()
+                break
+            except KubeError as error:
+                logger.warning("nothing can be listed yet: %s", error)
+                await asyncio.sleep(2)
+        workers = [self._for_ever("work", self.work) for _ in range(self._settings.workers)]
+        polling = partial(self.poller.run, self._settings.poll_seconds, self._tick)
+        loops: list[tuple[str, Callable[[], Awaitable[None]]]]
+        loops = [("poll", polling), ("resync", self.resync), ("sweep", self.sweep)]
+        loops.append(("metrics slot", self._metrics_slot.run))
+        if self._settings.metrics_api_certificate:
+            loops.append(("certificate", self._certificate.run))
+        await first_of(*(self._for_ever(*loop) for loop in loops), *workers)
+
+    async def _for_ever(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
+        """Begin a loop again that ends by a fault of ours: those of one tenant would else end it for all."""
+        while True:
+            try:
+                await loop()
+            except Exception:
+                logger.exception("%s: a fault of the operator; it goes on", name)
+                self._telemetry.faults.labels(name).inc()
+                await asyncio.sleep(AGAIN_S)
 
     def _tick(self, readable: bool) -> None:
         self._telemetry.beat("poll")
@@ -141,66 +174,79 @@ class Operator:
             self.queue.add(group)
 
 
+class Lifetime:
+    """An operator in kopf's loop: it waits for the Lease, works while it has it, and gives it back."""
+
+    def __init__(self, operator: Operator, leader: Leader, telemetry: Telemetry, health_port: int) -> None:
+        self._operator, self._leader, self._telemetry, self._port = operator, leader, telemetry, health_port
+        self._health = web.AppRunner(telemetry.application(), access_log=None)
+        self._leading: asyncio.Task[None] | None = None
+        self.stop = asyncio.Event()
+        """Set when nothing is left to do."""
+        self.error: BaseException | None = None
+        """What ended the work."""
+
+    async def start(self) -> None:
+        """Wait until this replica is to work, and begin."""
+        await self._health.setup()
+        await web.TCPSite(self._health, port=self._port).start()
+        try:
+            await self._leader.acquire()
+        except asyncio.CancelledError:  # told to stop: `end` is not asked for then
+            await self._health.cleanup()
+            raise
+        self._telemetry.leading.set(1)
+        self._leading = asyncio.create_task(self._lead())
+
+    async def _lead(self) -> None:
+        try:
+            await first_of(self._leader.hold(), self._operator.run())
+        finally:
+            self.stop.set()
+
+    async def end(self) -> None:
+        """End all work, and only then let another replica begin."""
+        task = self._leading
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+            self._telemetry.leading.set(0)
+            self.error = None if task.cancelled() else task.exception()
+            if not isinstance(self.error, LeadershipLostError):
+                await self._leader.release()
+        await self._health.cleanup()
+
+
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, or until leadership is lost."""
     telemetry = Telemetry(time.monotonic)
     kube = await kubernetes.connect()
-    redis = connect_redis(settings.redis_url, settings.redis_username, settings.password)
+    settings = await with_access(settings, kube)
+    redis = connect_bounded(settings.redis_url, settings.redis_username, settings.password)
     key = settings.endpoint_key.get_secret_value() or settings.password or ""
     if not key:
         logger.warning("COSERVE_ENDPOINT_KEY is empty: the endpoints' Redis passwords can be guessed")
-    store = OperatorStore(redis, key.encode(), time.monotonic, settings.metrics_password.get_secret_value())
-    leader = Leader(kube, settings.namespace, settings.lease, settings.identity, time.monotonic)
-    runner = web.AppRunner(telemetry.application(), access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, port=settings.health_port).start()
+    leader = Leader(kube, settings.namespace, settings.lease, settings.identity)
+    telemetry.trouble = lambda: leader.trouble
+    metrics_password = settings.metrics_password.get_secret_value()
+    store = OperatorStore(redis, key.encode(), time.monotonic, metrics_password, leader)
+    operator = Operator(settings, kube.guarded(leader.token), store, telemetry)
+    lifetime = Lifetime(operator, leader, telemetry, settings.health_port)
     try:
-        with stop_on_signals() as stopped:
-            if not await first_of(leader.acquire(), stopped.wait()):
-                await _lead(Operator(settings, kube, store, telemetry), leader, telemetry, stopped)
+        handlers = registry(operator.on_event, lifetime.start, lifetime.end)
+        await operate(handlers, settings.identity, lifetime.stop)
+        if lifetime.error is not None:
+            raise lifetime.error
     finally:
-        await runner.cleanup()
         await redis.aclose()
         await kube.close()
-
-
-async def _lead(operator: Operator, leader: Leader, telemetry: Telemetry, stopped: asyncio.Event) -> None:
-    telemetry.leading.set(1)
-    lost = False
-    try:
-        hold = asyncio.create_task(leader.hold())
-        try:
-            if not await first_of(_prime(operator), _wait_for(hold), stopped.wait()):
-                await first_of(*operator.loops(), _wait_for(hold), stopped.wait())
-        finally:
-            hold.cancel()
-    except LeadershipLostError:
-        lost = True
-        raise
-    finally:
-        telemetry.leading.set(0)
-        if not lost:
-            await leader.release()
-
-
-async def _prime(operator: Operator) -> None:
-    while True:
-        try:
-            return await operator.list_all()
-        except KubeError as error:
-            logger.warning("nothing can be listed yet: %s", error)
-            await asyncio.sleep(2)
-
-
-async def _wait_for(task: "asyncio.Task[None]") -> None:
-    await asyncio.shield(task)
 
 
 def main() -> None:
     """Start the operator."""
     settings = CliApp.run(Settings)
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("kopf.objects", "kopf._core.reactor.running"):
+    for chatty in ("kopf.objects", "kopf.activities", "kopf._core.reactor.running"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     asyncio.run(run(settings))
 

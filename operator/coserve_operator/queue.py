@@ -108,11 +108,11 @@ class KeyedQueue(Generic[K]):
                 continue
         return key
 
-    def done(self, key: K, again_in_s: float | None = None) -> None:
+    def done(self, key: K, requeue_after_s: float | None = None) -> None:
         """End the work on `key` successfully, and ask for the next look at it."""
         self._backoff.succeeded(key)
-        if again_in_s is not None:
-            self._schedule.add(key, self._clock() + again_in_s)
+        if requeue_after_s is not None:
+            self._schedule.add(key, self._clock() + requeue_after_s)
         self._schedule.done(key)
         self._wake.set()
 

@@ -2,9 +2,32 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic.alias_generators import to_camel
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class PodDefaults(BaseModel):
+    """What agents' and feeders' pods get where their endpoint's template says nothing else: fields of a pod."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
+
+    image_pull_secrets: tuple[dict[str, str], ...] = ()
+    """Secrets of the pod's own namespace."""
+    priority_class_name: str = ""
+    runtime_class_name: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[dict[str, Any], ...] = ()
+    affinity: dict[str, Any] = {}
+    topology_spread_constraints: tuple[dict[str, Any], ...] = ()
+    """Of agents, in the place of our own; one without labelSelector means the agents of the endpoint."""
+
+
+NO_DEFAULTS = PodDefaults()
 
 
 class RedisSettings(BaseSettings):
@@ -29,12 +52,20 @@ class Settings(RedisSettings):
 
     agent_image: str = "coserve-agent:dev"
     """Image of agents and feeders whose endpoint names none."""
+    pod_defaults: PodDefaults = NO_DEFAULTS
+    """Of agents and feeders."""
     agent_redis_url: str = ""
     """Redis as pods of other namespaces see it; default: `redis_url`."""
+    access_secret: str = ""
+    """Secret of the operator's namespace with the keys, made where there is none; empty: they come by variables."""
     endpoint_key: SecretStr = SecretStr("")
     """Secret from which the endpoints' Redis passwords are derived."""
     metrics_password: SecretStr = SecretStr("")
     """Password of the metrics API's Redis user; empty: there is no such user."""
+    metrics_api_service: str = "coserve-metrics-api"
+    """Service of the metrics API in the operator's namespace; empty: there is none, and no autoscaler is made."""
+    metrics_api_certificate: str = ""
+    """Secret with the metrics API's certificate, made and renewed here; empty: somebody else does it."""
     namespace: str = "default"
     """Where the operator and its Lease are."""
     identity: str = Field(default_factory=socket.gethostname)
@@ -43,10 +74,16 @@ class Settings(RedisSettings):
     """Name of the Lease."""
     workers: int = Field(default=8, ge=1, le=64)
     """Groups reconciled at once."""
+    rollout_max_endpoints: int = Field(default=10, ge=1)
+    """Endpoints whose agents are replaced at once for a new version of the operator or another default image."""
     poll_seconds: float = Field(default=1.0, gt=0)
     """How often heartbeats are looked at."""
     resync_seconds: float = Field(default=300.0, gt=0)
     """How often everything is listed and reconciled anyway, give or take a fifth."""
+    checks: int = Field(default=8, ge=1)
+    """Data sets of waiting jobs that are checked at once."""
+    endpoint_checks: int = Field(default=2, ge=1)
+    """Those of one endpoint among them."""
     health_port: int = Field(default=8080, ge=0, le=65535)
     """Port of /healthz, /readyz and /metrics."""
     log_level: str = "INFO"
@@ -63,6 +100,15 @@ class MetricsApiSettings(RedisSettings):
     model_config = SettingsConfigDict(env_prefix="COSERVE_", cli_parse_args=False, cli_kebab_case=True)
 
     port: int = Field(default=8443, ge=0, le=65535)
-    certificate: Path = Path("/tls/tls.crt")
-    certificate_key: Path = Path("/tls/tls.key")
+    certificates: Path = Path("/tls")
+    """Folder of tls.crt, tls.key and ca.crt, which the API server verifies the certificate with."""
+    namespace: str = "default"
+    """Where this server is."""
+    identity: str = Field(default_factory=socket.gethostname)
+    """Of this server's pod."""
+    service: str = "coserve-metrics-api"
+    """Service in front of the servers."""
+    service_port: int = Field(default=443, ge=1, le=65535)
+    owner: str = "coserve-metrics-api"
+    """ClusterRole that the APIService goes with."""
     log_level: str = "INFO"

@@ -28,6 +28,14 @@ class Telemetry:
             "coserve_operator_reconcile_seconds", "Duration of a pass", registry=self.registry,
             buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )  # fmt: skip
+        self.faults = Counter(
+            "coserve_operator_faults_total",
+            "Loops that ended by a fault and began again",
+            ["loop"],
+            registry=self.registry,
+        )
+        self.trouble: Callable[[], str] = str
+        """Says why this replica could not work if it had to; empty when it could."""
         self._beats: dict[str, float] = {}
 
     def beat(self, loop: str) -> None:
@@ -42,13 +50,17 @@ class Telemetry:
         """Return the HTTP server."""
         application = web.Application()
         application.router.add_get("/healthz", self._healthz)
-        application.router.add_get("/readyz", self._healthz)
+        application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._metrics)
         return application
 
     async def _healthz(self, _: web.Request) -> web.Response:
         silent = self.silent()
         return web.Response(text=f"silent: {', '.join(silent)}" if silent else "ok", status=503 if silent else 200)
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        trouble = self.trouble()
+        return web.Response(text=trouble, status=503) if trouble else await self._healthz(request)
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self.registry), headers={"Content-Type": "text/plain; version=0.0.4"})

@@ -11,11 +11,11 @@ import pytest
 from redis.asyncio import Redis
 
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
-from coserve_api.keys import Keys, agent_id
-from coserve_api.messages import Binding, BindingSpec, Checkpoint, Heartbeat, Progress
-from coserve_api.scripts import Binder, Fencing
-from coserve_api.shards import Sample, Shard
-from coserve_api.store import Store
+from coserve_contract.keys import Keys, agent_id
+from coserve_contract.messages import Binding, BindingSpec, Checkpoint, Heartbeat, Progress
+from coserve_contract.scripts import Binder, Fencing
+from coserve_contract.shards import Sample, Shard
+from coserve_contract.store import Store
 
 JOB = "job-1"
 SHA = "0123456789abcdef" * 4

@@ -13,9 +13,10 @@ import yaml
 
 from coserve_api.common import timestamp
 from coserve_api.conditions import condition
-from coserve_api.endpoint import EndpointSpec, EndpointStatus, SloStatus
-from coserve_api.job import JobSpec
+from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint, SloStatus
+from coserve_api.job import FROZEN, JobSpec
 from coserve_api.job_status import (
+    BackoffStatus,
     BindingStatus,
     CheckpointStatus,
     ContinuedFrom,
@@ -25,6 +26,7 @@ from coserve_api.job_status import (
     Progress,
     PublishedAdapter,
 )
+from coserve_api.quantities import quantity_bytes
 
 pytestmark = pytest.mark.apiserver
 ROOT = Path(__file__).parents[2]
@@ -83,7 +85,12 @@ def with_value(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return body
 
 
+CHECKPOINT = "pvc://artifacts/store/jobs/f3b1-9/e2/s40"
+ADAPTERS = "spec.adapters"
 ENV = "spec.template.env"
+MOUNTS = "spec.template.volumeMounts"
+LIMITS = "spec.template.resources.limits"
+KV_CACHE, ACTIVATIONS = "spec.engine.kvCacheMemory", "spec.finetuning.activationMemory"
 VOLUMES = "spec.template.volumes"
 FAULTS = [
     # which, field to set, value, field in the answer, remedy in the answer
@@ -108,18 +115,27 @@ FAULTS = [
     ("endpoint", "spec.engine.generationConfig", "vllm", "spec.engine.generationConfig", '"Model", "Neutral"'),
     ("endpoint", "spec.engine.device", "gpu", "spec.engine.device", '"auto", "cpu", "cuda"'),
     ("endpoint", "spec.engine.dtype", "float16", "spec.engine.dtype", '"auto", "float32", "bfloat16"'),
+    ("endpoint", "spec.engine.numericsMode", "exact", "spec.engine.numericsMode", '"Fast", "Exact"'),
     ("endpoint", "spec.engine.maxRequests", 0, "spec.engine.maxRequests", "greater than or equal to 1"),
     ("endpoint", "spec.engine.maxBatchTokens", 64, "spec.engine.maxBatchTokens", "greater than or equal to 128"),
     ("endpoint", "spec.cors.allowOrigins", ["https://a.com/"], "spec.cors.allowOrigins[0]", "as browsers send it"),
     ("endpoint", "spec.cors.allowOrigins", ["a.com"], "spec.cors.allowOrigins[0]", "such as https://chat.example.com"),
-    ("endpoint", "spec.engine.kvCacheMemory", "1Ki", "spec.engine.kvCacheMemory", "such as 256Mi or 40Gi"),
+    ("endpoint", KV_CACHE, "1Ki", KV_CACHE, "1Ki must be a quantity of bytes from 1Mi to 64Ti, such as 256Mi, 1.5Gi"),
+    ("endpoint", KV_CACHE, "65Ti", KV_CACHE, "65Ti must be a quantity of bytes from 1Mi to 64Ti"),
+    ("endpoint", KV_CACHE, 100, KV_CACHE, "100 must be a quantity of bytes from 1Mi to 64Ti"),
+    ("endpoint", KV_CACHE, 1.5, KV_CACHE, "must be of type integer,string"),
+    ("endpoint", ACTIVATIONS, "much", ACTIVATIONS, "much must be a quantity of bytes"),
     (
         "endpoint",
-        "spec.finetuning.activationMemory",
-        "much",
-        "spec.finetuning.activationMemory",
-        "such as 256Mi or 40Gi",
+        ADAPTERS,
+        [{"name": "a", "uri": "pvc://c/a"}],
+        "spec.adapters[0].uri",
+        "uri is reserved: leave it out",
     ),
+    ("endpoint", ADAPTERS, [{"name": "a", "version": 0}], "spec.adapters[0].version", "greater than or equal to 1"),
+    ("endpoint", ADAPTERS, [{"name": "a", "state": "Gone"}], "spec.adapters[0].state", '"Present", "Absent"'),
+    ("endpoint", ADAPTERS, [{"name": "a"}, {"name": "a"}], "spec.adapters[1]", "Duplicate value"),
+    ("endpoint", ADAPTERS, [{"name": "../a"}], "spec.adapters[0].name", "DNS-1123 label"),
     ("endpoint", "spec.replicas", 513, "spec.replicas", "less than or equal to 512"),
     (
         "endpoint",
@@ -133,10 +149,20 @@ FAULTS = [
         "endpoint",
         "spec.template.resources.limits",
         {"cpu": "two"},
-        "spec.template.resources.limits.cpu",
-        "should match",
+        "spec.template.resources.limits[cpu]",
+        "two must be a quantity from 0 to 1Ei, such as 2, 500m",
     ),
-    ("endpoint", ENV, [{"name": "COSERVE_THREADS"}], "spec.template.env[0].name", "which the operator sets"),
+    ("endpoint", LIMITS, {"cpu": -1}, "spec.template.resources.limits[cpu]", "-1 must be a quantity from 0"),
+    ("endpoint", LIMITS, {"cpu": 1.5}, "spec.template.resources.limits.cpu", "must be of type integer,string"),
+    ("endpoint", ENV, [{"name": "COSERVE_THREADS"}], "spec.template.env[0].name", "these the operator sets"),
+    ("endpoint", ENV, [{"name": "HOME"}], "spec.template.env[0].name", "'HOME' must be a variable name that"),
+    ("endpoint", VOLUMES, [{"name": "coserve-tmp", "emptyDir": {}}], "spec.template.volumes[0].name", "'coserve-tmp'"),
+    *(
+        ("endpoint", MOUNTS, [{"name": "root", "mountPath": path}], f"{MOUNTS}[0].mountPath", f"'{path}' must be an")
+        for path in ("/tmp", "/tmp/x", "/data", "/data/x", "/./tmp", "/x/.")
+    ),
+    ("endpoint", MOUNTS, [{"name": "root", "mountPath": "/models/x"}], MOUNTS, "mounts the claim of model.uri"),
+    ("endpoint", MOUNTS, [{"name": "root", "mountPath": "/artifacts"}], MOUNTS, "the claim of artifactStore.uri"),
     ("endpoint", VOLUMES, [{"name": "root"}], "spec.template.volumes[0]", "set exactly one of emptyDir, configMap"),
     (
         "endpoint",
@@ -170,6 +196,17 @@ FAULTS = [
     ("job", "spec.evaluation.uri", "pvc://d/x", "spec.dataset.evalPercent", "leave dataset.evalPercent out"),
     ("job", "spec.evaluation.maxSamples", 0, "spec.evaluation.maxSamples", "greater than or equal to 1"),
     ("job", "spec.adapter.from", "pvc://d/../x", "spec.adapter.from", "name of an adapter that the endpoint has"),
+    ("job", "spec.resumeFrom", {}, "spec.resumeFrom", "set job, or uri and sha256"),
+    ("job", "spec.resumeFrom", {"uri": CHECKPOINT}, "spec.resumeFrom", "set job, or uri and sha256"),
+    ("job", "spec.resumeFrom", {"job": "a", "sha256": "0" * 64}, "spec.resumeFrom", "set job, or uri and sha256"),
+    (
+        "job",
+        "spec.resumeFrom",
+        {"uri": "pvc://a/x", "sha256": "0" * 64},
+        "spec.resumeFrom.uri",
+        "/jobs/UID/eEPOCH/sSTEP",
+    ),
+    ("job", "spec.resumeFrom", {"uri": CHECKPOINT, "sha256": "0"}, "spec.resumeFrom.sha256", "[0-9a-f]{64}"),
     ("job", "spec.publsh", {"policy": "Never"}, "spec.publsh", "unknown field"),
 ]
 
@@ -181,6 +218,26 @@ def test_a_fault_is_refused_with_its_field_and_what_to_write(api, which, path, v
     assert done.returncode != 0, done.stdout
     assert field in done.stderr
     assert remedy in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [("1.5Gi", 3 * 2**29), ("1e9", 10**9), ("1E9", 10**9), (2**30, 2**30), ("2000.5k", 2_000_500)]
+)
+def test_every_form_of_a_quantity_is_accepted(api, value, size) -> None:
+    body = with_value(with_value(EXAMPLES["endpoint"], KV_CACHE, value), ACTIVATIONS, value)
+    body = with_value(body, LIMITS, {"memory": value, "example.com/x": 2, "cpu": "500m", "hugepages-2Mi": "1Pi"})
+    done = api.kubectl("apply", "--dry-run=server", "--validate=strict", "-o=json", "-f", "-", stdin=json.dumps(body))
+    assert done.returncode == 0, done.stderr
+    spec = InferenceEndpoint.from_dict(json.loads(done.stdout)).spec
+    assert quantity_bytes(spec.engine.kv_cache_memory or "") == size
+
+
+def test_a_file_uris_volume_may_be_mounted_where_it_says(api) -> None:
+    body = with_value(EXAMPLES["endpoint"], "spec.model.uri", "file:///models/x")
+    body = with_value(body, "spec.artifactStore.uri", "file:///artifacts")
+    mounts = [{"name": "root", "mountPath": path} for path in ("/models/x", "/artifacts", "/modelsx", "/tmpx")]
+    done = api.kubectl("apply", "--dry-run=server", "-f", "-", stdin=json.dumps(with_value(body, MOUNTS, mounts)))
+    assert done.returncode == 0, done.stderr
 
 
 def without_held_out(**parts: Any) -> dict[str, Any]:
@@ -198,6 +255,9 @@ def without_held_out(**parts: Any) -> dict[str, Any]:
         ({"publish": {"policy": "Best"}, "evaluation": {"everySteps": 5, "uri": "pvc://d/x"}}, ""),
         ({"publish": {"policy": "IfEvalImproves"}, "evaluation": {"uri": "pvc://d/x"}}, ""),
         ({"adapter": {"name": "a", "from": "other"}}, ""),
+        ({"resumeFrom": {"job": "other"}}, ""),
+        ({"resumeFrom": {"uri": CHECKPOINT, "sha256": "0" * 64}}, ""),
+        ({"adapter": {"name": "a", "from": "other"}, "resumeFrom": {"job": "b"}}, "leave one of them out"),
         ({"adapter": {"name": "a", "from": "pvc://models/x", "rank": 4}}, ""),
         ({"publish": {"policy": "Best"}, "evaluation": {"everySteps": 5}, "dataset.evalPercent": 0}, "need held-out"),
         ({"evaluation": {"everySteps": 5, "patience": 2}, "dataset.evalPercent": 0}, "need held-out samples"),
@@ -334,16 +394,22 @@ CHANGES: dict[str, tuple[Any, Any]] = {  # field -> before the start, after it
     "endpointRef": ({"name": "other"}, {"name": "third"}),
     "dataset": ({"evalPercent": 6}, {"evalPercent": 7}),
     "adapter": ({"rank": 16}, {"targetModules": ["q_proj"]}),
+    "resumeFrom": ({"job": "other"}, {"job": "third"}),
     "training": ({"seed": 7}, {"seed": None}),
-    "checkpoint": ({"keep": 3}, {"keep": 4}),
     "evaluation": ({"everySteps": 5}, {"everySteps": 6}),
-    "publish": ({"policy": "Never"}, None),
-    "priority": (1, 2),
-    "backoffLimit": (7, None),
+}
+FREE: dict[str, Any] = {
+    "checkpoint": {"everySteps": 3, "keep": 4},
+    "publish": {"policy": "Best"},
+    "priority": 2,
+    "backoffLimit": None,
+    "suspend": True,
+    "activeDeadlineSeconds": 3600,
+    "ttlSecondsAfterFinished": 0,
 }
 
 
-def test_a_started_job_is_frozen_except_for_suspend(objects) -> None:
+def test_what_decides_the_training_of_a_started_job_is_frozen_and_nothing_else(objects) -> None:
     for field, (before, _) in CHANGES.items():
         assert patch(objects, "ftj/gsm8k-json", {"spec": {field: before}}) == ""
     started = {"status": {"startTime": "2026-11-21T04:00:00Z"}}
@@ -354,16 +420,24 @@ def test_a_started_job_is_frozen_except_for_suspend(objects) -> None:
         assert f"{field} is immutable once the job has started" in answer
     longer = {"spec": {"training": {"maxSteps": None, "epochs": 1}}}
     assert "training is immutable" in patch(objects, "ftj/gsm8k-json", longer)
-    assert patch(objects, "ftj/gsm8k-json", {"spec": {"suspend": True}}) == ""
+    for field, value in FREE.items():
+        assert patch(objects, "ftj/gsm8k-json", {"spec": {field: value}}) == ""
+    answer = patch(objects, "ftj/gsm8k-json", {"spec": {"checkpoint": {"everySteps": 0}}})
+    assert "spec.checkpoint.everySteps: Invalid value" in answer, "what is free is still checked"
+    assert "activeDeadlineSeconds: Invalid value" in patch(
+        objects, "ftj/gsm8k-json", {"spec": {"activeDeadlineSeconds": 0}}
+    )
     assert patch(objects, "ftj/gsm8k-json", {"status": {"state": "Suspended"}}, "--subresource=status") == ""
 
 
-def test_every_field_of_the_frozen_spec_is_tried() -> None:
-    assert {*CHANGES, "suspend"} == {field.alias for field in JobSpec.model_fields.values()}
+def test_every_field_of_the_spec_is_tried() -> None:
+    assert tuple(CHANGES) == FROZEN
+    assert {*CHANGES, *FREE} == {field.alias for field in JobSpec.model_fields.values()}
 
 
 def test_the_status_of_a_job_shows_in_its_columns(objects, now) -> None:
-    assert header(objects, "ftj") == ["NAME", "STATE", "ENDPOINT", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
+    columns = ["NAME", "STATE", "REASON", "ENDPOINT", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
+    assert header(objects, "ftj") == columns
     status = JobStatus(
         state=JobState.RUNNING,
         reason="Training",
@@ -385,13 +459,15 @@ def test_the_status_of_a_job_shows_in_its_columns(objects, now) -> None:
         continued_from=ContinuedFrom(uri="pvc://a/adapters/y/v2", version=2, sha256="0" * 64),
         endpoint_template_variables='{"enable_thinking": false, "x": null}',
         restarts=1,
+        backoff=BackoffStatus(attempts=1, reason="AgentLost", message="lost", until=timestamp(now)),
         observed_generation=1,
         start_time=timestamp(now),
         conditions=(condition("Running", True, "Training", "", generation=1, now=now),),
     )
     assert patch(objects, "ftj/gsm8k-json", {"status": status.to_dict()}, "--subresource=status") == ""
     assert JobStatus.model_validate(get(objects, "ftj/gsm8k-json")["status"]) == status
-    assert row(objects, "ftj")[:-1] == ["gsm8k-json", "Running", "tiny", "42", "1.25", "2m12s", "gsm8k-json"]
+    shown = "gsm8k-json Running Training tiny 42 1.25 2m12s gsm8k-json"
+    assert row(objects, "ftj")[:-1] == shown.split()
 
 
 def test_the_status_of_an_endpoint_shows_in_its_columns(objects, now) -> None:

@@ -8,10 +8,10 @@ import shutil
 import pytest
 from redis.exceptions import ResponseError
 
-from coserve_api.connect import command, connect
-from coserve_api.messages import Completed
-from coserve_api.scripts import Lease
-from coserve_api.store import Push
+from coserve_contract.connect import command, connect
+from coserve_contract.messages import Completed
+from coserve_contract.scripts import Lease
+from coserve_contract.store import Push
 
 JOB = "job-1"
 

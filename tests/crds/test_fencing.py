@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coserve_api import lua
-from coserve_api.connect import command
-from coserve_api.scripts import Lease
+from coserve_contract import lua
+from coserve_contract.connect import command
+from coserve_contract.scripts import Lease
 
 JOB = "job-1"
 WRITES = ("checkpoint", "progress", "renew")

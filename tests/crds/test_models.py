@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from coserve_api.common import duration_ms, format_decimal, format_duration, quantity_bytes, timestamp
+from coserve_api.common import duration_ms, format_decimal, format_duration, timestamp
 from coserve_api.conditions import Condition, ConditionStatus, condition, find_condition, merge_conditions
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
 from coserve_api.generate import definitions
 from coserve_api.job import FinetuneJob, JobSpec
-from coserve_api.job_status import JobStatus, Progress
+from coserve_api.job_status import Progress
+from coserve_api.quantities import quantity, quantity_bytes
 from coserve_api.uris import (
     Location,
     artifact_uri,
@@ -59,10 +61,25 @@ def test_a_formatted_duration_reads_back(ms: int) -> None:
     assert duration_ms(format_duration(ms)) == ms
 
 
-def test_quantities_are_read() -> None:
-    assert [quantity_bytes(text) for text in ("256Mi", "1k", "40Gi", "7")] == [2**28, 1000, 40 * 2**30, 7]
-    with pytest.raises(InvalidValueError, match="256Mi or 40Gi"):
-        quantity_bytes("1.5Gi")
+def test_quantities_are_read_exactly_as_kubernetes_does() -> None:
+    sizes = {
+        "256Mi": 2**28, "1k": 1000, "40Gi": 40 * 2**30, "7": 7, "1.5Gi": 3 * 2**29, "1e3": 1000, "1E3": 1000,
+        "1Pi": 2**50, "1E": 10**18, ".5Ki": 512, "1.": 1, "100m": 1, "0.1Ki": 103, "25e-1": 3,
+    }  # fmt: skip
+    assert {text: quantity_bytes(text) for text in sizes} == sizes
+    assert quantity("1.1") == Fraction(11, 10)
+    for text in ("", "-1", "1 Gi", "1KiB", "Gi", ".", "1e", "1e333", "\uff11", "1\n", "1" * 33):
+        with pytest.raises(InvalidValueError, match=r"such as 2, 500m, 1\.5Gi or 1e3"):
+            quantity(text)
+
+
+def test_a_number_with_a_point_is_to_be_quoted() -> None:
+    body = example("endpoint.yaml")
+    body["spec"]["engine"] = {"kvCacheMemory": 1.5}
+    with pytest.raises(ValidationError, match=r'write it in quotes, "1\.5"'):
+        InferenceEndpoint.from_dict(body)
+    body["spec"]["engine"] = {"kvCacheMemory": 2**28}
+    assert InferenceEndpoint.from_dict(body).spec.engine.kv_cache_memory == "268435456"
 
 
 @given(st.floats(-1e12, 1e12))
@@ -157,12 +174,17 @@ def test_what_the_device_decides_is_open_where_it_is_not_said() -> None:
     }
 
 
-def test_an_unknown_field_of_a_spec_is_an_error_and_of_a_status_is_not() -> None:
+def test_an_unknown_field_of_a_spec_is_ignored_and_of_a_status_kept() -> None:
+    """As an operator sees it that was rolled back; the API server warns of fields that its CRD does not know."""
     body = example("job.yaml")
-    with pytest.raises(ValidationError, match=r"spec\.publsh"):
-        FinetuneJob.from_dict({**body, "spec": {**body["spec"], "publsh": {}}})
-    job = FinetuneJob.from_dict({**body, "status": {"state": "Running", "fromTheFuture": 1}})
-    assert job.status == JobStatus.model_validate({"state": "Running"})
+    assert FinetuneJob.from_dict({**body, "spec": {**body["spec"], "fromTheFuture": {}}}) == FinetuneJob.from_dict(body)
+    status = {"state": "Running", "fromTheFuture": 1, "binding": {"agent": "a", "epoch": 1, "alsoNew": [2]}}
+    job = FinetuneJob.from_dict({**body, "status": status})
+    assert job.status.state == "Running"
+    assert job.status.unknown == {"fromTheFuture": 1}
+    told = job.status.to_dict()
+    assert told["fromTheFuture"] == 1
+    assert told["binding"]["alsoNew"] == [2]
 
 
 @pytest.mark.parametrize("training", [{}, {"epochs": 1, "maxSteps": 2}])

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from coserve_api.connect import command
-from coserve_api.messages import Completed, Desired, Failed, Released
-from coserve_api.scripts import Fence, Lease, Reason, Refused, read_fence
-from coserve_api.store import Push
+from coserve_contract.connect import command
+from coserve_contract.messages import Completed, Desired, Failed, Released
+from coserve_contract.scripts import Fence, Lease, Reason, Refused
+from coserve_contract.store import Push
 
 JOB = "job-1"
 
@@ -45,7 +45,6 @@ async def test_every_write_needs_the_lease(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(1))
     lost = Refused(Reason.LOST_LEASE, 1, world.a.agent)
     assert await world.a.renew_lease(JOB, 1) == lost
-    assert await world.a.release_lease(JOB, 1) == lost
     assert await world.a.report_progress(JOB, messages.progress(1, 1)) == lost
     assert await world.a.accept_checkpoint(JOB, 1, messages.checkpoint(1)) == lost
     assert await world.a.rewind(JOB, 1, None) == lost
@@ -84,7 +83,7 @@ async def test_an_epoch_is_bound_once(world, messages) -> None:
     for epoch in (1, 5):
         refused = await world.binder.bind(JOB, world.b.agent, messages.binding(epoch))
         assert refused == Refused(Reason.STALE_EPOCH, 5, world.a.agent)
-    assert await read_fence(world.redis, world.keys, JOB) == Fence(5, world.a.agent)
+    assert (await world.store.job(JOB)).fence == Fence(5, world.a.agent)
 
 
 async def test_an_accepted_checkpoint_drops_the_shards_it_covers_and_is_resumed_from(world, messages) -> None:

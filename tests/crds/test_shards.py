@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve_api.errors import ShardError
-from coserve_api.shards import MAX_SHARD_BYTES, Sample, Shard, decode_shard, encode_shard
+from coserve_contract.shards import MAX_SHARD_BYTES, Sample, Shard, decode_shard, encode_shard
 
 DIGEST = "0123456789abcdef" * 4
 

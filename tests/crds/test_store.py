@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from coserve_api.connect import command
 from coserve_api.errors import InvalidValueError, MessageError, ShardError
-from coserve_api.keys import Keys, agent_id
-from coserve_api.messages import AdapterRecord, BindingSpec, Completed, FeedStatus, Heartbeat
-from coserve_api.store import SHARD_BOUND, JobRecord, Push, Store, endpoint_uids
+from coserve_contract.connect import command
+from coserve_contract.keys import Keys, agent_id
+from coserve_contract.messages import AdapterRecord, BindingSpec, Completed, FeedStatus, Heartbeat
+from coserve_contract.store import SHARD_BOUND, JobRecord, Push, Store, endpoint_uids
 
 JOB = "job-1"
 
@@ -45,6 +45,66 @@ async def test_the_feeder_may_send_again_but_leaves_no_gap(world, messages) -> N
     assert (await world.store.push_eval(JOB, messages.shard(2))).outcome is Push.GAP
     assert (await world.store.push_eval(JOB, messages.shard(1))).outcome is Push.ADDED
     assert (await world.store.push_eval(JOB, messages.shard(1))).outcome is Push.PRESENT
+
+
+def kept(messages, number, epoch=1):
+    """What an agent says that has the held-out shards up to `number` in its own keeping."""
+    return messages.progress(epoch, 1).model_copy(update={"eval_cursor": number})
+
+
+async def push_eval(world, messages, last, first=1) -> Push:
+    """What became of the last of these held-out shards."""
+    for seq in range(first, last + 1):
+        pushed = await world.store.push_eval(JOB, messages.shard(seq))
+    return pushed.outcome
+
+
+async def test_held_out_shards_go_through_a_window_that_follows_the_agent(world, messages) -> None:
+    assert await push_eval(world, messages, SHARD_BOUND) is Push.ADDED
+    assert await push_eval(world, messages, SHARD_BOUND + 1) is Push.FULL
+    await start(world, messages)
+    await world.a.report_progress(JOB, kept(messages, 10))
+    assert [one.seq for one in await world.store.read_eval(JOB, 10, 99)] == list(range(11, SHARD_BOUND + 1))
+    assert await push_eval(world, messages, SHARD_BOUND + 10) is Push.ADDED
+    assert await push_eval(world, messages, SHARD_BOUND + 11) is Push.FULL
+    await world.a.report_progress(JOB, kept(messages, SHARD_BOUND + 10))
+    assert await command(world.redis, "EXISTS", world.keys.eval(JOB)) == 0
+    assert await push_eval(world, messages, SHARD_BOUND + 10) is Push.PRESENT, "a feeder that comes back pushes none"
+
+
+async def test_an_agent_that_has_lost_its_file_is_fed_from_the_first(world, messages) -> None:
+    await start(world, messages)
+    await push_eval(world, messages, 20)
+    for before, last in ((5, 20), (20, 20)):
+        await world.a.report_progress(JOB, kept(messages, before))
+        await world.a.report_progress(JOB, kept(messages, 0))
+        assert await world.store.read_eval(JOB, 0, 99) == [], "nothing that it cannot use"
+        assert await push_eval(world, messages, last) is Push.ADDED
+        assert [one.seq for one in await world.store.read_eval(JOB, 0, 99)] == list(range(1, last + 1))
+
+
+async def test_a_new_binding_is_fed_from_the_first_until_it_says_more(world, messages) -> None:
+    await start(world, messages)
+    await push_eval(world, messages, 20)
+    await world.a.report_progress(JOB, kept(messages, 15))
+    await world.binder.bind(JOB, world.b.agent, messages.binding(2))
+    assert await push_eval(world, messages, 3) is Push.ADDED
+    assert len(await world.store.read_eval(JOB)) == 3
+    await world.b.take_lease(JOB, 2)
+    await world.b.report_progress(JOB, kept(messages, 20, 2))
+    assert await push_eval(world, messages, 21, first=21) is Push.ADDED
+    await world.b.accept_checkpoint(JOB, 2, messages.checkpoint(1, 2))
+    await world.b.rewind(JOB, 2, None)
+    assert await push_eval(world, messages, 1) is Push.ADDED
+
+
+async def test_an_agent_of_the_version_before_gets_all_held_out_shards(world, messages) -> None:
+    """It says no cursor, and reads the stream from its first shard on at each evaluation."""
+    await push_eval(world, messages, SHARD_BOUND)
+    await start(world, messages)
+    await world.a.report_progress(JOB, messages.progress(1, 0))
+    assert await push_eval(world, messages, SHARD_BOUND + 40) is Push.ADDED
+    assert len(await world.store.read_eval(JOB, 0, 999)) == SHARD_BOUND + 40
 
 
 async def test_the_feeder_stops_at_the_bound_and_goes_on_with_the_reader(world, messages) -> None:
@@ -184,6 +244,15 @@ async def test_published_adapters_are_replaced_as_a_whole(world) -> None:
     assert await world.store.adapters() == {}
 
 
+async def test_a_published_adapter_that_does_not_read_hides_no_other(world) -> None:
+    one = AdapterRecord(name="one", number=1, path="adapters/one/v1", sha256="0" * 64, job_uid=JOB, rank=8)
+    await world.store.set_adapters([one])
+    await command(world.redis, "HSET", world.store.keys.adapters(), "odd", "{")
+    records, broken = await world.store.published()
+    assert records == {"one": one}
+    assert "[odd]" in str(broken[0])
+
+
 async def test_a_deleted_job_leaves_nothing(world, messages) -> None:
     before = set(await command(world.redis, "KEYS", "*"))
     await start(world, messages)
@@ -216,7 +285,7 @@ def test_no_key_can_be_made_to_name_another(value) -> None:
 
 
 def test_every_key_of_a_job_is_deleted_with_it() -> None:
-    source = (Path(__file__).parents[2] / "crds" / "coserve_api" / "keys.py").read_text()
+    source = (Path(__file__).parents[2] / "crds" / "coserve_contract" / "keys.py").read_text()
     assert len(Keys("e").all_of_job("j")) == source.count("return self._job(job,")
 
 

@@ -15,7 +15,7 @@ def test_an_endpoint_runs_on_the_agent_image_alone(cluster: Cluster) -> None:
     body = example("endpoint.yaml", replicas=1)
     body["metadata"]["name"] = "whole"
     body["spec"]["image"] = "localhost/coserve-agent:dev"
-    del body["spec"]["template"]
+    del body["spec"]["template"], body["spec"]["finetuning"]["feeder"]
     cluster.apply(body)
     cluster.wait("iep", "whole", lambda b: condition(b, "Ready").get("status") == "True", "Ready", 300)
     cluster.run("kubectl", "delete", "iep", "whole", "--wait")

@@ -108,7 +108,7 @@ def test_suspend_gives_the_job_back_and_resume_goes_on(cluster: Cluster, endpoin
     ("name", "spec", "kind", "reason", "words"),
     [
         ("no-endpoint", {"endpointRef": {"name": "nobody"}}, "Bound", "EndpointNotFound", ["nobody"]),
-        ("rank-too-large", {}, "Failed", "RankTooLarge", ["128", "64"]),
+        ("rank-too-large", {}, "Bound", "RankTooLarge", ["128", "64"]),
         (
             "no-dataset",
             {"dataset": {"uri": "pvc://coserve-demo/none.jsonl"}},

@@ -13,7 +13,7 @@ from coserve_agent.data.reader import Reader
 from coserve_agent.rendering import Conversation, Rendered, Renderer
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
-from coserve_api.shards import Sample
+from coserve_contract.shards import Sample
 
 TURNS = [
     {"role": "user", "content": "one"},

@@ -15,8 +15,8 @@ from coserve_agent.engine_client import EngineClient
 from coserve_agent.evaluations import EvalRecord
 from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
-from coserve_api.messages import BindingSpec
-from coserve_api.shards import Sample, Shard
+from coserve_contract.messages import BindingSpec
+from coserve_contract.shards import Sample, Shard
 from coserve_engine.config import EngineConfig
 from coserve_engine.host import EngineHost
 from coserve_engine.messages import StartJob
@@ -60,6 +60,7 @@ class Rig:
     accepted: list[Saved] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
     commands: list[Any] = field(default_factory=list)
+    at_start: list[Any] = field(default_factory=list)
     started: list[StartJob] = field(default_factory=list)
     fifth_step: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -142,6 +143,7 @@ def rigs(tmp_path: Path) -> MakeRig:
         channel.submit = lambda command: (made.commands.append(command), submit(command))[1]  # type: ignore[method-assign]
         try:
             await driver.start(resume)
+            made.at_start = list(made.commands)
             made.started = [command for command in made.commands if isinstance(command, StartJob)]
             made.commands.clear()
             yield made

@@ -13,7 +13,7 @@ from driver_rig import TOTAL, MakeRig, running
 
 from coserve_agent.errors import JobFailedError
 from coserve_api.job import FailedReason
-from coserve_api.messages import Start
+from coserve_contract.messages import Start
 
 WEIGHTS = "adapter_model.safetensors"
 SHAPE: dict[str, Any] = {"rank": 3, "alpha": 5, "target_modules": ("q_proj", "up_proj")}

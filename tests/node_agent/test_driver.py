@@ -22,10 +22,10 @@ from coserve_agent.driver import STEPS_IN_FLIGHT, StopRequested
 from coserve_agent.errors import JobFailedError
 from coserve_agent.inflight import OpenSteps
 from coserve_agent.passes import PassBounds
-from coserve_agent.trainlog import DriverState
+from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.job import FailedReason, Schedule
-from coserve_api.shards import Sample, Shard
-from coserve_engine.messages import ForwardBackward, OptimStep, PassMode, StartJob
+from coserve_contract.shards import Sample, Shard
+from coserve_engine.messages import ForwardBackward, OptimStep, PassMode, SetPriority, SetSlowdown, StartJob
 
 
 def mean_loss(model: LlamaForCausalLM, samples: list[Sample]) -> float:
@@ -86,6 +86,32 @@ async def test_a_stopped_and_resumed_job_ends_the_same(model_folder: Path, rig: 
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+async def test_what_may_change_of_a_spec_counts_from_the_next_step_on(model_folder: Path, rig: MakeRig) -> None:
+    async with running(model_folder) as client, rig(client, checkpoint_every_steps=100) as job:
+        on_step, spec = job.driver._on_step, job.driver._plan.spec
+
+        def change(record: StepRecord, state: DriverState) -> None:
+            on_step(record, state)
+            if record.step == 2:
+                changes = {"checkpoint_every_steps": 2, "priority": 1, "max_slowdown_percent": 20}
+                job.driver.update(spec.model_copy(update=changes))
+
+        job.driver._on_step = change
+        await job.driver.train()
+    assert [saved.step for saved in job.accepted] == [4, 6, 8]
+    assert [one.priority for one in job.commands if isinstance(one, SetPriority)] == [2.0]
+    assert [one.percent for one in job.commands if isinstance(one, SetSlowdown)] == [20]
+
+
+@pytest.mark.parametrize("percent", [None, 30])
+async def test_the_engine_hears_of_the_slowdown_before_the_job_begins(
+    model_folder: Path, rig: MakeRig, percent: int | None
+) -> None:
+    async with running(model_folder) as client, rig(client, max_slowdown_percent=percent) as job:
+        assert [type(one) for one in job.at_start] == [SetSlowdown, StartJob]
+        assert job.at_start[0] == SetSlowdown(percent)
+
+
 async def test_two_steps_are_in_flight_and_no_more(model_folder: Path, rig: MakeRig) -> None:
     async with running(model_folder) as client, rig(client, checkpoint_every_steps=100) as job:
         most = 0
@@ -137,6 +163,16 @@ async def test_a_checkpoint_of_another_dtype_is_the_endpoints_to_refuse(model_fo
             async with rig(client, resume=job.path(3)):
                 pass
     assert caught.value.reason is FailedReason.ENDPOINT_REJECTED
+
+
+async def test_a_checkpoint_is_due_after_much_data(
+    model_folder: Path, rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no checkpoint covers stays in Redis, however rarely the job asks for one."""
+    monkeypatch.setattr("coserve_agent.driver.UNSAVED_BYTES", 1)
+    async with running(model_folder) as client, rig(client, checkpoint_every_steps=1000) as job:
+        await job.driver.train()
+    assert [one.step for one in job.accepted] == list(range(1, TOTAL + 1))
 
 
 async def test_an_evaluation_without_samples_is_none(model_folder: Path, rig: MakeRig) -> None:

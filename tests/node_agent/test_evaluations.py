@@ -120,9 +120,9 @@ OFTEN: dict[str, Any] = {"learning_rate": 5e-2, "eval_every_steps": 1, "checkpoi
 
 
 async def publish(job: Rig, folder: Path) -> bytes:
-    """The weights that the job writes at its end."""
+    """The weights that the job writes at its end, by the policy that it has by then."""
     await job.driver.train()
-    await job.driver.export(folder)
+    await job.driver.export(folder, best=job.driver._plan.spec.publish is PublishPolicy.BEST)
     return (folder / WEIGHTS).read_bytes()
 
 
@@ -210,13 +210,40 @@ async def test_patience_ends_a_job_at_the_same_step_wherever_it_was_cut_off(
             assert resumed.driver.state == job.driver.state
 
 
-async def test_a_checkpoint_whose_best_weights_are_of_another_step_is_refused(model_folder: Path, rig: MakeRig) -> None:
+async def test_a_policy_that_becomes_best_publishes_what_it_would_have_from_the_start(
+    model_folder: Path, rig: MakeRig, tmp_path: Path
+) -> None:
     async with running(model_folder) as client:
-        async with rig(client, **OFTEN) as job:
-            await job.driver.train()
-        with pytest.raises(JobFailedError, match=r"is of step \d+, its best weights of None") as caught:
-            async with rig(client, resume=job.path(TOTAL), **OFTEN, publish=PublishPolicy.BEST):
-                pass
+        async with rig(client, **OFTEN, publish=PublishPolicy.BEST) as whole:
+            expected = await publish(whole, tmp_path / "whole")
+        best = best_of(whole)
+        async with rig(client, **OFTEN, publish=PublishPolicy.NEVER) as job:
+
+            def change_after_the_best(record: EvalRecord) -> None:
+                if record.step == best + 1:
+                    job.driver.update(job.driver._plan.spec.model_copy(update={"publish": PublishPolicy.BEST}))
+
+            job.driver._on_eval = change_after_the_best
+            assert await publish(job, tmp_path / "changed") == expected
+        async with rig(client, resume=job.path(best + 1), **OFTEN, publish=PublishPolicy.BEST) as resumed:
+            assert await publish(resumed, tmp_path / "resumed") == expected
+
+
+@pytest.mark.parametrize(
+    ("kept", "loss", "beats"), [(None, 3.1, False), (None, 2.9, True), (8, 2.9, True), (4, 2.9, False)]
+)
+def test_weights_that_an_older_agent_did_not_keep_are_beaten_by_later_ones(
+    kept: int | None, loss: float, beats: bool
+) -> None:
+    log = EvalLog((EvalRecord(0, 3.0), EvalRecord(4, 2.6), EvalRecord(8, 2.95)))
+    assert log.beats_kept(loss, kept) is beats
+
+
+def test_a_checkpoint_whose_best_weights_nothing_speaks_of_is_refused() -> None:
+    log = trained(5)
+    assert (log.check_best(4), log.check_best(None)) == (4, None)
+    with pytest.raises(JobFailedError, match=r"best weights are of step 3, of which") as caught:
+        log.check_best(3)
     assert caught.value.reason is FailedReason.ARTIFACT_STORE_ERROR
 
 

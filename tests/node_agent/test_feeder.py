@@ -14,19 +14,21 @@ from typing import Any
 
 import pytest
 from data_rows import renderer_of
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from coserve_agent.concurrency import end
 from coserve_agent.data.material import Material
 from coserve_agent.errors import DatasetError
-from coserve_agent.feeder import Feeder, feed
+from coserve_agent.feeder import Feeder, feed, room
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.connect import command
-from coserve_api.keys import Keys
-from coserve_api.messages import Completed
-from coserve_api.shards import Shard
-from coserve_api.store import SHARD_BOUND, Store
+from coserve_contract.connect import command
+from coserve_contract.keys import Keys
+from coserve_contract.messages import Completed
+from coserve_contract.shards import Shard
+from coserve_contract.store import SHARD_BOUND, WINDOW_BYTES, Store
 
 JOB = "job-1"
 KEYS = Keys("endpoint-1")
@@ -157,6 +159,47 @@ async def has(store: Store, last: int) -> bool:
 async def finished(store: Store) -> bool:
     status = await store.feed(JOB)
     return status is not None and status.finished
+
+
+@given(st.lists(st.integers(1, 3 * WINDOW_BYTES // 2), max_size=80), st.integers(0, 80))
+def test_what_is_ahead_of_the_reader_is_bounded_by_count_and_bytes(sizes: list[int], read: int) -> None:
+    read = min(read, len(sizes))
+    last = room(read, len(sizes), lambda number: sizes[number - 1])
+    ahead = sizes[read:last]
+    assert len(ahead) <= SHARD_BOUND
+    assert sum(ahead) <= WINDOW_BYTES or len(ahead) == 1
+    more = sizes[read : last + 1]
+    full = last == len(sizes) or len(more) > SHARD_BOUND or sum(more) > WINDOW_BYTES
+    assert full, "it stops no earlier"
+    assert last > read or read == len(sizes), "a job never stands still"
+
+
+async def test_large_shards_are_fewer_in_both_streams(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = prepared(tokenizer, variables, eval_percent=40)
+    most = max(map(material.shard_bytes, range(1, 10)))
+    monkeypatch.setattr("coserve_agent.feeder.WINDOW_BYTES", 3 * most)
+    async with Task(store, material):
+        await until(lambda: has(store, 3))
+        await asyncio.sleep(1)
+        assert 3 <= (await store.job(JOB)).last_shard <= 4
+        assert 1 <= len(await store.read_eval(JOB, 0, 99)) <= 4
+        await accept(store, 20)
+        await until(lambda: has(store, 23))
+
+
+async def test_500_queued_jobs_of_400_000_rows_are_a_few_kb_each(store: Store, material: Material) -> None:
+    status = material.status().model_copy(
+        update={"samples": 380_000, "eval_samples": 20_000, "eval_shards": 2_500, "total_steps": 47_500}
+    )
+    for number in range(500):
+        feeder = Feeder(store, f"job-{number}", material)
+        feeder._status = status
+        await feeder.check()
+    keys = await command(store.redis, "KEYS", "*:job:job-*")
+    assert len(keys) == 500
+    assert sum([await command(store.redis, "MEMORY", "USAGE", key) for key in keys]) < 500 * 4096
 
 
 async def test_a_restarted_feeder_goes_on_where_the_stream_ends(store: Store, material: Material) -> None:
@@ -388,3 +431,62 @@ def test_a_bad_line_of_the_held_out_file_is_named_with_it(
     held_out.unlink()
     with pytest.raises(DatasetError, match=r"held-out.jsonl: no such file"):
         prepare(variables, tokenizer, eval_percent=0, eval_path=held_out)
+
+
+@pytest.mark.parametrize("policy", ["Skip", "Fail"])
+async def test_nothing_of_the_rows_is_in_what_the_program_says(
+    store: Store, programs: Any, variables: dict[str, object], data: Path, policy: str
+) -> None:
+    secret = "zq7secret"
+    rows = [
+        {"prompt": secret, "completion": "two", f"{secret} of somebody": 1, "note": secret},
+        {"prompt": "one", "completion": [secret]},
+        {"prompt": "one", "completion": "two", "tools": f"{secret} {{"},
+        {"messages": [{"role": secret, "content": secret}]},
+    ]
+    write(data, lines(data) + "".join(json.dumps(row) + "\n" for row in rows) + f'{{"{secret}\n')
+    program = programs.start("feeder", **variables, mode="Check", on_invalid=policy)
+    assert await asyncio.to_thread(program.process.wait, 60) == 0
+    said = await store.feed(JOB)
+    assert said is not None
+    if policy == "Skip":
+        assert (said.skipped_lines, said.unknown_fields) == (4, {"(other names)": 1, "note": 1})
+        assert said.refusals[0].message.startswith("prompt and completion are a string and a list")
+    else:
+        assert said.error is not None
+        assert said.error.line == 42
+    assert secret not in said.dumps()
+    assert secret not in program.log
+
+
+# ---- the check of a job that waits ----
+
+
+async def test_a_check_says_what_the_data_are_and_ends_without_a_shard(
+    store: Store, programs: Any, variables: dict[str, object], material: Material
+) -> None:
+    program = programs.start("feeder", **variables, mode="Check")
+    assert await asyncio.to_thread(program.process.wait, 60) == 0
+    assert await store.feed(JOB) == material.status()
+    assert await read(store, 0) == await store.read_eval(JOB) == []
+
+
+async def test_a_check_refuses_what_a_feeder_refuses(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer, data: Path
+) -> None:
+    settings = FeederSettings(**variables, mode="Check", warmup_steps=48)  # type: ignore[arg-type]
+    await asyncio.wait_for(feed(settings, prepared(tokenizer, variables, warmup_steps=48)), 20)
+    assert await refusal(store, "set warmupSteps below that") == "InvalidDataset"
+    with pytest.raises(DatasetError, match="line 41"):
+        write(data, lines(data) + "no row\n")
+        prepared(tokenizer, variables, mode="Check")
+
+
+async def test_what_is_fed_after_the_check_is_compared_with_it(
+    store: Store, variables: dict[str, object], tokenizer: Tokenizer, material: Material, data: Path
+) -> None:
+    await Feeder(store, JOB, material).check()
+    write(data, lines(data).replace("two 7", "two 8"))
+    settings = FeederSettings(**variables)  # type: ignore[arg-type]
+    await asyncio.wait_for(feed(settings, prepared(tokenizer, variables)), 20)
+    assert await refusal(store, "the data set or the tokenizer changed since the job began") == "InvalidDataset"

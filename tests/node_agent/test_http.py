@@ -169,6 +169,7 @@ def test_admin_port_shows_what_happened(served: Any, client: openai.OpenAI) -> N
         "coserve_iteration_seconds_bucket",
         "coserve_iterations_total",
         "coserve_iterations_over_bound_total",
+        'coserve_kernel_fallbacks{reason="triton"} 0.0',
         'coserve_requests_total{result="ok"}',
         'vllm:prefix_cache_queries_total{model_name="base"}',
         'vllm:prefix_cache_hits_total{model_name="base"}',

@@ -14,12 +14,12 @@ from redis.asyncio import Redis
 from coserve_agent.concurrency import end
 from coserve_agent.errors import FencedError
 from coserve_agent.lease import LeaseKeeper
-from coserve_api.connect import command, connect
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
-from coserve_api.keys import Keys
-from coserve_api.messages import Binding, BindingSpec, Checkpoint, Progress
-from coserve_api.scripts import Binder, Fencing, Reason
-from coserve_api.store import Store
+from coserve_contract.connect import command, connect
+from coserve_contract.keys import Keys
+from coserve_contract.messages import Binding, BindingSpec, Checkpoint, Progress
+from coserve_contract.scripts import Binder, Fencing, Reason
+from coserve_contract.store import Store
 
 JOB, KEYS = "job-1", Keys("endpoint-1")
 SPEC = BindingSpec(

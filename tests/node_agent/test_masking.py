@@ -18,8 +18,8 @@ from coserve_agent.inflight import OpenSteps
 from coserve_agent.passes import PassBounds
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, PublishPolicy, Schedule, TargetModule
-from coserve_api.messages import BindingSpec
-from coserve_api.shards import Sample, Shard
+from coserve_contract.messages import BindingSpec
+from coserve_contract.shards import Sample, Shard
 from coserve_engine.config import EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.messages import ForwardBackward, LoraSpec, StartJob

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from peft_adapters import publish
 
 from coserve_agent.http.generate import Served
 from coserve_agent.registry import REMOVE_AFTER_S, RETRY_S, AdapterRegistry
-from coserve_api.messages import AdapterRecord
+from coserve_contract.messages import AdapterRecord
 
 MakeRecord = Callable[..., AdapterRecord]
 
@@ -41,25 +37,7 @@ def record(artifacts: Path, model_folder: Path) -> MakeRecord:
     """Write an adapter with PEFT itself; another `seed` is another adapter."""
 
     def make(name: str, number: int = 1, seed: int = 0, rank: int = 4) -> AdapterRecord:
-        torch.manual_seed(seed)
-        base = LlamaForCausalLM.from_pretrained(model_folder)
-        config = LoraConfig(
-            r=rank, lora_alpha=64, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False
-        )
-        path = artifacts / "adapters" / name / f"v{number}"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            get_peft_model(base, config).save_pretrained(path)
-        files = {
-            one.name: {"sha256": hashlib.sha256(one.read_bytes()).hexdigest(), "bytes": one.stat().st_size}
-            for one in path.iterdir()
-            if one.name.startswith("adapter")
-        }
-        manifest = json.dumps({"version": 1, "files": files}).encode()
-        (path / "manifest.json").write_bytes(manifest)
-        relative = path.relative_to(artifacts).as_posix()
-        digest = hashlib.sha256(manifest).hexdigest()
-        return AdapterRecord(name=name, number=number, path=relative, sha256=digest, job_uid="j", rank=rank)
+        return publish(artifacts, model_folder, name, number, seed, rank)
 
     return make
 
@@ -145,23 +123,75 @@ def test_a_corrupt_adapter_is_missing_until_it_is_whole(
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert sync(bad, good) == ("bad",)
     assert text(agent, "good")
-    assert ask(agent, "bad").status_code == 404
+    answer = ask(agent, "bad")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_not_loaded")
+    assert answer.headers["retry-after"] == str(int(RETRY_S))
+    assert str(artifacts) not in answer.text
     file.write_bytes(content)
     assert sync(bad, good) == ("bad",)  # not tried again at once
     clock.now_s += RETRY_S + 0.1
     assert sync(bad, good) == ()
     assert text(agent, "bad")
+    assert sync.registry.failures() == ()
 
 
-def test_a_missing_adapter_is_503_while_it_should_be_there(agent: Any, sync: Any) -> None:
-    lifecycle = agent.agent.lifecycle
-    agent.call(lambda: lifecycle.set_adapters(("late",)))
-    try:
-        assert ask(agent, "late").status_code == 503
-        assert ask(agent, "never").status_code == 404
-        assert httpx.get(f"{agent.admin_url}/ready").status_code == 200  # it was ready before
-    finally:
-        agent.call(lambda: lifecycle.set_adapters(()))
+def test_what_does_not_load_is_told_and_tried_ever_more_rarely(
+    sync: Any, record: MakeRecord, artifacts: Path, clock: Clock
+) -> None:
+    bad = record("often", seed=9)
+    file = artifacts / bad.path / "adapter_model.safetensors"
+    file.write_bytes(b"x")
+    tried_at_s = []
+    for second in range(1500):
+        clock.now_s = float(second)
+        before = sum(one.tries for one in sync.registry.failures())
+        sync(bad)
+        (failed,) = sync.registry.failures()
+        assert (failed.name, failed.number) == ("often", 1)
+        if failed.tries > before:
+            tried_at_s.append(second)
+    assert tried_at_s == [0, 5, 15, 35, 75, 155, 315, 615, 915, 1215]
+    assert failed.tries == 10
+    assert "adapter_model.safetensors: its checksum differs" in failed.reason
+    assert sync.registry.pending() == ()
+    assert sync(record("often", 2, seed=8)) == (), "another version is tried at once"
+
+
+def test_a_version_that_does_not_load_leaves_the_one_before_in_its_place(
+    agent: Any, sync: Any, record: MakeRecord, artifacts: Path
+) -> None:
+    sync(record("kept", 1, seed=3))
+    old, bad = text(agent, "kept"), record("kept", 2, seed=4)
+    (artifacts / bad.path / "adapter_config.json").unlink()
+    assert sync(bad) == ("kept",)
+    assert text(agent, "kept") == old
+    assert sync.registry.numbers() == {"kept": 1}
+
+
+def test_gone_back_to_a_version_answers_as_it_did(agent: Any, sync: Any, record: MakeRecord) -> None:
+    """Whatever is left of the other in the engine's prefix cache: same name, same prompt."""
+    one, two = record("back", 1, seed=3), record("back", 2, seed=4)
+    sync(one)
+    first = text(agent, "back")
+    sync(two)
+    second = text(agent, "back")
+    assert second != first
+    sync(one)
+    assert text(agent, "back") == first
+    assert sync.registry.numbers() == {"back": 1}
+    sync(two)
+    assert text(agent, "back") == second
+
+
+def test_a_missing_adapter_is_503_while_it_should_be_there(agent: Any, sync: Any, record: MakeRecord) -> None:
+    late = record("late")
+    agent.call(lambda: sync.registry.expect({"late": late}))
+    answer = ask(agent, "late")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+    assert ask(agent, "never").status_code == 404
+    agent.call(lambda: agent.agent.lifecycle.set_adapters(("late",)))
+    assert httpx.get(f"{agent.admin_url}/ready").status_code == 200  # it was ready before
+    agent.call(lambda: agent.agent.lifecycle.set_adapters(()))
 
 
 def test_a_rank_above_the_limit_is_not_loaded(agent: Any, sync: Any, record: MakeRecord) -> None:

@@ -14,7 +14,7 @@ from coserve_agent.servers import GRACEFUL_S
 from coserve_agent.settings import AgentSettings, FeederSettings, read
 from coserve_engine.config import DeviceChoice
 from coserve_engine.host import EngineHost
-from coserve_operator.resources.agents import GRACE_S, PRE_STOP_S
+from coserve_operator.manifests.agents import GRACE_S, PRE_STOP_S
 
 FEEDER = {
     "REDIS_URL": "redis://redis:6379/0",
@@ -54,6 +54,7 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PASS_BYTES", "64Mi", ["COSERVE_PASS_BYTES", "'64Mi'", "integer"]),
         ("DEVICE", "cuda:1", ["COSERVE_DEVICE", "'cuda:1'", "'cuda'"]),
         ("DTYPE", "float16", ["COSERVE_DTYPE", "'float16'", "'bfloat16'"]),
+        ("NUMERICS_MODE", "exact", ["COSERVE_NUMERICS_MODE", "'exact'", "'Exact'"]),
         ("MAX_REQUESTS", "0", ["COSERVE_MAX_REQUESTS", "greater"]),
         ("MAX_BATCH_TOKENS", "64", ["COSERVE_MAX_BATCH_TOKENS", "greater"]),
         ("KV_CACHE_BYTES", "40Gi", ["COSERVE_KV_CACHE_BYTES", "'40Gi'", "integer"]),
@@ -104,12 +105,13 @@ def test_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engine_gets_what_an_agent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"KV_CACHE_BYTES": "4194304", "PASS_BYTES": "1048576", "MAX_SLOWDOWN_PERCENT": "50"}
     told |= {"DEVICE": "cuda", "GPU_RESOURCE": "nvidia.com/gpu", "DTYPE": "bfloat16", "MAX_CONCURRENT_JOBS": "3"}
-    told |= {"MAX_REQUESTS": "100", "MAX_BATCH_TOKENS": "4096"}
+    told |= {"MAX_REQUESTS": "100", "MAX_BATCH_TOKENS": "4096", "IMAGE_KERNELS": "/kernels"}
     environment(monkeypatch, {"MODEL_PATH": "/models/m", **told})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
     config = engine_config(read(AgentSettings), (3, 5))
     assert (config.pass_bytes, config.max_slowdown_percent) == (1 << 20, 50)
-    choice = DeviceChoice("cuda", "nvidia.com/gpu", "bfloat16", 100, 4096, 4 << 20, 3, "")
+    choice = DeviceChoice("cuda", "nvidia.com/gpu", "bfloat16", 100, 4096, 4 << 20, 3, "", "/cache", "/kernels")
     assert device_choice(read(AgentSettings)) == choice
     assert config.end_tokens == (3, 5)
 

@@ -1,17 +1,27 @@
-"""Endpoints, jobs and messages with the least in them, for every test of the operator."""
+"""Endpoints, jobs and messages with the least in them, for every test of the operator; and the operator as a process,
+on a real API server and a real Redis.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from base64 import b64decode
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from job_situation import Situation
+from live_operator import Agent, Cluster, Operator, eventually
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
-from coserve_api.messages import (
+from coserve_contract.keys import Keys
+from coserve_contract.messages import (
     AdapterFiles,
     Checkpoint,
     Completed,
@@ -22,7 +32,9 @@ from coserve_api.messages import (
     Progress,
     SloReport,
 )
+from coserve_contract.store import Store
 
+ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 SHA = "0123456789abcdef" * 4
 NAMESPACE = "ml"
@@ -39,6 +51,7 @@ def endpoint_body(name: str = "tiny", uid: str = "e-1", *, status: Any = None, *
         },
         "spec": {"model": {"uri": "pvc://models/tiny"}, "artifactStore": {"uri": "pvc://artifacts/store"}} | spec,
     }  # fmt: skip
+    body["spec"]["finetuning"] = {"datasetClaims": ["d", "data", "more"]} | spec.get("finetuning", {})
     if status is not None:
         body["status"] = status
     return body
@@ -113,3 +126,67 @@ def make() -> SimpleNamespace:
 def it(make: Any) -> Situation:
     """A job that waits on an endpoint without agents."""
     return Situation(make)
+
+
+# ---- the operator as a process ----
+
+
+@pytest.fixture(scope="module")
+def crds(api_server: Any) -> Any:
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        applied = api_server.kubectl("apply", "--server-side", "-f", str(path))
+        assert applied.returncode == 0, applied.stderr
+        crd = f"crd/{path.stem}.coserve.dev"
+        assert api_server.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s").returncode == 0
+    return api_server
+
+
+@pytest.fixture
+def cluster(crds: Any, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    name = f"it-{abs(hash(request.node.name)) % 10_000_000}"
+    assert crds.kubectl("create", "namespace", name).returncode == 0
+    yield Cluster(crds, name)
+    crds.kubectl("-n", name, "delete", "ftj,iep", "--all", "--wait=false")
+
+
+@pytest.fixture
+def operator(tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any) -> Iterator[Operator]:
+    made = Operator(tmp_path, cluster, redis_server)
+    made.start()
+    yield made
+    made.end()
+    for number in range(1, made.count + 1):
+        print(f"--- operator {number}\n{made.log(number)}")
+        assert "a fault of the operator" not in made.log(number)
+
+
+@pytest.fixture
+async def served(operator: Operator, cluster: Cluster, redis_server: Any, make: Any) -> AsyncIterator[Any]:
+    """An endpoint with its Redis user, and `agent(pod)` to add an agent."""
+    cluster.apply(make.endpoint_body(), replicas=2)
+    secret = await eventually(lambda: cluster.get("secret", "tiny-redis"))
+    assert secret is not None
+    username, password = (b64decode(secret["data"][key]).decode() for key in ("username", "password"))
+    uid = (cluster.get("iep", "tiny") or {})["metadata"]["uid"]
+    client = redis_server.connect(username, password)
+    agents: list[Agent] = []
+
+    class Served:
+        keys = Keys(uid)
+        store = Store(client, Keys(uid))
+        endpoint_uid = uid
+
+        @staticmethod
+        def agent(pod: str, boot: str = "b1") -> Agent:
+            agents.append(Agent(client, uid, pod, boot))
+            return agents[-1]
+
+    async def registered() -> Any:
+        with contextlib.suppress(RedisError):
+            return await Served.store.incarnation()
+
+    await eventually(registered)
+    yield Served()
+    for agent in agents:
+        await agent.stop()
+    await client.aclose()

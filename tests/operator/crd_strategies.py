@@ -43,7 +43,7 @@ def values(schema: Schema) -> st.SearchStrategy[Any]:
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     if "x-kubernetes-int-or-string" in schema:
-        return st.integers(0, 2**31) | st.from_regex(schema["pattern"]).filter(lambda text: not text.endswith("\n"))
+        return quantities(schema)
     match schema["type"]:
         case "string":
             return strings(schema)
@@ -97,6 +97,14 @@ def mappings(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
     return drawn
 
 
+def quantities(schema: Schema) -> st.SearchStrategy[int | str]:
+    """Whole numbers, and text in every form; all of them in the bounds of what is memory."""
+    (rule,) = schema["x-kubernetes-validations"]
+    assert "isQuantity(self)" in rule["rule"]
+    forms = st.sampled_from(["1.5Gi", "256Mi", "64Ti", "1e9", "2E9", "3000k", "1048576", "1.25G", "1048576000m"])
+    return st.integers(2**20, 2**46) | st.integers(1, 64).map(lambda count: f"{count}.5Gi") | forms
+
+
 def strings(schema: Schema) -> st.SearchStrategy[str]:
     longest, shortest = schema["maxLength"], schema.get("minLength", 0)
     rules = [one["rule"] for one in schema.get("x-kubernetes-validations", ())]
@@ -107,17 +115,16 @@ def strings(schema: Schema) -> st.SearchStrategy[str]:
     if "duration(" in rule:
         least = 0 if ">=" not in rule else 1
         drawn = st.integers(least, 3_600_000).map(format_duration) | st.integers(1, 3600).map(lambda n: f"{n}s")
-    elif "quantity(" in rule:
-        drawn = st.integers(1, 2**20).map(lambda n: f"{n}Mi") | st.integers(1, 64).map(lambda n: f"{n}Ti")
-        drawn |= st.integers(2**20, 2**46).map(str)
     elif "double(" in rule:
         drawn = st.from_regex("0[.][1-8][0-9]{0,11}|[0-9]([.][0-9]{1,6})?[eE]-[1-9]", fullmatch=True)
         drawn = drawn.filter(lambda text: 1e-12 <= float(text) <= 0.9)
     else:
         drawn = st.from_regex(pattern, fullmatch=True) | longer(pattern, longest)
     if "startsWith('COSERVE_')" in rule:
-        drawn = drawn.filter(lambda text: not text.startswith("COSERVE_"))
-        drawn |= st.sampled_from(["coserve_model_path", "Coserve_Model_Name", "coserve_endpoint_uid", "HOME"])
+        drawn = drawn.filter(lambda text: not text.startswith("COSERVE_") and text != "HOME")
+        drawn |= st.sampled_from(["coserve_model_path", "Coserve_Model_Name", "coserve_endpoint_uid", "HOMES"])
+    if "startsWith('coserve-')" in rule:
+        drawn = drawn.filter(lambda text: not text.startswith("coserve-"))
     if "contains('..')" in rule:
         drawn = drawn.filter(lambda text: ".." not in text)
     return drawn.filter(lambda text: len(text) <= longest and re.fullmatch(pattern, text) is not None)

@@ -6,14 +6,14 @@ from typing import Any
 
 from coserve_api.conditions import condition
 from coserve_api.job import FinetuneJob
-from coserve_api.messages import AdapterRecord
-from coserve_api.scripts import Fence
-from coserve_api.store import JobRecord
-from coserve_operator.reconcile import job as jobs
-from coserve_operator.reconcile import job_status
-from coserve_operator.reconcile.job import Sight
-from coserve_operator.reconcile.observed import RedisView
-from coserve_operator.reconcile.sources import continued_from
+from coserve_contract.messages import AdapterRecord
+from coserve_contract.scripts import Fence
+from coserve_contract.store import JobRecord
+from coserve_operator.decide import job as jobs
+from coserve_operator.decide import job_status
+from coserve_operator.decide.job import ObservedJob
+from coserve_operator.decide.observed import RedisView
+from coserve_operator.decide.sources import continued_from
 
 
 class Situation:
@@ -28,15 +28,19 @@ class Situation:
         self.bindings: dict[str, Any] = {}
         self.published: dict[str, AdapterRecord] = {}
         self.settled, self.leaving, self.feeder, self.redis_up = True, frozenset[str](), None, True
+        self.disrupted = False
+        self.others: tuple[FinetuneJob, ...] = ()
 
-    def see(self) -> Sight:
+    def see(self) -> ObservedJob:
         view = RedisView(
             "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
         )
         job, endpoint = FinetuneJob.from_dict(self.body), self.endpoint
-        return Sight(
+        return ObservedJob(
             job, endpoint, self.rivals, view if self.redis_up else None, self.feeder, "inputs", self.leaving,
-            source=continued_from(job, endpoint, self.published) if endpoint is not None else None,
+            source=continued_from(job, endpoint, self.published, self.others) if endpoint is not None else None,
+            disrupted=self.disrupted,
+            published=self.published.keys(),
         )  # fmt: skip
 
     def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:
@@ -50,11 +54,11 @@ class Situation:
         self.agents[self.make.agent_of(pod)] = self.make.heartbeat(pod, jobs={"j-1": (epoch, 3)})
         return self
 
-    def judge(self) -> jobs.Verdict:
-        return jobs.assess(self.see(), self.now)
+    def judge(self) -> jobs.Decision:
+        return jobs.decide(self.see(), self.now)
 
-    def write(self, verdict: jobs.Verdict) -> Any:
-        """Write the verdict's status into the job, as a pass does; return it."""
-        status = job_status.status_of(self.see(), verdict, self.now)
+    def write(self, decision: jobs.Decision) -> Any:
+        """Write the decision's status into the job, as a pass does; return it."""
+        status = job_status.status_of(self.see(), decision, self.now)
         self.body["status"] = status.to_dict()
         return status

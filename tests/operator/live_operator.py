@@ -16,14 +16,10 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from coserve_api.keys import Keys, agent_id
-from coserve_api.messages import (
-    Binding,
-    Heartbeat,
-    JobBeat,
-)
-from coserve_api.scripts import Fencing, Lease
-from coserve_api.store import Store
+from coserve_contract.keys import Keys, agent_id
+from coserve_contract.messages import Binding, FeedStatus, Heartbeat, JobBeat
+from coserve_contract.scripts import Fencing, Lease
+from coserve_contract.store import Store
 
 SHA = "0123456789abcdef" * 4
 
@@ -86,6 +82,8 @@ class Agent:
         self.fencing = Fencing(redis, self.keys, self.id)
         self.jobs: dict[str, JobBeat] = {}
         self.adapters: dict[str, int] = {}
+        self.follows = True
+        """Whether it loads what is published."""
         self.more: dict[str, Any] = {}
         self._ending = False
         self._task = asyncio.create_task(self._beat())
@@ -100,7 +98,9 @@ class Agent:
                 incarnation = await self.fencing.heartbeat(beat)
                 if incarnation != self.fencing.incarnation:
                     self.fencing.register(incarnation)
-                self.adapters = {name: record.number for name, record in (await self.store.adapters()).items()}
+                found = await self.store.adapters()
+                if self.follows:
+                    self.adapters = {name: record.number for name, record in found.items()}
             await asyncio.sleep(0.3)
 
     async def binding(self, job: str) -> Binding | None:
@@ -108,6 +108,7 @@ class Agent:
 
     async def run(self, job: str, epoch: int, step: int = 1) -> None:
         await eventually(lambda: self.fencing.incarnation)  # a heartbeat tells it, and may come after the binding
+        await eventually(lambda: self.binding(job))  # which comes after the status that tests look at
         lease = await self.fencing.take_lease(job, epoch)
         assert isinstance(lease, Lease), lease
         self.jobs[job] = JobBeat(epoch=epoch, step=step)
@@ -121,7 +122,7 @@ class Operator:
     """The process under test."""
 
     def __init__(self, folder: Path, cluster: Cluster, redis_server: Any) -> None:
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.cluster = folder, 0, cluster
         self.env = os.environ | {
             "KUBECONFIG": str(cluster.api.kubeconfig),
             "COSERVE_REDIS_URL": redis_server.url,
@@ -136,6 +137,9 @@ class Operator:
 
     def start(self) -> subprocess.Popen[bytes]:
         self.count += 1
+        if self.count == 1:  # as the chart makes it; one that is missing may have been deleted under a leader
+            lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "coserve-operator"}}
+            self.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(lease))
         log = (self.folder / f"operator-{self.count}.log").open("wb")
         words = [sys.executable, "-m", "coserve_operator.main", f"--identity=operator-{self.count}"]
         process = subprocess.Popen(words, env=self.env, stdout=log, stderr=subprocess.STDOUT)
@@ -151,3 +155,22 @@ class Operator:
             if process.poll() is None:
                 process.terminate()
                 process.wait(20)
+
+
+async def feed(served: Any, cluster: Cluster, name: str = "job-1") -> str:
+    """Play the feeder; return the job's uid."""
+    feeder = await eventually(lambda: cluster.get("job", f"{name}-feeder"))
+    assert feeder["spec"]["template"]["spec"]["containers"][0]["command"][1:] == ["-m", "coserve_agent.feeder"]
+    uid = str(cluster.get("ftj", name)["metadata"]["uid"])
+    await served.store.set_feed(uid, FeedStatus(total_steps=10, samples=80, eval_samples=4))
+    return uid
+
+
+async def bound(cluster: Cluster, name: str, epoch: int) -> str:
+    """Wait until the job is bound under `epoch`; return the pod."""
+
+    def binding() -> str | None:
+        found = cluster.status("ftj", name).get("binding", {})
+        return found.get("agent") if found.get("epoch") == epoch else None
+
+    return str(await eventually(binding, 25.0))

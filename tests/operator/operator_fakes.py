@@ -6,23 +6,28 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from coserve_api.messages import Completed, Failed
-from coserve_api.scripts import Fence, Reason, Refused
-from coserve_api.store import JobRecord
-from coserve_operator.kube import KINDS, ConflictError, NotFoundError
-from coserve_operator.reconcile.job import Bind, Forget, Unbind
-from coserve_operator.reconcile.observed import RedisView
-from coserve_operator.store import StoreError
-from coserve_operator.world import WATCHED, World
+from coserve_contract.messages import Completed, Failed
+from coserve_contract.scripts import Fence, Reason, Refused
+from coserve_contract.store import JobRecord
+from coserve_operator.decide.actions import Bind, Forget, Unbind
+from coserve_operator.decide.observed import RedisView
+from coserve_operator.kube import KINDS, ConflictError, NotFoundError, UnavailableError
+from coserve_operator.redis.store import StoreError
+from coserve_operator.watch.cache import WATCHED, Cache
 
 NAMESPACE = "ml"
 
 
 class FakeKube:
-    """Objects by kind and name; every write has a new resourceVersion and reaches the world as a watch event would."""
+    """Objects by kind and name; every write has a new resourceVersion and reaches the cache as a watch event would."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.objects, self.version, self.events = world, {}, 0, []
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.objects, self.version, self.events = cache, {}, 0, []
+        self.away = False
+
+    def _call(self) -> None:
+        if self.away:
+            raise UnavailableError(0, "the API server is away")
 
     def put(self, body: dict[str, Any]) -> dict[str, Any]:
         self.version += 1
@@ -31,19 +36,21 @@ class FakeKube:
         body["metadata"].setdefault("uid", f"u-{self.version}")
         self.objects[body["kind"], body["metadata"]["name"]] = body
         if KINDS[body["kind"]] in WATCHED:
-            self.world.put(KINDS[body["kind"]], body)
+            self.cache.put(KINDS[body["kind"]], body)
         return body
 
     def drop(self, kind: str, name: str) -> None:
         if self.objects.pop((kind, name), None) is not None and KINDS[kind] in WATCHED:
-            self.world.remove(KINDS[kind], (NAMESPACE, name))
+            self.cache.remove(KINDS[kind], (NAMESPACE, name))
 
     async def get(self, kind: Any, _: str, name: str) -> dict[str, Any]:
+        self._call()
         if (kind.name, name) not in self.objects:
             raise NotFoundError(404, name)
         return self.objects[kind.name, name]
 
     async def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._call()
         if body["kind"] == "Event":
             self.events.append((body["involvedObject"]["name"], body["reason"]))
             return body
@@ -52,6 +59,7 @@ class FakeKube:
         return self.put(body)
 
     async def apply(self, body: dict[str, Any], subresource: str | None = None) -> dict[str, Any]:
+        self._call()
         key = body["kind"], body["metadata"]["name"]
         found = self.objects.get(key)
         if subresource == "status":
@@ -75,7 +83,11 @@ class FakeKube:
                 found[part] = found.get(part, {}) | values
         return self.put(found)
 
-    async def delete(self, kind: Any, _: str, name: str, uid: str | None = None) -> None:
+    async def events_of(self, *_: str) -> list[Any]:
+        return []
+
+    async def delete(self, kind: Any, _: str, name: str, uid: str | None = None, version: str | None = None) -> None:
+        self._call()
         self.drop(kind.name, name)
 
 

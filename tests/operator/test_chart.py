@@ -1,8 +1,14 @@
-"""The chart lints, a real API server takes what it renders, its CRDs are the repository's, wrong values are refused."""
+"""The chart lints, a real API server takes what it renders, the same each time; its CRDs are the repository's, the
+table of values is true, wrong values are refused.
+"""
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,9 +16,20 @@ from typing import Any
 import pytest
 import yaml
 
+from coserve_operator.settings import MetricsApiSettings, PodDefaults, Settings
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "coserve"
 KUBERNETES = "1.34.0"
+POD = {"podLabels": {"team": "ml", "app.kubernetes.io/name": "other"}, "podAnnotations": {"example.com/a": "b"}}
+PLACEMENT = {
+    "nodeSelector": {"pool": "system"},
+    "tolerations": [{"key": "system", "operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+    ],
+}
 SETS: dict[str, dict[str, Any]] = {
     "default": {},
     "development": yaml.safe_load((ROOT / "hack" / "manifests" / "values.yaml").read_text()),
@@ -28,8 +45,35 @@ SETS: dict[str, dict[str, Any]] = {
         "networkPolicies": {"enabled": False},
         "crds": {"install": False},
     },
-    "two-operators": {
+    "given-secrets": {
+        "access": {"existingSecret": "keys"},
+        "metricsApi": {"certificate": {"existingSecret": "from-cert-manager"}},
+    },
+    "everything": {
         "imagePullSecrets": [{"name": "registry"}],
+        "commonLabels": {"team": "ml", "app.kubernetes.io/part-of": "platform"},
+        "crds": {"keep": False},
+        "agents": {
+            "labels": {"team": "ml"},
+            "annotations": {"sidecar.istio.io/inject": "false"},
+            "priorityClassName": "gpu",
+            "runtimeClassName": "nvidia",
+            **PLACEMENT,
+        },
+        "metricsApi": {"priorityClassName": "system-cluster-critical", **POD, **PLACEMENT},
+        "redis": {"priorityClassName": "system-cluster-critical", **POD, **PLACEMENT},
+        "operator": {
+            "priorityClassName": "system-cluster-critical",
+            "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
+            "serviceAccountAnnotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"},
+            "agentRedisUrl": "redis://redis.example:6379/0",
+            "workers": 16,
+            "pollSeconds": 0.5,
+            **POD,
+            **PLACEMENT,
+        },
+    },
+    "two-operators": {
         "operator": {
             "image": "registry.example/coserve/operator:1",
             "agentImage": "registry.example/coserve/agent:1",
@@ -57,11 +101,11 @@ def helm() -> Path:
 def render(helm, tmp_path):
     """Render the chart with values; the answer has returncode, stdout and stderr."""
 
-    def run(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    def run(values: dict[str, Any], *flags: str, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
         (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
-        words = [helm, "template", "coserve", CHART, "--namespace", "coserve-system", "--kube-version", KUBERNETES]
+        words = [helm, "template", "coserve", chart, "--namespace", "coserve-system", "--kube-version", KUBERNETES]
         return subprocess.run(
-            [*words, "--values", tmp_path / "values.yaml"], capture_output=True, text=True, check=False
+            [*words, "--values", tmp_path / "values.yaml", *flags], capture_output=True, text=True, check=False
         )
 
     return run
@@ -97,6 +141,7 @@ def test_every_pod_is_restricted_and_has_limits(render, name) -> None:
     for body in workloads:
         pod = body["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
+        assert {each["topologyKey"] for each in pod["topologySpreadConstraints"]}
         for container in pod["containers"]:
             assert container["securityContext"]["readOnlyRootFilesystem"]
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -105,24 +150,123 @@ def test_every_pod_is_restricted_and_has_limits(render, name) -> None:
             assert container["readinessProbe"]
 
 
-def test_the_operator_may_not_read_secrets_and_nothing_has_a_star(render) -> None:
+def test_the_operator_reads_no_secret_but_its_own_and_nothing_has_a_star(render) -> None:
     rules = [
-        (name, rule)
+        (kind, rule)
         for (kind, name), body in objects(render({})).items()
         if kind in ("ClusterRole", "Role")
         for rule in body["rules"]
     ]
-    for name, rule in rules:
-        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], name
-        if "secrets" in rule["resources"]:
-            assert rule["verbs"] == ["create"]
+    for kind, rule in rules:
+        assert "*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"], rule
+        if "secrets" in rule["resources"] and rule["verbs"] != ["create"]:
+            assert kind == "Role"
+            assert set(rule["resourceNames"]) <= {"coserve-access", "coserve-metrics-api-certificate"}
+        if "apiservices" in rule["resources"]:
+            assert all(each.endswith(".custom.metrics.k8s.io") for each in rule["resourceNames"])
+
+
+def test_of_custom_resources_the_operator_deletes_jobs_alone(render) -> None:
+    """Those whose ttlSecondsAfterFinished is over."""
+    rules = objects(render({}))["ClusterRole", "coserve-operator"]["rules"]
+    ours = [rule for rule in rules if rule["apiGroups"] == ["coserve.dev"] and "delete" in rule["verbs"]]
+    assert [rule["resources"] for rule in ours] == [["finetunejobs"]]
 
 
 def test_what_matters_stays_when_the_chart_goes(render) -> None:
     found = objects(render({}))
     kept = {key for key, body in found.items() if "helm.sh/resource-policy" in body["metadata"].get("annotations", {})}
-    assert {kind for kind, _ in kept} == {"CustomResourceDefinition", "Secret"}
-    assert len(kept) == 3
+    assert {kind for kind, _ in kept} == {"CustomResourceDefinition"}
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_it_renders_the_same_whatever_there_is_in_the_cluster(render, name) -> None:
+    first = render(SETS[name])
+    assert objects(first)
+    assert render(SETS[name], "--is-upgrade").stdout == first.stdout
+    kinds = {kind for kind, _ in objects(first)}
+    assert not kinds & {"APIService", "Lease", "Secret"}, "Argo CD leaves the first two out, the operator makes all"
+
+
+def test_templates_ask_nothing_of_the_cluster_and_draw_nothing() -> None:
+    for path in (CHART / "templates").rglob("*"):
+        if path.is_file():
+            drawn = re.findall(
+                r"\b(lookup|rand\w+|gen[A-Z]\w+|now|uuidv4|\.Release\.(?:IsUpgrade|Revision))\b", path.read_text()
+            )
+            assert not drawn, path.name
+
+
+def test_every_knob_of_the_platform_reaches_pods(render) -> None:
+    found = objects(render(SETS["everything"]))
+    for kind, name in (
+        ("Deployment", "coserve-operator"),
+        ("Deployment", "coserve-metrics-api"),
+        ("StatefulSet", "coserve-redis"),
+    ):
+        template = found[kind, name]["spec"]["template"]
+        pod, labels = template["spec"], template["metadata"]["labels"]
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["priorityClassName"] == "system-cluster-critical"
+        (spread,) = PLACEMENT["topologySpreadConstraints"]
+        selector = {"matchLabels": {"app.kubernetes.io/name": name, "app.kubernetes.io/instance": "coserve"}}
+        expected = PLACEMENT | {"topologySpreadConstraints": [spread | {"labelSelector": selector}]}
+        assert {key: pod[key] for key in PLACEMENT} == expected
+        assert labels["team"] == "ml"
+        assert labels["app.kubernetes.io/name"] == name, "what is selected by stays"
+        assert template["metadata"]["annotations"] == {"example.com/a": "b"}
+    assert all(body["metadata"]["labels"]["team"] == "ml" for body in found.values())
+    operator = found["Deployment", "coserve-operator"]["spec"]["template"]["spec"]["containers"][0]
+    settings = Settings(_cli_parse_args=operator["args"])
+    assert settings.pod_defaults == PodDefaults.model_validate(
+        {"imagePullSecrets": [{"name": "registry"}], **SETS["everything"]["agents"]}
+    )
+    assert (settings.workers, settings.poll_seconds) == (16, 0.5)
+    assert settings.redis_url_of_agents == "redis://redis.example:6379/0"
+    assert {"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"} in operator["env"]
+
+
+def test_the_programs_take_what_the_chart_gives_them(render) -> None:
+    found = objects(render({}))
+    for name, settings in (("coserve-operator", Settings), ("coserve-metrics-api", MetricsApiSettings)):
+        container = found["Deployment", name]["spec"]["template"]["spec"]["containers"][0]
+        settings(_cli_parse_args=container["args"])
+
+
+def test_a_version_with_build_metadata_gives_valid_labels(helm, render, tmp_path) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    about = (chart / "Chart.yaml").read_text()
+    (chart / "Chart.yaml").write_text(about.replace("0.1.0", "0.1.0+build.5"))
+    for body in objects(render({}, chart=chart)).values():
+        for value in body["metadata"]["labels"].values():
+            assert re.fullmatch("[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", value), value
+        for container in body["spec"]["template"]["spec"]["containers"] if "template" in body.get("spec", {}) else ():
+            assert "+" not in container["image"]
+
+
+def test_the_table_of_values_is_that_of_the_values() -> None:
+    path = ROOT / "hack" / "chart-values"
+    loader = importlib.machinery.SourceFileLoader("chart_values", str(path))
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("chart_values", loader))
+    loader.exec_module(script)
+    page, values = (CHART / "README.md").read_text(), (CHART / "values.yaml").read_text()
+    assert page == script.filled(page, values), "run hack/chart-values"
+
+
+def test_the_schema_knows_exactly_the_values() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    free = {"resources", "imagePullSecrets"}
+
+    def compare(values: dict[str, Any], part: dict[str, Any], path: str) -> None:
+        properties = part["properties"]
+        assert values.keys() == properties.keys() - {"global"}, path
+        for key, value in values.items():
+            if isinstance(value, dict) and key not in free and "$ref" not in properties[key]:
+                compare(value, properties[key], f"{path}.{key}")
+
+    compare(yaml.safe_load((CHART / "values.yaml").read_text()), schema, "values")
 
 
 def test_parts_that_are_turned_off_are_absent(render) -> None:
@@ -131,7 +275,6 @@ def test_parts_that_are_turned_off_are_absent(render) -> None:
     assert "coserve-metrics-api" not in {name for _, name in found}
     found = objects(render(SETS["external-redis"]))
     assert ("StatefulSet", "coserve-redis") not in found
-    assert ("Secret", "coserve-access") not in found
     operator = found["Deployment", "coserve-operator"]["spec"]["template"]["spec"]["containers"][0]
     assert "--redis-url=rediss://redis.example:6380/0" in operator["args"]
     env = {each["name"]: each for each in operator["env"]}
@@ -143,6 +286,9 @@ def test_parts_that_are_turned_off_are_absent(render) -> None:
     ("values", "words"),
     [
         ({"metricsApi": {"mode": "KEDA"}}, "/metricsApi/mode"),
+        ({"agents": {"image": "x"}}, "'image' not allowed"),
+        ({"operator": {"workers": 0}}, "/operator/workers"),
+        ({"operator": {"affinity": {"nodeAfinity": {}}}}, "'nodeAfinity' not allowed"),
         ({"redis": {"mode": "External"}}, "/redis/external"),
         ({"operator": {"replica": 2}}, "'replica' not allowed"),
         ({"redis": {"mode": "External", "external": {"url": "redis://me:secret@x:1", "existingSecret": "x"}}}, "url"),
@@ -159,11 +305,15 @@ def test_wrong_values_are_refused_by_name(render, values, words) -> None:
 def test_a_real_api_server_takes_all_of_it(api_server, render, name) -> None:
     rendered = render(SETS[name])
     api_server.kubectl("create", "namespace", "coserve-system")
+    api_server.kubectl("-n", "coserve-system", "create", "serviceaccount", "default")
     api_server.kubectl("label", "namespace", "coserve-system", "pod-security.kubernetes.io/warn=restricted")
-    done = api_server.kubectl("apply", "--dry-run=server", "-f", "-", stdin=rendered.stdout)
+    done = api_server.kubectl(
+        "apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=rendered.stdout
+    )
     assert done.returncode == 0, done.stderr
     assert "PodSecurity" not in done.stderr
-    assert done.stdout.count("(server dry run)") == len(objects(rendered))
+    assert "Warning" not in done.stderr
+    assert done.stdout.count("(server dry run)") == len([each for each in yaml.safe_load_all(rendered.stdout) if each])
 
 
 @pytest.mark.apiserver

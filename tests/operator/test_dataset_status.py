@@ -7,18 +7,18 @@ from job_situation import Situation
 
 from coserve_api.conditions import find_condition
 from coserve_api.job import JobStatus
-from coserve_api.messages import FeedRefusal, FeedStatus
-from coserve_api.store import JobRecord
-from coserve_operator.reconcile import job_status
+from coserve_contract.messages import FeedRefusal, FeedStatus
+from coserve_contract.store import JobRecord
+from coserve_operator.decide import job_status
 
 ALL_READ = "80 samples to train on, 4 held out"
 
 
 def told(it: Situation) -> tuple[JobStatus, list[tuple[str, str, bool]]]:
     """The status after one pass, and its events about the data."""
-    before, verdict = it.see(), it.judge()
-    status = it.write(verdict)
-    events = job_status.notices(before, verdict, status)
+    before, decision = it.see(), it.judge()
+    status = it.write(decision)
+    events = job_status.events(before, decision, status)
     return status, [(one.reason, one.message, one.warning) for one in events if one.reason == "DataReady"]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from coserve_api.conditions import find_condition
-from coserve_api.messages import Completed, Evaluated
-from coserve_api.scripts import Fence
-from coserve_api.store import JobRecord
+from coserve_contract.messages import Completed, Evaluated
+from coserve_contract.scripts import Fence
+from coserve_contract.store import JobRecord
 
 LOSSES = (3.0, 2.5, None, 2.25)
 EVALUATIONS = tuple(Evaluated(step=5 * n, loss=loss) for n, loss in enumerate(LOSSES))

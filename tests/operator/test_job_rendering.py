@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from coserve_api.job import FinetuneJob
-from coserve_api.messages import Desired
-from coserve_api.store import JobRecord
-from coserve_operator.reconcile.briefing import binding_of
-from coserve_operator.reconcile.job import FeederWish
-from coserve_operator.resources.feeder import feeder, inputs_digest
+from coserve_contract.messages import Desired
+from coserve_contract.store import JobRecord
+from coserve_operator.decide.actions import FeederAction
+from coserve_operator.decide.binding import binding_of
+from coserve_operator.manifests.feeder import feeder, inputs_digest
 
 BEFORE = {"enable_thinking": False, "half": 0.5, "nothing": None, "deep": {"list": [1, None], "é": ""}}
 AFTER = [{"enable_thinking": True}, {}, {**BEFORE, "more": 1}]
@@ -41,11 +41,11 @@ def fed(it: Any, make: Any, variables: dict[str, Any]) -> tuple[str, dict[str, A
 def test_a_fed_job_does_not_see_the_endpoints_later_variables(it, make, after: dict[str, Any]) -> None:
     it.body["spec"]["dataset"]["templateVariables"] = {"own": 1}
     it.endpoint = endpoint(make, BEFORE)
-    verdict = it.judge()
-    assert verdict.feeder is FeederWish.RUN
+    decision = it.judge()
+    assert decision.feeder is FeederAction.RUN
     first = fed(it, make, BEFORE)
     assert fed(it, make, after) != first, "negative control: nothing is kept yet"
-    it.write(verdict)
+    it.write(decision)
     assert fed(it, make, BEFORE) == first
     assert fed(it, make, after) == first == (first[0], {**BEFORE, "own": 1})
     it.endpoint = endpoint(make, after)

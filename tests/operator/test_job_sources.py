@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from coserve_api.messages import AdapterRecord, BindingSpec
-from coserve_api.store import JobRecord
-from coserve_operator.reconcile import job as jobs
-from coserve_operator.reconcile.published import published
+from coserve_contract.messages import AdapterRecord, BindingSpec
+from coserve_contract.store import JobRecord
+from coserve_operator.decide import job as jobs
+from coserve_operator.decide.published import published
 
 SHA = "0123456789abcdef" * 4
 
@@ -22,9 +22,9 @@ def record(number: int, name: str = "before") -> AdapterRecord:
 def told(it: Any, make: Any) -> BindingSpec:
     """The binding that the job gets from an agent with room; its status is written."""
     it.agents[make.agent_of("p1")] = make.heartbeat("p1")
-    verdict = jobs.give(it.see(), it.judge(), it.agents, make.agent_of("p1"), 0)
-    (action,) = verdict.actions
-    it.write(verdict)
+    decision = jobs.assign(it.see(), it.judge(), it.agents, make.agent_of("p1"), 0)
+    (action,) = decision.actions
+    it.write(decision)
     spec: BindingSpec = action.binding.spec
     return spec
 
@@ -57,9 +57,9 @@ def test_what_the_first_binding_chose_stays(it, make) -> None:
 
 def test_a_name_that_is_not_published_is_waited_for_by_name(it, make) -> None:
     it.body["spec"]["adapter"] = {"name": "after", "from": "before"}
-    verdict = it.judge()
-    assert (verdict.state, verdict.reason, verdict.wants_agent) == ("Pending", "AdapterNotFound", False)
-    assert "spec.adapter.from is before" in verdict.message
+    decision = it.judge()
+    assert (decision.state, decision.reason, decision.wants_agent) == ("Pending", "AdapterNotFound", False)
+    assert "spec.adapter.from is before" in decision.message
     it.published = {"before": record(1)}
     assert it.judge().wants_agent
 
@@ -92,12 +92,12 @@ def test_a_folder_in_a_store_on_a_path_of_the_node(it, make) -> None:
     assert told(it, make).start.path == "a"
 
 
-def test_a_claim_that_agents_do_not_have_is_refused(it) -> None:
+def test_a_job_waits_for_a_claim_that_agents_do_not_have(it) -> None:
     it.body["spec"]["adapter"] = {"name": "after", "from": "pvc://data/adapter"}
-    verdict = it.judge()
-    assert (verdict.state, verdict.reason) == ("Failed", "EndpointRejected")
-    assert "spec.adapter.from is pvc://data/adapter" in verdict.message
-    assert "pvc://models and pvc://artifacts" in verdict.message
+    decision = it.judge()
+    assert (decision.state, decision.reason) == ("Pending", "EndpointRejected")
+    assert "spec.adapter.from is pvc://data/adapter" in decision.message
+    assert "pvc://models and pvc://artifacts" in decision.message
 
 
 def test_the_rank_that_was_taken_over_is_the_published_one(it, make) -> None:
@@ -110,4 +110,4 @@ def test_the_rank_that_was_taken_over_is_the_published_one(it, make) -> None:
     status = it.write(it.judge())
     assert status.adapter.rank == 4
     found = published(it.endpoint, [(it.see().job, status.adapter)], {})
-    assert found["after"].rank == 4
+    assert found["after"][0].rank == 4

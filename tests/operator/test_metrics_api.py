@@ -13,13 +13,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from coserve_api.connect import command
-from coserve_api.keys import Keys
-from coserve_api.scripts import Fencing
-from coserve_operator.front_proxy import Trust, read_trust, server_context
+from coserve_contract.connect import command
+from coserve_contract.keys import Keys
+from coserve_contract.scripts import Fencing
 from coserve_operator.kube import NotFoundError, UnavailableError
-from coserve_operator.metrics_api import MetricsApi
-from coserve_operator.store import METRICS_USER, OperatorStore
+from coserve_operator.metrics_api.front_proxy import Trust, read_trust, server_context
+from coserve_operator.metrics_api.server import MetricsApi
+from coserve_operator.redis.store import METRICS_USER, OperatorStore
 
 ROOT = "/apis/custom.metrics.k8s.io/v1beta2"
 METRIC = f"{ROOT}/namespaces/ml/inferenceendpoints.coserve.dev/tiny/slo_saturation_percent"
@@ -43,7 +43,7 @@ def certify(folder: Path, ca: str, name: str, subject: str) -> None:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
-    certify(folder, "server-ca", "server", "/CN=coserve-metrics-api")
+    certify(folder, "server-ca", "tls", "/CN=coserve-metrics-api")
     certify(folder, "proxy-ca", "proxy", "/CN=front-proxy")
     certify(folder, "proxy-ca", "stranger", "/CN=somebody")
     certify(folder, "other-ca", "forged", "/CN=front-proxy")
@@ -74,7 +74,7 @@ async def api(certificates, redis, redis_server, make):
     application = MetricsApi(kube, as_metrics, trust, lambda: datetime(2026, 11, 21, tzinfo=UTC)).application()
     runner = web.AppRunner(application)
     await runner.setup()
-    context = server_context(trust, certificates / "server.crt", certificates / "server.key")
+    context = server_context(trust, certificates)
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
     await site.start()
     port = runner.addresses[0][1]

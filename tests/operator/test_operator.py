@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 from base64 import b64decode
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_operator import SHA, Agent, Cluster, Operator, eventually
+from live_operator import SHA, Cluster, Operator, bound, eventually, feed
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-from coserve_api.connect import command
-from coserve_api.keys import Keys
-from coserve_api.messages import (
+from coserve_api.job import PublishPolicy
+from coserve_contract.connect import command
+from coserve_contract.keys import Keys
+from coserve_contract.messages import (
     AdapterFiles,
     Checkpoint,
     Completed,
@@ -27,72 +25,10 @@ from coserve_api.messages import (
     Progress,
     Released,
 )
-from coserve_api.scripts import Refused
-from coserve_api.store import Store
+from coserve_contract.scripts import Refused
 
 pytestmark = pytest.mark.apiserver
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def crds(api_server: Any) -> Any:
-    for path in sorted((ROOT / "crds").glob("*.yaml")):
-        applied = api_server.kubectl("apply", "--server-side", "-f", str(path))
-        assert applied.returncode == 0, applied.stderr
-        crd = f"crd/{path.stem}.coserve.dev"
-        assert api_server.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s").returncode == 0
-    return api_server
-
-
-@pytest.fixture
-def cluster(crds: Any, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    name = f"it-{abs(hash(request.node.name)) % 10_000_000}"
-    assert crds.kubectl("create", "namespace", name).returncode == 0
-    yield Cluster(crds, name)
-    crds.kubectl("-n", name, "delete", "ftj,iep", "--all", "--wait=false")
-
-
-@pytest.fixture
-def operator(tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any) -> Iterator[Operator]:
-    made = Operator(tmp_path, cluster, redis_server)
-    made.start()
-    yield made
-    made.end()
-    for number in range(1, made.count + 1):
-        print(f"--- operator {number}\n{made.log(number)}")
-        assert "a fault of the operator" not in made.log(number)
-
-
-@pytest.fixture
-async def served(operator: Operator, cluster: Cluster, redis_server: Any, make: Any) -> AsyncIterator[Any]:
-    """An endpoint with its Redis user, and `agent(pod)` to add an agent."""
-    cluster.apply(make.endpoint_body(), replicas=2)
-    secret = await eventually(lambda: cluster.get("secret", "tiny-redis"))
-    assert secret is not None
-    username, password = (b64decode(secret["data"][key]).decode() for key in ("username", "password"))
-    uid = (cluster.get("iep", "tiny") or {})["metadata"]["uid"]
-    client = redis_server.connect(username, password)
-    agents: list[Agent] = []
-
-    class Served:
-        keys = Keys(uid)
-        store = Store(client, Keys(uid))
-        endpoint_uid = uid
-
-        @staticmethod
-        def agent(pod: str, boot: str = "b1") -> Agent:
-            agents.append(Agent(client, uid, pod, boot))
-            return agents[-1]
-
-    async def registered() -> Any:
-        with contextlib.suppress(RedisError):
-            return await Served.store.incarnation()
-
-    await eventually(registered)
-    yield Served()
-    for agent in agents:
-        await agent.stop()
-    await client.aclose()
 
 
 async def test_an_endpoint_gets_everything_that_it_owns(served: Any, cluster: Cluster) -> None:
@@ -123,25 +59,6 @@ async def test_an_endpoint_gets_everything_that_it_owns(served: Any, cluster: Cl
     await eventually(lambda: cluster.get("hpa", "tiny") is None)
     cluster.kubectl("scale", "iep", "tiny", "--replicas=3")
     await eventually(lambda: cluster.get("deployment", "tiny")["spec"]["replicas"] == 3)
-
-
-async def feed(served: Any, cluster: Cluster, name: str = "job-1") -> str:
-    """Play the feeder; return the job's uid."""
-    feeder = await eventually(lambda: cluster.get("job", f"{name}-feeder"))
-    assert feeder["spec"]["template"]["spec"]["containers"][0]["command"][1:] == ["-m", "coserve_agent.feeder"]
-    uid = str(cluster.get("ftj", name)["metadata"]["uid"])
-    await served.store.set_feed(uid, FeedStatus(total_steps=10, samples=80, eval_samples=4))
-    return uid
-
-
-async def bound(cluster: Cluster, name: str, epoch: int) -> str:
-    """Wait until the job is bound under `epoch`; return the pod."""
-
-    def binding() -> str | None:
-        found = cluster.status("ftj", name).get("binding", {})
-        return found.get("agent") if found.get("epoch") == epoch else None
-
-    return str(await eventually(binding, 25.0))
 
 
 async def test_a_jobs_life_over_a_lost_agent_an_emptied_redis_and_a_killed_operator(
@@ -219,6 +136,41 @@ async def test_a_jobs_life_over_a_lost_agent_an_emptied_redis_and_a_killed_opera
     await command(redis, "DEL", served.keys.adapters())
     await command(redis, "DEL", served.keys.incarnation())
     await eventually(served.store.adapters, 15.0)
+
+
+async def test_a_running_job_hears_of_changes_and_one_that_is_over_goes_in_its_time(
+    served: Any, cluster: Cluster, make: Any
+) -> None:
+    agent = served.agent("p1")
+    cluster.apply(make.job_body())
+    uid = await feed(served, cluster)
+    await bound(cluster, "job-1", 1)
+    await agent.run(uid, 1)
+    spec = {"priority": 2, "checkpoint": {"everySteps": 3, "keep": 4}, "publish": {"policy": "Never"}}
+    cluster.kubectl("patch", "ftj", "job-1", "--type=merge", "-p", json.dumps({"spec": spec}))
+    finetuning = {"spec": {"finetuning": {"maxSlowdownPercent": 20}}}
+    cluster.kubectl("patch", "iep", "tiny", "--type=merge", "-p", json.dumps(finetuning))
+
+    async def told() -> bool:
+        binding = await agent.binding(uid)
+        assert binding is not None
+        live = {"priority": 2, "checkpoint_every_steps": 3, "checkpoint_keep": 4, "publish": "Never"}
+        live |= {"max_slowdown_percent": 20}
+        return (binding.epoch, binding.spec.live) == (1, live)
+
+    await eventually(told)
+    # the agent had published before it looked
+    files = AdapterFiles(name="adapter-1", number=1, path="adapters/e-1/adapter-1/v1", sha256=SHA)
+    result = Completed(epoch=1, step=10, adapter=files, publish=PublishPolicy.ALWAYS)
+    assert await agent.fencing.finish(uid, result) is None
+    agent.jobs.clear()
+    await eventually(lambda: cluster.condition("ftj", "job-1", "Complete")["status"] == "True")
+    await asyncio.sleep(1.0)
+    assert cluster.get("ftj", "job-1") is not None
+    cluster.kubectl("patch", "ftj", "job-1", "--type=merge", "-p", '{"spec": {"ttlSecondsAfterFinished": 1}}')
+    await eventually(lambda: cluster.get("ftj", "job-1") is None)
+    assert [each["name"] for each in cluster.status("iep", "tiny")["adapters"]] == ["adapter-1"]
+    assert list(await served.store.adapters()) == ["adapter-1"]
 
 
 async def no_keys(redis: Redis, uid: str) -> bool:
@@ -307,6 +259,72 @@ async def test_a_scale_down_moves_the_job_first(served: Any, cluster: Cluster, m
     assert marked["controller.kubernetes.io/pod-deletion-cost"] == str(-(2**31))
     kept = cluster.get("pod", holder.pod)["metadata"].get("annotations", {})
     assert "controller.kubernetes.io/pod-deletion-cost" not in kept
+
+
+async def test_for_an_endpoint_that_is_being_deleted_nothing_is_made(served: Any, cluster: Cluster, make: Any) -> None:
+    """As in a deletion in the foreground: what it owns goes first."""
+    served.agent("p1")
+    finalizers = '{"metadata": {"finalizers": ["example.com/hold"]}}'
+    cluster.kubectl("patch", "iep", "tiny", "--type=merge", "-p", finalizers)
+    cluster.kubectl("delete", "iep", "tiny", "--wait=false")
+    await eventually(lambda: "deletionTimestamp" in cluster.get("iep", "tiny")["metadata"])
+    cluster.kubectl("delete", "service,deployment", "tiny")
+    cluster.apply(make.job_body())
+    await eventually(lambda: "tiny is being deleted" in cluster.condition("ftj", "job-1", "Bound").get("message", ""))
+    await asyncio.sleep(3.0)
+    assert [cluster.get(kind, "tiny") for kind in ("service", "deployment")] == [None, None]
+    assert cluster.get("job", "job-1-feeder") is None
+    cluster.kubectl("patch", "iep", "tiny", "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+    await eventually(lambda: "is not in namespace" in cluster.condition("ftj", "job-1", "Bound")["message"])
+    assert cluster.status("ftj", "job-1")["reason"] == "EndpointNotFound"
+
+
+async def test_a_tenant_who_writes_rubbish_is_told_and_disturbs_nobody(
+    served: Any, cluster: Cluster, operator: Operator, redis_server: Any, make: Any
+) -> None:
+    cluster.apply(make.endpoint_body("bad"))
+    uid = await eventually(lambda: (cluster.get("iep", "bad") or {}).get("metadata", {}).get("uid"))
+    secret = await eventually(lambda: cluster.get("secret", "bad-redis"))
+    username, password = (b64decode(secret["data"][key]).decode() for key in ("username", "password"))
+    tenant = redis_server.connect(username, password)
+
+    def told() -> str:
+        condition = cluster.condition("iep", "bad", "RedisReady")
+        return str(condition["status"] == "False" and condition["reason"] == "InvalidContent" and condition["message"])
+
+    try:
+        await eventually(lambda: cluster.condition("iep", "bad", "RedisReady")["status"] == "True")
+        await command(tenant, "ZADD", Keys(uid).agents(), 1, "a:b")
+        await eventually(lambda: "'a:b'" in told())
+        await command(tenant, "SET", Keys(uid).agents(), "x")
+        await eventually(lambda: f"key {Keys(uid).agents()}: WRONGTYPE" in told())
+        served.agent("p1")
+        cluster.apply(make.job_body())
+        await feed(served, cluster)
+        assert await bound(cluster, "job-1", 1) == "p1"
+        assert operator.processes[0].poll() is None
+        await command(tenant, "DEL", Keys(uid).agents())
+        await eventually(lambda: cluster.condition("iep", "bad", "RedisReady")["status"] == "True", 40.0)
+    finally:
+        await tenant.aclose()
+
+
+async def test_a_replica_that_waits_ends_when_told_to(cluster: Cluster, operator: Operator) -> None:
+    await eventually(lambda: "operator-1 leads" in operator.log(1))
+    waiting = operator.start()
+    await eventually(lambda: "waits for Lease" in operator.log(2))
+    waiting.terminate()
+    assert waiting.wait(10) == 0
+    assert operator.processes[0].poll() is None
+
+
+async def test_a_replica_whose_lease_is_taken_ends_with_an_error(cluster: Cluster, operator: Operator) -> None:
+    await eventually(lambda: "operator-1 leads" in operator.log(1))
+    patch = json.dumps({"spec": {"holderIdentity": "somebody"}})
+    cluster.kubectl("patch", "lease", "coserve-operator", "--type=merge", f"-p={patch}")
+    assert operator.processes[0].wait(20) == 1
+    assert "LeadershipLostError: somebody holds the Lease now" in operator.log(1)
+    assert cluster.get("lease", "coserve-operator")["spec"]["holderIdentity"] == "somebody"
 
 
 async def test_a_second_replica_takes_over_when_the_first_ends(

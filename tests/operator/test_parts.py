@@ -1,4 +1,4 @@
-"""The small parts: what is written when, what a pod's state means, who leads, and what the cache of objects holds."""
+"""The small parts: what is written when, what a pod's state means, and what the cache of objects holds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from coserve_operator.apply import REFRESH_S, Applier, ForeignObjectError
-from coserve_operator.budget import PROGRESS, StatusBudget
-from coserve_operator.kube import BATCH_JOB, ENDPOINT, FINETUNE_JOB, POD, ConflictError, NotFoundError, UnavailableError
-from coserve_operator.leader import DURATION_S, Leader, LeadershipLostError, may_take, observe
+from coserve_operator.apply.budget import PROGRESS, StatusBudget
+from coserve_operator.apply.hindrances import ForeignObjectError
+from coserve_operator.apply.objects import REFRESH_S, Applier
+from coserve_operator.decide.endpoint_status import ObservedEndpoint, status_of
+from coserve_operator.decide.observed import RedisView
+from coserve_operator.kube import BATCH_JOB, ENDPOINT, FINETUNE_JOB, POD, ConflictError, NotFoundError
+from coserve_operator.manifests import endpoint as owned
 from coserve_operator.process import first_of
-from coserve_operator.reconcile.endpoint import EndpointSight, status_of
-from coserve_operator.reconcile.observed import RedisView
-from coserve_operator.resources import endpoint as owned
-from coserve_operator.views import autoscaler_report, feeder_view, pod_trouble, pod_view
-from coserve_operator.world import World
+from coserve_operator.watch.cache import Cache
+from coserve_operator.watch.views import autoscaler_report, feeder_view, pod_trouble, pod_view
 
 # ---- budget ----
 
@@ -89,7 +89,7 @@ def test_an_autoscaler_without_its_metric_says_so() -> None:
     assert autoscaler_report(None) is None
 
 
-# ---- world ----
+# ---- cache ----
 
 
 def feeder_pod(job: str, version: int = 1) -> dict[str, Any]:
@@ -99,53 +99,79 @@ def feeder_pod(job: str, version: int = 1) -> dict[str, Any]:
 
 
 def test_a_group_holds_an_endpoint_its_jobs_and_what_they_own(make) -> None:
-    world = World()
-    assert world.put(ENDPOINT, make.endpoint_body()) == {("ml", "tiny")}
-    assert world.put(FINETUNE_JOB, make.job_body()) == {("ml", "tiny")}
-    assert world.put(POD, feeder_pod("job-1")) == {("ml", "tiny")}
-    group = world.group(("ml", "tiny"))
+    cache = Cache()
+    assert cache.put(ENDPOINT, make.endpoint_body()) == {("ml", "tiny")}
+    assert cache.put(FINETUNE_JOB, make.job_body()) == {("ml", "tiny")}
+    assert cache.put(POD, feeder_pod("job-1")) == {("ml", "tiny")}
+    group = cache.group(("ml", "tiny"))
     assert group.endpoint is not None
     assert [job.metadata.name for job in group.jobs] == ["job-1"]
     assert (len(group.pods), list(group.feeder_pods)) == (0, ["job-1"])
-    assert world.group(("ml", "other")).endpoint is None
+    assert cache.group(("ml", "other")).endpoint is None
 
 
 def test_an_older_version_never_replaces_a_newer_one(make) -> None:
-    world, body = World(), make.job_body()
+    cache, body = Cache(), make.job_body()
     body["metadata"]["resourceVersion"] = "9"
-    world.put(FINETUNE_JOB, body)
+    cache.put(FINETUNE_JOB, body)
     old = make.job_body(endpointRef={"name": "other"})
-    assert world.put(FINETUNE_JOB, old) == set()
-    assert len(world.group(("ml", "tiny")).jobs) == 1
+    assert cache.put(FINETUNE_JOB, old) == set()
+    assert len(cache.group(("ml", "tiny")).jobs) == 1
 
 
 def test_a_job_that_names_another_endpoint_wakes_both_groups(make) -> None:
-    world = World()
-    world.put(FINETUNE_JOB, make.job_body())
+    cache = Cache()
+    cache.put(FINETUNE_JOB, make.job_body())
     moved = make.job_body(endpointRef={"name": "other"})
     moved["metadata"]["resourceVersion"] = "2"
-    assert world.put(FINETUNE_JOB, moved) == {("ml", "tiny"), ("ml", "other")}
+    assert cache.put(FINETUNE_JOB, moved) == {("ml", "tiny"), ("ml", "other")}
 
 
 def test_a_list_takes_away_what_is_gone_but_not_what_is_newer_than_the_list(make) -> None:
-    world = World()
+    cache = Cache()
     for number, version in ((1, "5"), (2, "20")):
         body = make.job_body(f"job-{number}", number=number)
         body["metadata"]["resourceVersion"] = version
-        world.put(FINETUNE_JOB, body)
-    assert world.replace_all(FINETUNE_JOB, [], 10) == {("ml", "tiny")}
-    assert [job.metadata.name for job in world.group(("ml", "tiny")).jobs] == ["job-2"]
+        cache.put(FINETUNE_JOB, body)
+    assert cache.replace_all(FINETUNE_JOB, [], 10) == {("ml", "tiny")}
+    assert [job.metadata.name for job in cache.group(("ml", "tiny")).jobs] == ["job-2"]
 
 
-def test_an_object_that_cannot_be_read_is_left_alone(make) -> None:
-    world, body = World(), make.job_body()
+def test_an_object_that_cannot_be_read_keeps_its_place(make) -> None:
+    cache, body = Cache(), make.job_body()
     body["spec"]["training"] = {}
-    assert world.put(FINETUNE_JOB, body) == set()
-    assert world.groups() == set()
+    assert cache.put(FINETUNE_JOB, body) == {("ml", "tiny")}
+    group = cache.group(("ml", "tiny"))
+    assert group.jobs == ()
+    (unreadable,) = group.unreadable
+    assert unreadable.metadata.uid == "j-1"
+    assert unreadable.fault.startswith("spec.training is {}: ")
+    broken = make.job_body(endpointRef=5)
+    broken["metadata"]["resourceVersion"] = "2"
+    cache.put(FINETUNE_JOB, broken)
+    assert [each.metadata.uid for each in cache.group(("ml", "tiny")).unreadable] == ["j-1"]
+    whole = make.job_body()
+    whole["metadata"]["resourceVersion"] = "3"
+    cache.put(FINETUNE_JOB, whole)
+    group = cache.group(("ml", "tiny"))
+    assert (len(group.jobs), group.unreadable) == (1, ())
+
+
+def test_what_comes_late_brings_nothing_back_and_takes_nothing_away(make) -> None:
+    cache, old, new = Cache(), make.job_body(), make.job_body(number=2)
+    new["metadata"]["resourceVersion"] = "20"
+    cache.put(FINETUNE_JOB, old)
+    cache.remove(FINETUNE_JOB, ("ml", "job-1"), "j-1")
+    late = make.job_body()
+    late["metadata"]["resourceVersion"] = "9"  # the answer to our own write
+    assert cache.put(FINETUNE_JOB, late) == set()
+    assert cache.put(FINETUNE_JOB, new) == {("ml", "tiny")}
+    assert cache.remove(FINETUNE_JOB, ("ml", "job-1"), "j-1") == set()
+    assert [job.metadata.uid for job in cache.group(("ml", "tiny")).jobs] == ["j-2"]
 
 
 def test_objects_without_our_label_belong_to_nobody() -> None:
-    assert World().put(BATCH_JOB, {"metadata": {"name": "x", "namespace": "ml", "resourceVersion": "1"}}) == set()
+    assert Cache().put(BATCH_JOB, {"metadata": {"name": "x", "namespace": "ml", "resourceVersion": "1"}}) == set()
 
 
 # ---- apply ----
@@ -160,12 +186,15 @@ class Sent:
     async def get(self, *_: Any) -> Any:
         if self.found is None:
             raise NotFoundError(404, "")
-        return self.found
+        return {**self.found, "metadata": {"uid": "u-1"} | self.found["metadata"]}
 
     async def apply(self, manifest: Any) -> Any:
+        there = "u-1" if self.found is None else (await self.get())["metadata"]["uid"]
+        if manifest["metadata"].get("uid", there) != there:
+            raise ConflictError(409, "the UID in the precondition is another")
         self.sent.append(manifest)
-        self.found = manifest
-        return manifest
+        self.found = {**manifest, "metadata": manifest["metadata"] | {"uid": there}}
+        return self.found
 
     async def create(self, manifest: Any) -> Any:
         if self.found is not None:
@@ -173,13 +202,11 @@ class Sent:
         return await self.apply(manifest)
 
 
-async def test_an_unchanged_object_is_not_sent_again_also_after_a_restart(make) -> None:
+async def test_an_unchanged_object_is_not_sent_again_before_long(make) -> None:
     clock, kube, service = [0.0], Sent(), owned.service(make.endpoint())
     applier = Applier(kube, lambda: clock[0])
     for _ in range(3):
         await applier.apply(service, "e-1")
-    assert len(kube.sent) == 1
-    await Applier(kube, lambda: 0.0).apply(service, "e-1")
     assert len(kube.sent) == 1
     clock[0] = REFRESH_S
     await applier.apply(service, "e-1")
@@ -196,100 +223,29 @@ async def test_somebody_elses_object_is_left_alone(make) -> None:
     assert kube.sent == []
 
 
+async def test_an_object_that_somebody_put_in_the_place_of_ours_is_left_alone(make) -> None:
+    clock, kube, service = [0.0], Sent(), owned.service(make.endpoint())
+    applier = Applier(kube, lambda: clock[0])
+    await applier.apply(service, "e-1")
+    kube.found = {"metadata": {"name": "tiny", "uid": "u-2"}}
+    clock[0] = REFRESH_S
+    with pytest.raises(ForeignObjectError, match="Service tiny exists"):
+        await applier.apply(service, "e-1")
+    assert len(kube.sent) == 1
+
+
 async def test_a_secret_is_created_and_never_read(make) -> None:
     kube = Sent({"metadata": {}})
     assert await Applier(kube, lambda: 0.0).apply(owned.redis_secret(make.endpoint(), "u", "p"), "e-1") is None
 
 
-# ---- leader ----
-
-
-class LeaseServer:
-    """A Kube with one Lease, which may be away."""
-
-    def __init__(self) -> None:
-        self.lease: Any = {"metadata": {"name": "l", "resourceVersion": "0"}, "spec": {}}
-        self.away = False
-
-    async def get(self, *_: Any) -> Any:
-        if self.away:
-            raise UnavailableError(0, "away")
-        return {"metadata": dict(self.lease["metadata"]), "spec": dict(self.lease["spec"])}
-
-    async def replace(self, lease: Any) -> Any:
-        if self.away:
-            raise UnavailableError(0, "away")
-        if lease["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
-            raise ConflictError(409, "")
-        version = str(int(lease["metadata"]["resourceVersion"]) + 1)
-        self.lease = {"metadata": {**lease["metadata"], "resourceVersion": version}, "spec": lease["spec"]}
-        return self.lease
-
-
-class Time:
-    def __init__(self) -> None:
-        self.now, self.naps = 0.0, 0
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.naps += 1
-        if self.naps > 50:
-            raise AssertionError("it waits for ever")
-
-
-def leader(server: LeaseServer, name: str, time: Time) -> Leader:
-    return Leader(server, "ns", "l", name, lambda: time.now, time.sleep)
-
-
-async def test_a_second_replica_begins_only_after_the_first_was_silent_for_the_leases_duration() -> None:
-    server, time = LeaseServer(), Time()
-    await leader(server, "a", time).acquire()
-    started = time.now
-    await leader(server, "b", time).acquire()
-    assert time.now - started >= DURATION_S
-    assert server.lease["spec"]["holderIdentity"] == "b"
-    assert server.lease["spec"]["leaseTransitions"] == 2
-
-
-async def test_a_released_lease_is_taken_at_once() -> None:
-    server, time = LeaseServer(), Time()
-    first = leader(server, "a", time)
-    await first.acquire()
-    await first.release()
-    await leader(server, "b", time).acquire()
-    assert time.naps == 0
-
-
-async def test_who_cannot_renew_stops_before_another_may_begin() -> None:
-    server, time = LeaseServer(), Time()
-    first = leader(server, "a", time)
-    await first.acquire()
-    server.away = True
-    with pytest.raises(LeadershipLostError, match="could not be renewed"):
-        await first.hold()
-    assert time.now < DURATION_S
-
-
-async def test_who_finds_another_name_in_the_lease_stops() -> None:
-    server, time = LeaseServer(), Time()
-    first = leader(server, "a", time)
-    await first.acquire()
-    server.lease["spec"]["holderIdentity"] = "b"
-    with pytest.raises(LeadershipLostError, match="b holds"):
-        await first.hold()
-
-
-def test_a_lease_counts_from_when_we_saw_it_change_whatever_clock_wrote_it() -> None:
-    lease = {"spec": {"holderIdentity": "b", "renewTime": "1970-01-01T00:00:00.000000Z"}}
-    seen = observe(lease, None, 100.0)
-    assert not may_take(seen, "a", 100.0 + DURATION_S - 1)
-    assert may_take(observe(lease, seen, 200.0), "a", 200.0)
+# ---- status ----
 
 
 def test_a_status_says_what_each_agent_computes_on(make) -> None:
     beats = [make.heartbeat("p1", device="NVIDIA H200"), make.heartbeat("p2", ready=False)]
-    sight = EndpointSight(make.endpoint(), redis=RedisView("i", {beat.agent_id: beat for beat in beats}))
-    told = {agent.name: agent.device for agent in status_of(sight, make.NOW).agents}
+    observed = ObservedEndpoint(make.endpoint(), redis=RedisView("i", {beat.agent_id: beat for beat in beats}))
+    told = {agent.name: agent.device for agent in status_of(observed, make.NOW).agents}
     assert told == {"p1": "NVIDIA H200", "p2": ""}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_operator.reconcile.placement import Waiting, place
+from coserve_operator.decide.placement import Waiting, place
 
 
 def _waiting(*numbers: int) -> list[Waiting]:
@@ -14,7 +14,7 @@ def _waiting(*numbers: int) -> list[Waiting]:
 
 def test_first_come_first_served_to_the_least_loaded(make) -> None:
     agents = {"a": make.heartbeat("p1", saturation=50.0), "b": make.heartbeat("p2", saturation=10.0)}
-    assert place(_waiting(2, 1, 3), agents, {}, set()) == {"j-1": "b", "j-2": "a"}
+    assert place(_waiting(2, 1, 3), agents, {}, set(), 64) == {"j-1": "b", "j-2": "a"}
 
 
 def test_agents_that_drain_leave_or_start_get_nothing(make) -> None:
@@ -23,13 +23,13 @@ def test_agents_that_drain_leave_or_start_get_nothing(make) -> None:
         "b": make.heartbeat("p2", ready=False),
         "c": make.heartbeat("p3"),
     }
-    assert place(_waiting(1), agents, {}, {"c"}) == {}
+    assert place(_waiting(1), agents, {}, {"c"}, 64) == {}
 
 
 def test_an_agent_that_still_runs_a_job_gets_no_other(make) -> None:
     agents = {"a": make.heartbeat("p1", jobs={"j-9": (4, 10)})}
-    assert place(_waiting(1), agents, {}, set()) == {}
-    assert place(_waiting(1), {"a": make.heartbeat("p1")}, {"j-9": "a"}, set()) == {}
+    assert place(_waiting(1), agents, {}, set(), 64) == {}
+    assert place(_waiting(1), {"a": make.heartbeat("p1")}, {"j-9": "a"}, set(), 64) == {}
 
 
 @given(data=st.data())
@@ -48,7 +48,7 @@ def test_no_agent_is_given_more_jobs_than_it_takes_and_no_room_is_left_unused(ma
     bound = {f"j-{100 + n}": data.draw(st.sampled_from(ids)) for n in range(3) if ids and data.draw(st.booleans())}
     leaving = {agent for agent in ids if data.draw(st.booleans())}
     waiting = _waiting(*data.draw(st.lists(st.integers(1, 9), unique=True)))
-    placed = place(waiting, agents, bound, leaving)
+    placed = place(waiting, agents, bound, leaving, 64)
     for agent, beat in agents.items():
         new = sum(holder == agent for holder in placed.values())
         old = sum(holder == agent for holder in bound.values())
@@ -56,7 +56,7 @@ def test_no_agent_is_given_more_jobs_than_it_takes_and_no_room_is_left_unused(ma
     order = [each.uid for each in sorted(waiting, key=lambda each: each.created)]
     assert list(placed) == order[: len(placed)]
     if len(placed) < len(waiting):
-        assert place(waiting[:0] + _waiting(999), agents, bound | placed, leaving) == {}
+        assert place(waiting[:0] + _waiting(999), agents, bound | placed, leaving, 64) == {}
 
 
 def test_jobs_are_spread_over_agents_with_several_places(make) -> None:
@@ -64,7 +64,7 @@ def test_jobs_are_spread_over_agents_with_several_places(make) -> None:
         "a": make.heartbeat("p1", max_jobs=3, saturation=5.0),
         "b": make.heartbeat("p2", max_jobs=2, saturation=90.0, jobs={"j-9": (4, 10)}),
     }
-    placed = place(_waiting(1, 2, 3, 4, 5), agents, {"j-9": "b"}, set())
+    placed = place(_waiting(1, 2, 3, 4, 5), agents, {"j-9": "b"}, set(), 64)
     assert placed == {"j-1": "a", "j-2": "a", "j-3": "b", "j-4": "a"}
 
 
@@ -73,4 +73,4 @@ def test_an_agent_with_more_places_left_but_more_jobs_comes_second(make) -> None
         "a": make.heartbeat("p1", max_jobs=8, jobs={"j-8": (1, 1), "j-9": (1, 1)}),
         "b": make.heartbeat("p2", max_jobs=1),
     }
-    assert place(_waiting(1), agents, {}, set()) == {"j-1": "b"}
+    assert place(_waiting(1), agents, {}, set(), 64) == {"j-1": "b"}

@@ -89,6 +89,6 @@ async def test_get_waits_by_the_clock_and_wakes_for_news() -> None:
     assert 0.25 <= queue.failed("now") <= 0.75
     clock[0] = 1.0
     assert await queue.get() == "now"
-    queue.done("now", again_in_s=5.0)
+    queue.done("now", requeue_after_s=5.0)
     clock[0] = 200.0
     assert {await queue.get(), await queue.get()} == {"now", "late"}

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from coserve_operator.resources import agents, feeder
-from coserve_operator.resources import endpoint as owned
-from coserve_operator.resources.metadata import is_owned_by, selector, short_name
+from coserve_operator.manifests import agents, feeder
+from coserve_operator.manifests import endpoint as owned
+from coserve_operator.manifests.metadata import is_owned_by, selector, short_name
 
 REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
 TEMPLATE = {
@@ -64,8 +64,10 @@ def test_a_roll_out_needs_no_spare_gpu_and_a_pod_has_time_to_drain(make) -> None
 
 def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     spec = {"slo": {"timeToFirstToken": "1m30s", "timePerOutputToken": "50ms"}, "engine": {"kvCacheMemory": "2Gi"}}
-    spec["engine"] |= {"device": "cuda", "dtype": "bfloat16", "maxRequests": 32, "maxBatchTokens": 512}
-    spec |= {"finetuning": {"maxSlowdownPercent": 50, "activationMemory": "64Mi"}}
+    spec["engine"] |= {"device": "cuda", "dtype": "bfloat16", "numericsMode": "Exact"}
+    spec["engine"] |= {"maxRequests": 32, "maxBatchTokens": 512}
+    spec["engine"]["kernelFallback"] = "Allowed"
+    spec |= {"finetuning": {"activationMemory": "64Mi"}}
     spec["cors"] = {"allowOrigins": ["https://chat.example.com", "http://localhost:3000"]}
     env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS, "digest"))
     expected = {
@@ -73,9 +75,9 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_MODEL_NAME": "tiny", "COSERVE_MAX_MODEL_LENGTH": "1024",
         "COSERVE_TTFT_MS": "90000", "COSERVE_TPOT_MS": "50", "COSERVE_FINETUNING": "Allowed", "COSERVE_MAX_RANK": "64",
         "COSERVE_SLO_PERCENTILE": "99",
-        "COSERVE_MAX_SLOWDOWN_PERCENT": "50", "COSERVE_PASS_BYTES": str(64 * 2**20),
+        "COSERVE_PASS_BYTES": str(64 * 2**20),
         "COSERVE_DEVICE": "cuda", "COSERVE_DTYPE": "bfloat16", "COSERVE_MAX_REQUESTS": "32",
-        "COSERVE_GPU_RESOURCE": "",
+        "COSERVE_GPU_RESOURCE": "", "COSERVE_NUMERICS_MODE": "Exact", "COSERVE_KERNEL_FALLBACK": "Allowed",
         "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30),
         "COSERVE_THREADS": "1",
         "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,
@@ -84,8 +86,10 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     }  # fmt: skip
     assert expected.items() <= env.items()
     unset = env_of(agents.deployment(make.endpoint(), 1, "agent:1", REDIS, "digest"))
-    assert {unset[f"COSERVE_{name}"] for name in ("MAX_SLOWDOWN_PERCENT", "PASS_BYTES", "CORS_ORIGINS")} == {""}
+    assert {unset[f"COSERVE_{name}"] for name in ("PASS_BYTES", "CORS_ORIGINS")} == {""}
     assert (unset["COSERVE_DEVICE"], unset["COSERVE_DTYPE"]) == ("auto", "auto")
+    assert unset["COSERVE_NUMERICS_MODE"] == "Fast"
+    assert unset["COSERVE_KERNEL_FALLBACK"] == "Forbidden"
     by_device = {"COSERVE_MAX_REQUESTS", "COSERVE_MAX_BATCH_TOKENS", "COSERVE_KV_CACHE_BYTES"}
     assert not by_device & unset.keys(), "an agent's image from before takes no blank"
     assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
@@ -140,11 +144,48 @@ def test_file_uris_need_no_volume_of_ours(make) -> None:
     assert [each["name"] for each in pod["volumes"]] == ["coserve-tmp"]
 
 
-def test_the_feeder_takes_the_templates_place_but_not_its_gpu(make) -> None:
+def test_the_feeder_takes_the_templates_place_and_nothing_else_of_it(make) -> None:
+    """It parses what a job's author chose; a Secret that the agents mount is none of its business."""
     pod = pod_of(feeder.feeder(make.job(), make.endpoint(template=TEMPLATE), "agent:1", REDIS))
+    plain = pod_of(feeder.feeder(make.job(), make.endpoint(), "agent:1", REDIS))
     assert pod["nodeSelector"] == {"gpu": "h200"}
     assert pod["containers"][0]["resources"] == feeder.RESOURCES
-    assert {"name": "packages", "mountPath": "/packages", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    assert (pod["volumes"], pod["containers"]) == (plain["volumes"], plain["containers"])
+
+
+def test_the_feeder_gets_what_the_endpoint_gives_to_feeders(make) -> None:
+    own = {name: TEMPLATE[name] for name in ("env", "volumes", "volumeMounts")}
+    container = pod_of(feeder.feeder(make.job(), make.endpoint(finetuning={"feeder": own}), "a", REDIS))["containers"][
+        0
+    ]
+    assert {"name": "packages", "mountPath": "/packages", "readOnly": True} in container["volumeMounts"]
+    agent = pod_of(agents.deployment(make.endpoint(finetuning={"feeder": own}), 1, "a", REDIS, ""))["containers"][0]
+    assert "packages" not in [each["name"] for each in agent["volumeMounts"]]
+
+
+def test_the_feeder_reads_a_model_that_the_template_mounts(make) -> None:
+    template = {
+        "volumes": [
+            {"name": "weights", "persistentVolumeClaim": {"claimName": "w"}},
+            {"name": "key", "secret": {"secretName": "k"}},
+        ],
+        "volumeMounts": [{"name": "weights", "mountPath": "/models/big"}, {"name": "key", "mountPath": "/key"}],
+    }
+    endpoint = make.endpoint(model={"uri": "file:///models/big/llama"}, template=template)
+    pod = pod_of(feeder.feeder(make.job(), endpoint, "a", REDIS))
+    mounts = [(each["mountPath"], each.get("readOnly")) for each in pod["containers"][0]["volumeMounts"]]
+    assert mounts == [("/tmp", None), ("/data/data", True), ("/models/big", True)]
+    assert [each["name"] for each in pod["volumes"]][-1] == "weights"
+    template["volumeMounts"][0]["mountPath"] = "/models/bigger"
+    pod = pod_of(
+        feeder.feeder(
+            make.job(),
+            make.endpoint(model=endpoint.spec.model.model_dump(by_alias=True), template=template),
+            "a",
+            REDIS,
+        )
+    )
+    assert "weights" not in [each["name"] for each in pod["volumes"]]
 
 
 def test_the_feeder_is_told_the_whole_data_set_and_nothing_of_the_adapter(make) -> None:
@@ -222,8 +263,15 @@ def test_the_selector_picks_agents_and_no_feeders() -> None:
     assert selector("tiny") == "app.kubernetes.io/name=coserve-agent,coserve.dev/endpoint=tiny"
 
 
+FULL = {
+    "template": TEMPLATE,
+    "autoscaling": {"maxReplicas": 3},
+    "finetuning": {"feeder": {name: TEMPLATE[name] for name in ("env", "volumes", "volumeMounts")}},
+}
+
+
 @pytest.mark.apiserver
-@pytest.mark.parametrize("spec", [{}, {"template": TEMPLATE, "autoscaling": {"maxReplicas": 3}}], ids=["least", "full"])
+@pytest.mark.parametrize("spec", [{}, FULL], ids=["least", "full"])
 def test_a_real_api_server_takes_everything_and_the_pods_are_restricted(api_server, make, spec) -> None:
     namespace = {
         "apiVersion": "v1", "kind": "Namespace",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_operator.reconcile.observed import PodView
-from coserve_operator.reconcile.scale import RELEASE_LIMIT_S, Held, plan_scale
+from coserve_operator.decide.observed import PodView
+from coserve_operator.decide.scale import RELEASE_LIMIT_S, Held, plan_scale
 
 
 def _pods(*names: str, **more: float) -> list[PodView]:

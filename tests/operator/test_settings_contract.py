@@ -21,18 +21,19 @@ from pydantic import ValidationError, field_validator
 from coserve_agent.agent import device_choice, engine_config
 from coserve_agent.errors import StartError
 from coserve_agent.settings import AgentSettings, FeederSettings, read
-from coserve_api.common import duration_ms, quantity_bytes
-from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.common import duration_ms
+from coserve_api.endpoint import InferenceEndpoint, KernelFallback
 from coserve_api.job import FinetuneJob
-from coserve_api.messages import Binding, Desired
-from coserve_api.store import JobRecord
+from coserve_api.quantities import quantity_bytes
+from coserve_contract.messages import Binding, Desired
+from coserve_contract.store import JobRecord
 from coserve_engine.config import ModelConfig, Rope
 from coserve_engine.hardware import CUDA, Hardware
 from coserve_engine.memory import plan_memory, sequence_bytes
-from coserve_operator.reconcile.briefing import binding_of
-from coserve_operator.reconcile.sources import continued_from, is_uri
-from coserve_operator.resources import agents, feeder
-from coserve_operator.resources.feeder import sequence_length
+from coserve_operator.decide.binding import binding_of
+from coserve_operator.decide.sources import continued_from, is_uri
+from coserve_operator.manifests import agents, feeder
+from coserve_operator.manifests.feeder import sequence_length
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
@@ -96,14 +97,17 @@ def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
         map(duration_ms, (spec.slo.time_to_first_token, spec.slo.time_per_output_token))
     )
     assert (got.finetuning, got.max_rank) == (spec.finetuning.policy, spec.finetuning.max_rank)
-    assert got.max_slowdown_percent == spec.finetuning.max_slowdown_percent
+    assert got.max_slowdown_percent is None, "bindings say it, so that it may change"
     cache = spec.engine.kv_cache_memory
     assert got.kv_cache_bytes == (None if cache is None else quantity_bytes(cache))
     assert (got.generation_config, got.cors_origins) == (spec.engine.generation_config, spec.cors.allow_origins)
+    assert engine_config(got, ()).numerics_mode == spec.engine.numerics_mode.lower()
+    allowed = spec.engine.kernel_fallback is KernelFallback.ALLOWED
+    assert engine_config(got, ()).kernel_fallback == allowed
     choice = device_choice(got)
     assert (choice.device, choice.dtype) == (spec.engine.device, spec.engine.dtype)
     assert (choice.max_requests, choice.max_batch_tokens) == (spec.engine.max_requests, spec.engine.max_batch_tokens)
-    assert choice.max_jobs == spec.finetuning.max_concurrent_jobs
+    assert choice.max_jobs == max(1, spec.finetuning.jobs)
     assert got.template_variables == spec.engine.template_variables
 
 
@@ -122,6 +126,7 @@ def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job
     binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord(), continued_from(job, endpoint, {}))
     assert Binding.loads("key", binding.dumps()) == binding
     assert binding.spec.template_variables == served_with
+    assert binding.spec.max_slowdown_percent == endpoint.spec.finetuning.max_slowdown_percent
     named = job.spec.adapter.source is not None and is_uri(job.spec.adapter.source)
     assert (binding.spec.start is not None) == (binding.spec.rank is None) == named
 

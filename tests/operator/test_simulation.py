@@ -24,17 +24,20 @@ from hypothesis.stateful import (
 )
 from operator_fakes import FakeKube, FakeStore
 
-from coserve_api.job import FailedReason
-from coserve_api.messages import Completed, Failed, FeedStatus, Released
-from coserve_api.scripts import Fence
-from coserve_operator.apply import Applier
-from coserve_operator.budget import StatusBudget
+from coserve_api.job import FailedReason, PendingReason
+from coserve_contract.messages import Completed, Failed, FeedStatus, Released
+from coserve_contract.scripts import Fence
+from coserve_operator.apply.budget import StatusBudget
+from coserve_operator.apply.events import Recorder
+from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
+from coserve_operator.apply.objects import Applier
 from coserve_operator.controller import Controller, ReconcileError
-from coserve_operator.events import Recorder
 from coserve_operator.settings import Settings
-from coserve_operator.world import World
+from coserve_operator.watch.cache import Cache
 
 NAMESPACE, GROUP = "ml", ("ml", "tiny")
+OTHERS = ("Training", "Starting", "Suspending", "Suspended", "Moving", "Publishing", "Completed")
+"""What a job's reason may be besides those of waiting and failing."""
 
 
 def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -54,8 +57,8 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(replicas=st.integers(1, 3))
     def begin(self, replicas: int) -> None:
-        self.world = World()
-        self.kube, self.store = FakeKube(self.world), FakeStore(self.make)
+        self.cache = Cache()
+        self.kube, self.store = FakeKube(self.cache), FakeStore(self.make)
         self.clock = [0.0]
         self.operator()
         self.names: list[str] = []
@@ -68,11 +71,12 @@ class Machine(RuleBasedStateMachine):
         """A new operator process: it remembers nothing."""
         clock = lambda: self.clock[0]  # noqa: E731
         self.controller = Controller(
-            Settings(), self.kube, self.store, self.world, Applier(self.kube, clock), StatusBudget(clock),
-            Recorder(self.kube, "test"), lambda: datetime(2026, 11, 21, 12, tzinfo=UTC) + timedelta(seconds=clock()),
+            Settings(), self.kube, self.store, self.cache, Applier(self.kube, clock), StatusBudget(clock),
+            Recorder(self.kube, "test"), MetricsSlotKeeper(self.kube, ("ns", "metrics"), clock, lambda: None),
+            lambda: datetime(2026, 11, 21, 12, tzinfo=UTC) + timedelta(seconds=clock()),
         )  # fmt: skip
 
-    # ---- the world turns ----
+    # ---- the cache turns ----
 
     def pods(self) -> None:
         """The Deployment's controller, scheduler and kubelet at once."""
@@ -183,6 +187,12 @@ class Machine(RuleBasedStateMachine):
                 else Failed(epoch=fence.epoch, reason=FailedReason.TRAINING_DIVERGED, message="nan")
             )
 
+    @rule(job=jobs, reason=st.sampled_from([FailedReason.ARTIFACT_STORE_ERROR, FailedReason.INTERNAL_ERROR]))
+    def give_back(self, job: str, reason: FailedReason) -> None:
+        if (running := self._running(job)) is not None and running[0] not in self.store.results:
+            uid, fence = running
+            self.store.results[uid] = Released(epoch=fence.epoch, step=0, reason=reason, message="a fault")
+
     @rule(job=jobs, suspend=st.booleans())
     def suspend(self, job: str, suspend: bool) -> None:
         body = self.kube.objects.get(("FinetuneJob", job))
@@ -235,7 +245,11 @@ class Machine(RuleBasedStateMachine):
             epoch = (status.get("binding") or {}).get("epoch", 0)
             assert epoch >= self.epochs.get(name, 0)
             self.epochs[name] = epoch
-            assert status.get("restarts", 0) <= body["spec"]["backoffLimit"] + 1
+            failures = (status.get("backoff") or {}).get("failures", 0)
+            assert failures <= body["spec"]["backoffLimit"] + 1
+            assert status.get("reason") in (None, *PendingReason, *OTHERS, FailedReason.TRAINING_DIVERGED) or (
+                status["reason"] == FailedReason.BACKOFF_LIMIT_EXCEEDED and failures > body["spec"]["backoffLimit"]
+            ), status
             if name in self.final:
                 assert status == self.final[name], "what is over must stay as it is"
             elif status.get("state") in ("Complete", "Failed"):
@@ -257,7 +271,11 @@ class Machine(RuleBasedStateMachine):
             self.agents()
         bodies = [body for (kind, _), body in self.kube.objects.items() if kind == "FinetuneJob"]
         living = [body for body in bodies if body["status"]["state"] not in ("Complete", "Failed")]
-        eager = [body for body in living if not body["spec"].get("suspend")]
+        held = [body for body in living if body["status"].get("reason") == "NameTaken"]
+        for body in held:
+            name = body["spec"]["adapter"]["name"]
+            assert [each for each in living if each not in held and each["spec"]["adapter"]["name"] == name]
+        eager = [body for body in living if not body["spec"].get("suspend") and body not in held]
         running = [
             body for body in eager if body["status"]["state"] == "Running" and body["status"]["reason"] == "Training"
         ]

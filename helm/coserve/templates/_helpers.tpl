@@ -1,9 +1,14 @@
+{{/* A version as a label or a tag has it: 0.1.0+build.5 has a character too many */}}
+{{- define "coserve.plain" -}}
+{{ . | replace "+" "_" | trunc 63 | trimSuffix "-" | trimSuffix "_" | trimSuffix "." }}
+{{- end }}
+
 {{- define "coserve.labels" -}}
-app.kubernetes.io/part-of: coserve
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- $ours := dict "app.kubernetes.io/part-of" "coserve" "app.kubernetes.io/managed-by" .Release.Service }}
+{{- $_ := set $ours "app.kubernetes.io/instance" .Release.Name }}
+{{- $_ := set $ours "app.kubernetes.io/version" (include "coserve.plain" .Chart.AppVersion) }}
+{{- $_ := set $ours "helm.sh/chart" (include "coserve.plain" (printf "%s-%s" .Chart.Name .Chart.Version)) }}
+{{- merge $ours .Values.commonLabels | toYaml }}
 {{- end }}
 
 {{/* What selects the pods of a component: (dict "root" . "name" "coserve-operator") */}}
@@ -12,16 +17,30 @@ app.kubernetes.io/name: {{ .name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- end }}
 
+{{/* Metadata of a component's pods: (dict "root" . "name" "coserve-operator" "values" .Values.operator) */}}
+{{- define "coserve.podMetadata" -}}
+labels:
+  {{- $ours := merge (include "coserve.selector" . | fromYaml) (include "coserve.labels" .root | fromYaml) }}
+  {{- merge $ours .values.podLabels | toYaml | nindent 2 }}
+{{- with .values.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{- define "coserve.image" -}}
-{{ .Values.operator.image | default (printf "coserve-operator:%s" .Chart.AppVersion) }}
+{{ .Values.operator.image | default (printf "coserve-operator:%s" (include "coserve.plain" .Chart.AppVersion)) }}
 {{- end }}
 
 {{- define "coserve.agentImage" -}}
-{{ .Values.operator.agentImage | default (printf "coserve-agent:%s" .Chart.AppVersion) }}
+{{ .Values.operator.agentImage | default (printf "coserve-agent:%s" (include "coserve.plain" .Chart.AppVersion)) }}
 {{- end }}
 
 {{- define "coserve.accessSecret" -}}
 {{ .Values.access.existingSecret | default "coserve-access" }}
+{{- end }}
+
+{{- define "coserve.certificateSecret" -}}
+{{ .Values.metricsApi.certificate.existingSecret | default "coserve-metrics-api-certificate" }}
 {{- end }}
 
 {{- define "coserve.redisUrl" -}}
@@ -32,10 +51,22 @@ redis://coserve-redis.{{ .Release.Namespace }}.svc:6379/0
 {{- end -}}
 {{- end }}
 
-{{/* Where pods of this chart run: (dict "root" . "values" .Values.operator) */}}
+{{/* What agents' and feeders' pods get from the platform, as the operator takes it */}}
+{{- define "coserve.podDefaults" -}}
+{{- $defaults := dict }}
+{{- range $key, $value := merge (dict "imagePullSecrets" .Values.imagePullSecrets) .Values.agents }}
+{{- if $value }}{{ $_ := set $defaults $key $value }}{{ end }}
+{{- end }}
+{{- toJson $defaults }}
+{{- end }}
+
+{{/* Where pods of this chart run: (dict "root" . "name" "coserve-operator" "values" .Values.operator) */}}
 {{- define "coserve.placement" -}}
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .values.priorityClassName }}
+priorityClassName: {{ . }}
 {{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -43,6 +74,20 @@ nodeSelector: {{- toYaml . | nindent 2 }}
 {{- with .values.tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with .values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  {{- $selector := dict "labelSelector" (dict "matchLabels" (include "coserve.selector" . | fromYaml)) }}
+  {{- range .values.topologySpreadConstraints }}
+  - {{- merge (deepCopy .) $selector | toYaml | nindent 4 }}
+  {{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "coserve.selector" . | nindent 8 }}
+  {{- end }}
 {{- end }}
 
 {{- define "coserve.podSecurity" -}}

@@ -20,7 +20,7 @@ from coserve_agent.data.reader import Reader, Reading
 from coserve_agent.data.rows import is_blank
 from coserve_agent.errors import DatasetError
 from coserve_api.job import FailedReason, OnInvalid
-from coserve_api.shards import Sample
+from coserve_contract.shards import Sample
 
 INVALID = FailedReason.INVALID_DATASET
 Seen = Callable[[DataFile, int, Reading | LineError], None]
@@ -119,7 +119,7 @@ class Dataset:
                 _fail(file, number, "changed while the job runs; restore the file or make a new job")
             return self._reader.read(id, raw).samples
         except LineError as error:
-            _fail(file, number, f"could be used once and cannot again: {error}")
+            _fail(file, number, f"could be used once and cannot again: {error.public}")
 
     def _take(self, file: DataFile, id: int, line: Line) -> None:
         try:
@@ -129,8 +129,8 @@ class Dataset:
         except LineError as error:
             self._seen(file, line.number, error)
             if self._on_invalid is OnInvalid.FAIL:
-                _fail(file, line.number, str(error))
-            self.problems.add_line(Refusal(str(file.path), line.number, error.reason, str(error)))
+                _fail(file, line.number, error.public)
+            self.problems.add_line(Refusal(str(file.path), line.number, error.reason, error.public))
             return
         self._seen(file, line.number, reading)
         self._take_turns(file, line.number, reading)
@@ -147,8 +147,8 @@ class Dataset:
         """Note the turns that are refused alone, and what the row has for nobody."""
         for error in reading.refused:
             if self._on_invalid is OnInvalid.FAIL:
-                _fail(file, number, str(error))
-            self.problems.add_turn(Refusal(str(file.path), number, error.reason, str(error)))
+                _fail(file, number, error.public)
+            self.problems.add_turn(Refusal(str(file.path), number, error.reason, error.public))
         self.problems.add_fields(reading.unknown)
         self.problems.unended += sum(sample.tokens[-1] not in self._reader.renderer.ends for sample in reading.samples)
 

@@ -237,7 +237,8 @@ def _no_json(value: object) -> object:
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> DatasetError:
-    what = " ".join(str(error).split())[:200]
+    # What pyarrow says may quote a value.
+    what = type(error).__name__ if kind == "Parquet" else " ".join(str(error).split())[:200]
     return DatasetError(FailedReason.INVALID_DATASET, f"{path}: is damaged or cut off ({kind}: {what}); copy it again")
 
 

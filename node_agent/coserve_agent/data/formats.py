@@ -28,17 +28,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from coserve_agent import strict_json
-from coserve_agent.data.problems import LineError, Reason
+from coserve_agent.data.problems import LineError, Reason, is_name
 from coserve_agent.data.rows import (
     Completion,
     Fields,
     Row,
     Text,
     conversation,
+    kind_of,
     list_field,
     read_messages,
     show,
     text_field,
+    wrong,
 )
 from coserve_api.job import DatasetFormat, Learn
 
@@ -83,10 +85,9 @@ def detect(row: Fields) -> DatasetFormat:
         return next((format for format in having if _fills(format, row)), having[0])
     _refuse(row, frozenset())
     fields = ", ".join(sorted(row)[:10])[:200] or "no field"
-    raise LineError(
-        Reason.NO_FORMAT,
-        f"has {fields}; it must have messages, conversations, prompt and completion, instruction and output, or text",
-    )
+    public = ", ".join([name for name in sorted(row)[:10] if is_name(name)])[:200] or "no such field"
+    rest = "it must have messages, conversations, prompt and completion, instruction and output, or text"
+    raise LineError(Reason.NO_FORMAT, f"has {fields}; {rest}", f"has {public}; {rest}")
 
 
 def read(format: DatasetFormat, row: Fields, rules: Rules) -> tuple[Row, tuple[str, ...]]:
@@ -197,11 +198,9 @@ def _turn(turn: Any, where: str) -> Any:
             raise LineError(Reason.FIELD, f"{where} has {ours} beside from and value; write {theirs} alone")
     speaker, said = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-        raise LineError(
-            Reason.FIELD, f"{where}.from is {show(speaker)}; it must be one of {', '.join(_SHAREGPT_ROLES)}"
-        )
+        raise wrong(f"{where}.from", speaker, f"it must be one of {', '.join(_SHAREGPT_ROLES)}")
     if not isinstance(said, str):
-        raise LineError(Reason.FIELD, f"{where}.value is {show(said)}; it must be a string")
+        raise wrong(f"{where}.value", said, "it must be a string")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value", "role", "content")}
     words = {"tool_calls": _calls(said, where)} if speaker == "function_call" else {"content": said}
     return {**rest, "role": _SHAREGPT_ROLES[speaker], **words}
@@ -213,11 +212,13 @@ def _calls(said: str, where: str) -> list[dict[str, Any]]:
         calls = strict_json.loads(said)
     except (ValueError, RecursionError) as error:
         raise LineError(
-            Reason.FIELD, f"{where}.value is {show(said)}, no JSON ({error}); a function_call is {{name, arguments}}"
+            Reason.FIELD,
+            f"{where}.value is {show(said)}, no JSON ({error}); a function_call is {{name, arguments}}",
+            f"{where}.value is no JSON; a function_call is {{name, arguments}}",
         ) from None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(one, dict) and one.keys() <= {"name", "arguments"} for one in calls):
-        raise LineError(Reason.FIELD, f"{where}.value is {show(said)}; a function_call is {{name, arguments}} as JSON")
+        raise wrong(f"{where}.value", said, "a function_call is {name, arguments} as JSON")
     return [{"type": "function", "function": one} for one in calls]
 
 
@@ -231,7 +232,10 @@ def _alpaca(row: Fields, rules: Rules) -> Row:
         given.append({"role": "system", "content": text_field(row, "system")})
     for pair in list_field(row, "history", "pairs of strings") if row.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise LineError(Reason.FIELD, f"history has {show(pair)}; it must hold pairs of strings")
+            remedy = "it must hold pairs of strings"
+            raise LineError(
+                Reason.FIELD, f"history has {show(pair)}; {remedy}", f"history has {kind_of(pair)}; {remedy}"
+            )
         given += ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
     given += ({"role": "user", "content": question}, {"role": "assistant", "content": text_field(row, "output")})
     messages = read_messages(given, "messages")
@@ -247,15 +251,15 @@ def _tools(row: Fields) -> tuple[dict[str, Any], ...]:
         try:
             tools = strict_json.loads(tools or "[]")
         except (ValueError, RecursionError) as error:
-            raise LineError(Reason.FIELD, f"tools is {show(tools)}, no JSON ({error}); write OpenAI's list") from None
+            public = "tools is a string that is no JSON; write OpenAI's list"
+            message = f"tools is {show(tools)}, no JSON ({error}); write OpenAI's list"
+            raise LineError(Reason.FIELD, message, public) from None
     if not isinstance(tools, list | None):
-        raise LineError(Reason.FIELD, f"tools is {show(tools)}; it must be OpenAI's list of tools")
+        raise wrong("tools", tools, "it must be OpenAI's list of tools")
     for n, tool in enumerate(tools or ()):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise LineError(
-                Reason.FIELD, f"tools[{n}] is {show(tool)}; it must be {{type: function, function: {{name, ...}}}}"
-            )
+            raise wrong(f"tools[{n}]", tool, "it must be {type: function, function: {name, ...}}")
     return tuple(tools or ())
 
 

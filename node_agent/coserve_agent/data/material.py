@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from coserve_agent.data.dataset import Dataset, LineSize
 from coserve_agent.data.files import find
-from coserve_agent.data.problems import Problems, Refusal
+from coserve_agent.data.problems import OTHER_NAMES, Problems, Refusal, is_name
+from coserve_agent.data.reader import NAME as UNWRITTEN_NAME
 from coserve_agent.data.reader import Reader
 from coserve_agent.errors import DatasetError
 from coserve_agent.order import StepOrder, capped, split
 from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_api.job import FailedReason
-from coserve_api.messages import FeedRefusal, FeedStatus
-from coserve_api.shards import MAX_SHARD_BYTES, Shard, shard_bytes
+from coserve_contract.messages import FeedRefusal, FeedStatus
+from coserve_contract.shards import MAX_SHARD_BYTES, Shard, shard_bytes
 
 _NAMES_SHOWN = 5
 
@@ -98,11 +100,12 @@ class Material:
             skipped_turns=problems.turns,
             skipped={reason.value: count for reason, count in problems.by_reason.most_common()},
             refusals=tuple(map(_refusal, problems.first)),
-            unknown_fields={_sendable(name)[:64]: count for name, count in problems.unknown_fields.most_common()},
+            unknown_fields=_names(problems.unknown_fields),
             notes=self._notes(),
             digest=self.digest,
             rendering=self.dataset.reader.digest,
             content=self._content,
+            windowed=True,
         )
 
     def report(self) -> Iterator[str]:
@@ -134,6 +137,18 @@ class Material:
         """Training shard `number`, from 1."""
         samples = self.dataset.samples(self.train.batch(number))
         return Shard(number, self.train.epoch_of(number), self.digest, tuple(samples))
+
+    def shard_bytes(self, number: int) -> int:
+        """What training shard `number` takes in Redis, at most."""
+        return self._bytes(self.dataset, self.train.batch(number))
+
+    def eval_shard_bytes(self, number: int) -> int:
+        """What held-out shard `number` takes."""
+        return self._bytes(self.held_out, self._eval_batch(number))
+
+    def _bytes(self, dataset: Dataset, ids: Sequence[int]) -> int:
+        sizes = [dataset.size(id) for id in ids]
+        return shard_bytes(sum(one.samples for one in sizes), sum(one.tokens for one in sizes))
 
     def eval_shard(self, number: int) -> Shard:
         """Held-out shard `number`, from 1."""
@@ -181,10 +196,9 @@ class Material:
             self._check_size(f"held-out shard {number}", self.held_out, self._eval_batch(number))
 
     def _check_size(self, name: str, dataset: Dataset, ids: Sequence[int]) -> None:
-        sizes = [dataset.size(id) for id in ids]
-        size = shard_bytes(sum(one.samples for one in sizes), sum(one.tokens for one in sizes))
+        size = self._bytes(dataset, ids)
         if size > MAX_SHARD_BYTES:
-            tokens = sum(one.tokens for one in sizes)
+            tokens = sum(dataset.size(id).tokens for id in ids)
             raise DatasetError(
                 FailedReason.INVALID_DATASET,
                 f"{name} would take {size} bytes ({len(ids)} lines, {tokens} tokens), and {MAX_SHARD_BYTES} are "
@@ -195,6 +209,14 @@ class Material:
 def _refusal(one: Refusal) -> FeedRefusal:
     file, message = _sendable(one.file)[-1024:], _sendable(one.message)[:512]
     return FeedRefusal(file=file, line=one.line, reason=one.reason.value, message=message)
+
+
+def _names(counts: Counter[str]) -> dict[str, int]:
+    """Fields by name, the most frequent first; what looks like no name may be content."""
+    shown: Counter[str] = Counter()
+    for name, count in counts.items():
+        shown[name if is_name(name) or name == UNWRITTEN_NAME else OTHER_NAMES] += count
+    return dict(shown.most_common())
 
 
 def _sendable(text: str) -> str:

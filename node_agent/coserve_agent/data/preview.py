@@ -25,7 +25,7 @@ from coserve_agent.settings import TerminalSettings
 from coserve_agent.template_variables import TemplateVariableError
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import FailedReason, OnInvalid
-from coserve_api.shards import Sample
+from coserve_contract.shards import Sample
 
 FIT, UNFIT, WRONG = 0, 1, 2
 _LINES = 3

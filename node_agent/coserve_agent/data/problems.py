@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +15,12 @@ NAMES = 32
 """Unknown fields that are counted by name; what comes later counts as OTHER_NAMES."""
 OTHER_NAMES = "(other names)"
 _LONGEST_NAME = 63
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,62}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a field's name looks like one, and not like content."""
+    return _NAME.fullmatch(text) is not None
 
 
 class Reason(StrEnum):
@@ -38,14 +45,14 @@ class Reason(StrEnum):
 class LineError(AgentError):
     """What is wrong with one line, and the remedy."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: Reason, message: str, public: str | None = None) -> None:
+        super().__init__(message, public)
         self.reason = reason
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A line that is left out; `line` counts from 1 in `file`."""
+    """A line that is left out; `line` counts from 1 in `file`; `message` holds none of its content."""
 
     file: str
     line: int

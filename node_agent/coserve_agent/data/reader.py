@@ -13,7 +13,7 @@ from coserve_agent.data.problems import LineError, Reason
 from coserve_agent.data.rows import Completion, Text, parse
 from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
 from coserve_api.job import DatasetFormat, Learn
-from coserve_api.shards import Sample
+from coserve_contract.shards import Sample
 
 T = TypeVar("T")
 NAME = "messages[].name"
@@ -80,7 +80,7 @@ class Reader:
                 case Text():
                     rendered = [self.renderer.text(row.text)]
         except RenderingError as error:
-            raise LineError(Reason.TEMPLATE, str(error)) from None
+            raise LineError(Reason.TEMPLATE, str(error), error.public) from None
         for one in rendered:
             self._check_vocabulary(one.tokens)
             if not isinstance(row, Text):
@@ -151,6 +151,6 @@ def _guarded(work: Callable[[], T]) -> T:
     except (LineError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic inside the tokenizer is no Exception
-        raise LineError(
-            Reason.UNREADABLE, f"cannot be read ({type(error).__name__}: {str(error)[:200]}); mend or delete it"
-        ) from None
+        name, remedy = type(error).__name__, "mend or delete it"
+        message = f"cannot be read ({name}: {str(error)[:200]}); {remedy}"
+        raise LineError(Reason.UNREADABLE, message, f"cannot be read ({name}); {remedy}") from None

@@ -6,6 +6,7 @@ learned: `weight` 0 or 1 (OpenAI, Mistral) and `train` true or false (Axolotl).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError, field_validator
 
 from coserve_agent import strict_json
 from coserve_agent.chat_message import ChatMessage, MessageError, fault, says_something
-from coserve_agent.data.problems import LineError, Reason
+from coserve_agent.data.problems import LineError, Reason, is_name
 from coserve_agent.rendering import Conversation
 from coserve_api.job import Learn
 
@@ -80,10 +81,14 @@ def parse(raw: bytes) -> dict[str, Any]:
         message = f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
         raise LineError(Reason.NOT_UTF8, message) from None
     except strict_json.HalfCharacterError as error:
-        raise LineError(Reason.SURROGATE, str(error)) from None
+        where = error.name if is_name(error.name) else "a field"
+        public = f"{where} holds half of a surrogate pair, which is no character; write whole characters"
+        raise LineError(Reason.SURROGATE, str(error), public) from None
     except (ValueError, RecursionError) as error:
-        message = f"is not JSON ({error}); each line must be one JSON object{_hint(text)}"
-        raise LineError(Reason.NOT_JSON, message) from None
+        rest = f"each line must be one JSON object{_hint(text)}"
+        raise LineError(
+            Reason.NOT_JSON, f"is not JSON ({error}); {rest}", f"is not JSON{_place(error)}; {rest}"
+        ) from None
     if not isinstance(row, dict):
         message = f"is a JSON {type(row).__name__}; each line must be one JSON object{_hint(text)}"
         raise LineError(Reason.NOT_JSON, message)
@@ -103,7 +108,7 @@ def text_field(row: Fields, field: str) -> str:
     """The string in `field`. Raises LineError."""
     value = row.get(field)
     if not isinstance(value, str):
-        raise LineError(Reason.FIELD, f"{field} is {show(value)}; it must be a string")
+        raise wrong(field, value, "it must be a string")
     return value
 
 
@@ -111,7 +116,7 @@ def list_field(row: Fields, field: str, of: str) -> list[Any]:
     """The list in `field`, not empty; `of` says of what. Raises LineError."""
     value = row.get(field)
     if not isinstance(value, list) or not value:
-        raise LineError(Reason.FIELD, f"{field} is {show(value)}; it must be a list of {of}")
+        raise wrong(field, value, f"it must be a list of {of}")
     return value
 
 
@@ -122,14 +127,18 @@ def read_messages(given: Sequence[Any], field: str) -> list[RowMessage]:
 
 def _message(given: Any, where: str) -> RowMessage:
     if not isinstance(given, dict):
-        raise LineError(Reason.FIELD, f"{where} is {show(given)}; it must be an object with role and content")
+        raise wrong(where, given, "it must be an object with role and content")
     try:
         message = RowMessage.model_validate(given)
     except ValidationError as error:
         path, what = fault(error)
         unknown = error.errors(include_url=False)[0]["type"] == "extra_forbidden"
         reason = Reason.UNKNOWN_FIELD if unknown else Reason.FIELD
-        raise LineError(reason, f"{where}{path and '.'}{path} {what}") from None
+        field = ".".join(
+            [where, *(part if is_name(part) or part.isdigit() else "…" for part in path.split(".") if part)]
+        )
+        public = f"{field} {_kind_of_fault(error)}"
+        raise LineError(reason, f"{where}{path and '.'}{path} {what}", public) from None
     if message.role != "assistant" and "content" not in message.model_fields_set:
         raise LineError(Reason.FIELD, f"{where}.content is missing; it must be a string or a list of text parts")
     if message.role != "assistant" and (message.weight or message.train):
@@ -138,6 +147,7 @@ def _message(given: Any, where: str) -> RowMessage:
             Reason.UNSUPPORTED,
             f"{where}.{field} asks to learn a message of role {message.role!r}; only the assistant's are learned here: "
             "remove it",
+            f"{where}.{field} asks to learn a message that is not the assistant's; only those are learned: remove it",
         )
     return message
 
@@ -170,7 +180,8 @@ def conversation(
     try:
         plain = tuple(message.plain(written) for message in messages)
     except MessageError as error:
-        raise LineError(Reason.UNSUPPORTED if error.unsupported else Reason.FIELD, str(error)) from None
+        reason = Reason.UNSUPPORTED if error.unsupported else Reason.FIELD
+        raise LineError(reason, str(error), error.public) from None
     answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
         raise LineError(
@@ -192,6 +203,38 @@ def conversation(
                 Reason.EMPTY_ANSWER, f"{where} is an empty answer, so there is nothing to learn; give it content"
             )
     return Conversation(plain, tools, None if learned == answers else frozenset(learned))
+
+
+def wrong(where: str, value: object, remedy: str) -> LineError:
+    """That the field at `where` has a value which it cannot have."""
+    return LineError(Reason.FIELD, f"{where} is {show(value)}; {remedy}", f"{where} is {kind_of(value)}; {remedy}")
+
+
+def kind_of(value: object) -> str:
+    """Of which kind a value is, and nothing of it."""
+    if value is None:
+        return "missing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    name = "string" if isinstance(value, str) else "list" if isinstance(value, list) else "object"
+    return f"an empty {name}" if not value else f"{'an' if name == 'object' else 'a'} {name}"
+
+
+def _kind_of_fault(error: ValidationError) -> str:
+    """What a model says of the first field that it refuses, and nothing of its value."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "missing":
+        return "is missing; it is required"
+    if first["type"] == "extra_forbidden":
+        return "is no field that is known here; remove it or set it to null"
+    return f"cannot be used: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _place(error: Exception) -> str:
+    """Where JSON ends to be JSON."""
+    return f" ({error.msg} at character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def show(value: object) -> str:

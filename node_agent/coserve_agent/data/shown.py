@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from coserve_agent.pieces import Pieces
-from coserve_api.shards import Sample
+from coserve_contract.shards import Sample
 
 LINE_END = "↵"
 _TAB = "⇥"

@@ -30,7 +30,8 @@ def build(lifecycle: Lifecycle, metrics: Metrics, meter: SloMeter, engine: Engin
     @app.get("/ready")
     async def ready() -> Response:
         reason = lifecycle.not_ready()
-        return JSONResponse({"status": reason or "ready"}, status_code=200 if reason is None else 503)
+        said = {"status": reason or "ready"} | ({} if lifecycle.slow is None else {"warning": lifecycle.slow})
+        return JSONResponse(said, status_code=200 if reason is None else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

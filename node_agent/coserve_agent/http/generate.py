@@ -49,10 +49,22 @@ class Served:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Unloaded:
+    """A name that should be served: its version did not load, or has not been loaded yet."""
+
+    failed: bool
+    retry_after_s: int
+
+
 class Models(Protocol):
     """The names that are served now."""
 
     def resolve(self, name: str) -> Served | None: ...
+
+    def unloaded(self, name: str) -> Unloaded | None:
+        """What is known of a published name that `resolve` does not find."""
+        ...
 
     def listing(self) -> list[Served]:
         """The base model first."""
@@ -179,18 +191,22 @@ class Generator:
             raise self._refused(503, "the model is being loaded; send the request again", "loading")
 
     def served(self, name: str) -> Served:
-        """Raises ApiError 404 naming what is served."""
+        """Raises ApiError 404 naming what is served, 503 for a name that is published and not loaded."""
         served = self.models.resolve(name)
-        if served is None and (not self._lifecycle.adapters_known or name in self._lifecycle.missing_adapters):
+        if served is not None:
+            return served
+        unloaded = self.models.unloaded(name)
+        if unloaded is not None and unloaded.failed:
+            message = f"model {name!r} is published and could not be loaded here; it is tried again"
+            raise self._refused(503, message, "adapter_not_loaded", unloaded.retry_after_s)
+        if unloaded is not None or not self._lifecycle.adapters_known:
             raise self._refused(
                 503, f"model {name!r} may be published but is not loaded yet; try again later", "loading"
             )
-        if served is None:
-            known = ", ".join(one.name for one in self.models.listing())
-            raise ApiError(
-                404, f"model {name!r} is not served here; served are: {known}", param="model", code="model_not_found"
-            )
-        return served
+        known = ", ".join(one.name for one in self.models.listing())
+        raise ApiError(
+            404, f"model {name!r} is not served here; served are: {known}", param="model", code="model_not_found"
+        )
 
     def check_choices(self, prompts: int, request: Common) -> None:
         """Raises ApiError 400 for more choices than may ever wait, before anything is done for them."""
@@ -303,11 +319,10 @@ class Generator:
         room = limit - prompt_tokens
         return min(self.defaults.max_tokens or room, room) if max_tokens is None else max_tokens
 
-    def _refused(self, status: int, message: str, code: str) -> ApiError:
+    def _refused(self, status: int, message: str, code: str, retry_after_s: int = RETRY_AFTER_S) -> ApiError:
         self._meter.refused()
         self._metrics.on_request("refused")
-        retry_after_s = None if status == 500 else RETRY_AFTER_S
-        return ApiError(status, message, code=code, retry_after_s=retry_after_s)
+        return ApiError(status, message, code=code, retry_after_s=None if status == 500 else retry_after_s)
 
 
 def _said(value: T | None, default: T) -> T:

@@ -9,6 +9,7 @@ import pytest
 from data_rows import GOOD, reader_of, samples_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
 
 from coserve_agent.data import reader as reader_module
 from coserve_agent.data.problems import LineError, Reason
@@ -133,3 +134,85 @@ def test_an_id_beyond_the_models_vocabulary_is_the_lines_error(tokenizer: Tokeni
     with pytest.raises(LineError, match=rf"has token {last}, .* no row for \(vocab_size is {last}\)") as caught:
         samples_of(tokenizer, GOOD, vocab_size=last)
     assert caught.value.reason is Reason.VOCABULARY
+
+
+# ---- what leaves the pod ----
+
+SECRET = "zq7secret"
+
+
+def marked(value: Any) -> Any:
+    """`value` with a secret in each of its strings, but where a role or a type decides what becomes of it."""
+    if isinstance(value, str):
+        return value if value in ("user", "assistant", "text", "function_call") else f"{value} {SECRET} {value}"
+    if isinstance(value, list):
+        return [marked(one) for one in value]
+    if isinstance(value, dict):
+        return {name if name in NAMES else f"{SECRET} {name}": marked(one) for name, one in value.items()}
+    return 70_731_234 if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+NAMES = frozenset(
+    ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "history",
+     "tools", "text", "label", "role", "content", "from", "value", "weight", "train", "tool_calls", "function", "name",
+     "arguments", "id", "type", "reasoning_content", "tool_call_id")
+)  # fmt: skip
+
+
+@ANY
+@given((VALUES | ROWS).map(marked), st.sampled_from(DatasetFormat), st.booleans())
+def test_what_is_said_in_public_holds_nothing_of_the_line(
+    rich: Tokenizer, row: Any, format: DatasetFormat, cut: bool
+) -> None:
+    """Negative control: what is said here, where the line lies, does."""
+    raw = json.dumps(row).encode("utf-8", "surrogatepass")
+    try:
+        reading = reader_of(rich, format=format).detected(raw).read(7, raw[:-1] if cut else raw)
+    except LineError as error:
+        assert SECRET not in error.public
+        assert "70731234" not in error.public
+        return
+    assert not any(SECRET in error.public for error in reading.refused)
+
+
+@pytest.mark.parametrize(
+    ("row", "here", "public"),
+    [
+        ({"text": 70_731_234}, "text is 70731234; it must be a string", "text is a number; it must be a string"),
+        (
+            {"conversations": [{"from": SECRET, "value": "x"}]},
+            f"conversations[0].from is '{SECRET}'",
+            "conversations[0].from is a string; it must be one of human",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", SECRET + " x": 5}]},
+            f"messages[0].{SECRET} x is 5: it is no field",
+            "messages[0].… is no field that is known here; remove it",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": SECRET}]}, {"role": "assistant", "content": "b"}]},
+            f"type '{SECRET}'",
+            "a content part of another type than 'text'",
+        ),
+        (b'{"text": zq7secret}', "is not JSON (Expecting value", "is not JSON (Expecting value at character 10)"),
+        ({SECRET + " x": 1}, f"has {SECRET} x; it must", "has no such field; it must have messages"),
+    ],
+)
+def test_a_refusal_quotes_the_line_where_it_lies_and_names_the_field_in_public(
+    rich: Tokenizer, row: Any, here: str, public: str
+) -> None:
+    with pytest.raises(LineError) as caught:
+        samples_of(rich, row)
+    assert here in str(caught.value)
+    assert public in caught.value.public
+    assert SECRET not in caught.value.public
+
+
+def test_a_templates_own_words_are_not_said_in_public(rich: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise TemplateError(f"unexpected {SECRET}")
+
+    monkeypatch.setattr("coserve_agent.chat_template._Environment.bounded", refuse)
+    with pytest.raises(LineError, match=SECRET) as caught:
+        samples_of(rich, GOOD)
+    assert caught.value.public.startswith("messages[1]: the chat template does not accept these messages; change")

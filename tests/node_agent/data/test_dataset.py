@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from data_rows import GOOD, TURNS, learned, load, samples_of, write
+from data_rows import GOOD, TURNS, learned, line_of, load, reader_of, samples_of, write
 
+from coserve_agent.data.problems import LineError
 from coserve_agent.errors import DatasetError
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, FailedReason, OnInvalid
@@ -107,7 +108,11 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer, row: object, 
         load(path, tokenizer)
     assert caught.value.line == 2
     assert caught.value.reason is FailedReason.INVALID_DATASET
-    assert all(word in str(caught.value) for word in ["data.jsonl, line 2", *words]), str(caught.value)
+    with pytest.raises(LineError) as quoting:
+        raw = path.read_bytes().splitlines(keepends=True)[1]
+        reader_of(tokenizer).detected(line_of(GOOD)).read(2, raw)
+    assert all(word in str(quoting.value) for word in words), str(quoting.value)
+    assert str(caught.value) == f"{path}, line 2: {quoting.value.public}"
     skipping = load(path, tokenizer, OnInvalid.SKIP)
     assert (skipping.ids, skipping.problems.lines) == ((1, 3), 1)
 
@@ -147,7 +152,7 @@ def test_files_that_cannot_be_used_at_all(tmp_path: Path, tokenizer: Tokenizer) 
 
 def test_half_of_a_surrogate_pair_is_a_line_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
     line = b'{"messages": [{"role": "user", "content": "a\\ud83d"}, {"role": "assistant", "content": "b"}]}'
-    with pytest.raises(DatasetError, match=r"line 2: messages.0.content holds \\ud83d, half of a surrogate pair"):
+    with pytest.raises(DatasetError, match=r"line 2: messages holds half of a surrogate pair, which"):
         load(write(tmp_path, GOOD, line), tokenizer)
     assert load(write(tmp_path, GOOD, line), tokenizer, OnInvalid.SKIP).problems.lines == 1
 

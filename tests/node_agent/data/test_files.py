@@ -91,7 +91,7 @@ def test_a_path_may_be_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_error_names_the_file_and_its_own_line(folder: Path, tokenizer: Tokenizer) -> None:
     write(folder, {"text": "one"}, {"text": 5}, name="b.jsonl")
-    with pytest.raises(DatasetError, match=r"b.jsonl, line 2: text is 5") as caught:
+    with pytest.raises(DatasetError, match=r"b.jsonl, line 2: text is a number; it must be") as caught:
         Dataset(find(folder, folder)[0], reader_of(tokenizer), OnInvalid.FAIL)
     assert caught.value.line == 2
     skipping = Dataset(find(folder, folder)[0], reader_of(tokenizer), OnInvalid.SKIP)
@@ -131,7 +131,7 @@ def test_other_types_of_parquet(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_parquet(tmp_path / "x.parquet", [{"text": b"one", "when": when, "price": price, "raw": b"\xff"}])
     assert read(load(path, tokenizer), tokenizer) == ["one"], "old writers have bytes for text"
     for value in (when, price, b"\xff"):
-        with pytest.raises(DatasetError, match=r"text is {'type': .*; it must be a string"):
+        with pytest.raises(DatasetError, match=r"text is an object; it must be a string"):
             load(write_parquet(tmp_path / "y.parquet", [{"text": value}]), tokenizer)
 
 

@@ -24,8 +24,8 @@ from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
-from coserve_api.keys import Keys
-from coserve_api.messages import (
+from coserve_contract.keys import Keys
+from coserve_contract.messages import (
     Binding,
     BindingSpec,
     Checkpoint,
@@ -34,8 +34,8 @@ from coserve_api.messages import (
     Heartbeat,
     Released,
 )
-from coserve_api.scripts import Binder
-from coserve_api.store import JobRecord, Store
+from coserve_contract.scripts import Binder
+from coserve_contract.store import JobRecord, Store
 
 ENDPOINT = "endpoint-1"
 STEPS = 24

@@ -18,7 +18,7 @@ from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import Schedule
-from coserve_api.messages import AdapterRecord, Completed
+from coserve_contract.messages import AdapterRecord, Completed
 
 FAMILIES = ("qwen3", "deepseek_r1_distill", "mistral", "llama3_2", "gemma3")
 STEPS = 120

@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 
-from coserve_api.connect import command
-from coserve_api.messages import Completed, Desired, Failed, Released
+from coserve_api.job import PublishPolicy
+from coserve_contract.connect import command
+from coserve_contract.messages import Completed, Desired, Released
 
 
 async def test_a_killed_agents_job_goes_on_elsewhere_with_nothing_lost_or_doubled(cluster: Any) -> None:
@@ -63,6 +64,33 @@ async def test_a_stopped_job_is_given_back_and_goes_on(cluster: Any) -> None:
     result = await cluster.result(cluster.a)
     assert isinstance(result, Completed), result
     cluster.check_adapter(result, material)
+
+
+async def test_what_changes_of_a_binding_reaches_the_job_that_runs(cluster: Any) -> None:
+    agent = await cluster.agent()
+    await cluster.feed_some(cluster.a, 7)
+    binding = await cluster.bind(cluster.a, agent, checkpoint_every_steps=20, publish=PublishPolicy.ALWAYS)
+
+    async def under_way() -> bool:
+        progress = (await cluster.record(cluster.a)).progress
+        return progress is not None and progress.step == 7
+
+    await cluster.until(under_way)
+    changes = {"checkpoint_every_steps": 4, "checkpoint_keep": 3, "publish": PublishPolicy.NEVER, "priority": 2}
+    changes |= {"max_slowdown_percent": 20}
+    changed = binding.model_copy(update={"spec": binding.spec.model_copy(update=changes)})
+    assert await cluster.binder.rebrief(cluster.a, agent.id, changed) is None
+
+    async def taken_over() -> bool:
+        return "goes on from step 7 with" in agent.log and "'max_slowdown_percent': 20" in agent.log
+
+    await cluster.until(taken_over)
+    cluster.feed(cluster.a)
+    result = await cluster.result(cluster.a)
+    assert isinstance(result, Completed), result
+    assert (result.adapter, result.publish, result.step) == (None, PublishPolicy.NEVER, cluster.steps)
+    folders = sorted(path.name for path in (cluster.artifacts / f"jobs/{cluster.a}/e1").iterdir())
+    assert folders == ["s16", "s20", "s24"]
 
 
 async def test_an_agent_told_to_end_gives_its_job_back_and_serves_meanwhile(cluster: Any, redis_server: Any) -> None:
@@ -145,7 +173,34 @@ async def test_a_corrupt_checkpoint_falls_back_to_the_one_before(cluster: Any) -
     assert "optimizer.safetensors" in progress.rewound
 
 
-async def test_a_job_without_a_whole_checkpoint_fails_and_says_so(cluster: Any) -> None:
+async def test_a_job_whose_artifact_store_is_away_is_given_back_and_goes_on_later(cluster: Any) -> None:
+    """A file stands where its folder was: nothing below it can be opened or made."""
+    agent = await cluster.agent()
+    material = cluster.feed(cluster.b)
+    await cluster.bind(cluster.b, agent, adapter_name="undisturbed")
+    expected = cluster.check_adapter(await cluster.result(cluster.b), material)
+    await cluster.feed_some(cluster.a, 7)
+    await cluster.bind(cluster.a, agent)
+    await cluster.step_reached(cluster.a, 7)
+    away = cluster.artifacts.with_name("away")
+    cluster.artifacts.rename(away)
+    try:
+        cluster.artifacts.touch()
+        cluster.feed(cluster.a)
+        released = await cluster.result(cluster.a)
+    finally:
+        cluster.artifacts.unlink()
+        away.rename(cluster.artifacts)
+    assert isinstance(released, Released), released
+    assert (released.reason, released.step) == ("ArtifactStoreError", 5)
+    assert agent.log.count("tries again in") == 2
+    record = await cluster.record(cluster.a)
+    assert record.checkpoint is not None
+    await cluster.bind(cluster.a, agent, resume=record.checkpoint)
+    assert cluster.check_adapter(await cluster.result(cluster.a), material) == expected
+
+
+async def test_a_job_without_a_whole_checkpoint_is_given_back_and_says_so(cluster: Any) -> None:
     first, second = await cluster.agents()
     await cluster.feed_some(cluster.a, 6)
     await cluster.bind(cluster.a, first)
@@ -155,12 +210,12 @@ async def test_a_job_without_a_whole_checkpoint_fails_and_says_so(cluster: Any) 
         manifest.unlink()
     await cluster.bind(cluster.a, second)
     result = await cluster.result(cluster.a)
-    assert isinstance(result, Failed), result
+    assert isinstance(result, Released), result
     assert result.reason == "ArtifactStoreError"
     assert "manifest.json" in result.message
 
 
-async def test_an_agent_that_computes_otherwise_fails_the_job_at_once(cluster: Any) -> None:
+async def test_an_agent_that_computes_otherwise_gives_the_job_back_at_once(cluster: Any) -> None:
     """Another try would end alike, and an older checkpoint, too."""
     first = await cluster.agent()
     await cluster.feed_some(cluster.a, 6)
@@ -170,7 +225,7 @@ async def test_an_agent_that_computes_otherwise_fails_the_job_at_once(cluster: A
     second = await cluster.agent(dtype="bfloat16")
     await cluster.bind(cluster.a, second)
     result = await cluster.result(cluster.a)
-    assert isinstance(result, Failed), result
+    assert isinstance(result, Released), result
     assert result.reason == "EndpointRejected"
     assert "dtype is float32, and this engine's is bfloat16" in result.message
     assert "set engine.dtype of the endpoint to float32" in result.message
@@ -213,12 +268,11 @@ async def test_an_unbound_job_is_dropped(cluster: Any) -> None:
 async def test_a_job_that_is_bound_again_and_again_loses_and_doubles_nothing(cluster: Any) -> None:
     """Each binding takes the job from an agent in the middle of a step, a checkpoint, or an evaluation."""
     agents = await cluster.agents()
-    material = cluster.feed(cluster.a)
+    await cluster.feed_some(cluster.a, cluster.steps - 1)
     for turn in range(6):
         await cluster.bind(cluster.a, agents[turn % 2], checkpoint_every_steps=2)
         await asyncio.sleep(0.55 + 0.07 * turn)
-        if (await cluster.record(cluster.a)).result is not None:
-            break
+    material = cluster.feed(cluster.a)
     result = await cluster.result(cluster.a)
     assert isinstance(result, Completed), result
     cluster.check_adapter(result, material)

@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from coserve_api.job import PublishPolicy
-from coserve_api.messages import AdapterRecord, Completed, Failed, Start
+from coserve_contract.messages import AdapterRecord, Checkpoint, Completed, Failed, Released, Start
 
 BEST: dict[str, Any] = {"publish": PublishPolicy.BEST, "eval_every_steps": 2, "learning_rate": 5e-2}
 CONTINUED: dict[str, Any] = {"rank": None, "alpha": None, "target_modules": None}
@@ -61,6 +63,39 @@ async def test_the_best_of_a_killed_job_is_that_of_one_that_ran_through(cluster:
     assert (weights(whole) == weights(last)) == (undisturbed.best.step == cluster.steps)
 
 
+async def test_held_out_samples_go_through_a_window_and_come_back_where_their_file_is_damaged(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses and the weights are those of a job whose samples lay in Redis as a whole."""
+    first, second = await cluster.agents()
+    cluster.feed(cluster.a)
+    await cluster.bind(cluster.a, second, **BEST)
+    undisturbed = await cluster.result(cluster.a)
+    assert isinstance(undisturbed, Completed), undisturbed
+    await cluster.feed_some(cluster.b, 13)
+    await cluster.bind(cluster.b, first, adapter_name="narrow", **BEST)
+    record = await cluster.step_reached(cluster.b, 13)
+    assert record.progress.eval_cursor == cluster.material.eval_shards == 2
+    assert await cluster.store.read_eval(cluster.b) == []
+    first.kill()
+    file = cluster.artifacts / "jobs" / cluster.b / "held_out.shards"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setattr("coserve_agent.feeder.SHARD_BOUND", 1)
+    cluster.feed(cluster.b)
+    await cluster.bind(cluster.b, second, resume=record.checkpoint, adapter_name="narrow", **BEST)
+    result = await cluster.result(cluster.b)
+    assert isinstance(result, Completed), result
+    assert (result.best, result.evaluations) == (undisturbed.best, undisturbed.evaluations)
+    published = [cluster.artifacts / one.adapter.path for one in (undisturbed, result)]
+    assert weights(published[0]) == weights(published[1])
+
+    async def removed() -> bool:
+        return not file.exists()
+
+    await cluster.until(removed)
+
+
 async def test_a_job_without_patience_left_is_complete_and_its_feeder_ends(cluster: Any) -> None:
     """It learns nothing, so all losses are equal: the earliest is the best, and there is nothing to publish."""
     agent = await cluster.agent()
@@ -104,6 +139,53 @@ async def test_a_job_goes_on_from_a_published_adapter(cluster: Any) -> None:
     await cluster.until(listed)
 
 
+def resumed(source: Checkpoint, **shape: Any) -> dict[str, Any]:
+    return CONTINUED | {"start": Start(path=source.path, sha256=source.sha256, **shape), "resume": source}
+
+
+async def test_a_job_resumes_from_another_jobs_checkpoint_to_the_bits_of_one_that_ran_through(cluster: Any) -> None:
+    agent = await cluster.agent()
+    material = cluster.feed(cluster.b)
+    await cluster.bind(cluster.b, agent, adapter_name="whole")
+    expected = cluster.check_adapter(await cluster.result(cluster.b), material)
+    await cluster.feed_some(cluster.a, 13)
+    await cluster.bind(cluster.a, agent, adapter_name="first")
+    source = (await cluster.step_reached(cluster.a, 13)).checkpoint
+    await cluster.store.delete_job(cluster.a)  # as its FinetuneJob's end does
+    other = f"{cluster.a}-resumed"
+    cluster.feed(other)
+    await cluster.bind(other, agent, adapter_name="resumed", **resumed(source, rank=4))
+    result = await cluster.result(other)
+    assert isinstance(result, Completed), result
+    assert (source.step, result.step, result.rank) == (10, cluster.steps, 4)
+    assert cluster.check_adapter(result, material) == expected
+    assert sorted(path.name for path in (cluster.artifacts / f"jobs/{other}/e1").iterdir()) == ["s20", "s24"]
+    assert (cluster.artifacts / source.path).is_dir(), "the other job's checkpoint is left alone"
+
+
+async def test_a_checkpoint_that_does_not_fit_is_refused_by_name(cluster: Any) -> None:
+    agent = await cluster.agent()
+    cluster.feed(cluster.a)
+    await cluster.bind(cluster.a, agent, publish=PublishPolicy.NEVER)
+    assert isinstance(await cluster.result(cluster.a), Completed)
+    source = (await cluster.record(cluster.a)).checkpoint
+    cluster.feed(cluster.b)
+    await cluster.bind(cluster.b, agent, **resumed(source, rank=16))
+    failed = await cluster.result(cluster.b)
+    assert isinstance(failed, Failed), failed
+    assert failed.reason == "InvalidCheckpoint"
+    assert "resumeFrom: the job's adapter.rank is 16, and the checkpoint's is 4" in failed.message
+    changed = source.model_copy(update={"sha256": "0" * 64})
+    third = f"{cluster.b}-third"
+    cluster.feed(third)
+    await cluster.bind(third, agent, **resumed(changed))
+    released = await cluster.result(third)
+    assert isinstance(released, Released), released
+    assert released.reason == "ArtifactStoreError"
+    assert f"expected {'0' * 64}" in released.message
+    assert "resumeFrom" in released.message
+
+
 async def test_an_adapter_that_is_not_what_the_job_says_fails_it_by_name(cluster: Any) -> None:
     agent = await cluster.agent()
     cluster.feed(cluster.a)
@@ -121,10 +203,10 @@ async def test_an_adapter_that_is_not_what_the_job_says_fails_it_by_name(cluster
 
 async def test_a_version_that_was_changed_is_not_gone_on_from(cluster: Any) -> None:
     agent = await cluster.agent()
-    cluster.feed(cluster.a)
-    start = Start(path="adapters/none", sha256="0" * 64)
-    await cluster.bind(cluster.a, agent, start=start, **CONTINUED)
-    failed = await cluster.result(cluster.a)
-    assert isinstance(failed, Failed), failed
-    assert failed.reason == "ArtifactStoreError"
-    assert "adapter.from" in failed.message
+    for job, sha256 in ((cluster.a, "0" * 64), (cluster.b, None)):
+        cluster.feed(job)
+        await cluster.bind(job, agent, start=Start(path="adapters/none", sha256=sha256), **CONTINUED)
+        released = await cluster.result(job)
+        assert isinstance(released, Released), released
+        assert released.reason == "ArtifactStoreError"
+        assert "adapter.from" in released.message

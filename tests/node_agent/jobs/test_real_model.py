@@ -31,8 +31,8 @@ from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import OnInvalid, Schedule
-from coserve_api.messages import Completed
-from coserve_api.shards import Sample
+from coserve_contract.messages import Completed
+from coserve_contract.shards import Sample
 from coserve_engine.config import LINEARS
 from coserve_engine.formats.model_folder import read_model_config
 from coserve_engine.messages import LoraSpec

@@ -1,0 +1,1 @@
+"""What was decided, carried out at the API server: objects, statuses, events."""

@@ -1,0 +1,45 @@
+"""How long a job may go on, and how long it stays when it is over, as for a batch/v1 Job."""
+
+from datetime import datetime, timedelta
+
+from coserve_api.conditions import find_condition
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
+from coserve_api.job_status import JobCondition
+from coserve_operator.decide.published import recorded
+
+
+def deadline_left_s(job: FinetuneJob, now: datetime) -> float | None:
+    """Return in how many seconds the job's deadline passes; None where none runs: it has not begun, or is suspended.
+
+    A batch/v1 Job that is resumed gets another startTime. Here that is kept, since it freezes the spec, and the time of
+    the condition Suspended is taken in its place.
+    """
+    limit, status = job.spec.active_deadline_seconds, job.status
+    if limit is None or status.start_time is None or job.spec.suspend:
+        return None
+    since = datetime.fromisoformat(status.start_time)
+    suspended = find_condition(status.conditions, JobCondition.SUSPENDED)
+    if suspended is not None:
+        if suspended.status == "True":
+            return None  # it is being resumed by this pass
+        since = max(since, datetime.fromisoformat(suspended.last_transition_time))
+    return limit - (now - since) / timedelta(seconds=1)
+
+
+def deadline_message(job: FinetuneJob) -> str:
+    """Return what to tell of a job whose deadline has passed."""
+    last = job.status.checkpoint
+    kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last.step} stays"
+    return f"spec.activeDeadlineSeconds is {job.spec.active_deadline_seconds}, and the job was not done by then; {kept}"
+
+
+def ttl_left_s(job: FinetuneJob, endpoint: InferenceEndpoint | None, now: datetime) -> float | None:
+    """Return in how many seconds a job that is over is to be deleted; None while that is not known.
+
+    An adapter that it published is first in the endpoint's status, which keeps it.
+    """
+    ttl, ended = job.spec.ttl_seconds_after_finished, job.status.completion_time
+    if ttl is None or ended is None or (endpoint is not None and not recorded(job, endpoint)):
+        return None
+    return ttl - (now - datetime.fromisoformat(ended)) / timedelta(seconds=1)

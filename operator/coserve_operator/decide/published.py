@@ -1,0 +1,158 @@
+"""Which adapter versions an endpoint has, and which of them it serves: the newest of each name, unless spec.adapters
+says otherwise.
+
+They outlive their jobs: deleting a FinetuneJob takes nothing away from those who call its adapter.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coserve_api.adapters import MAX_ADAPTERS, MAX_OLDER, AdapterOverride, AdapterState, AdapterStatus, AdapterVersion
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.errors import InvalidValueError
+from coserve_api.job import DEFAULT_RANK, FinetuneJob
+from coserve_api.job_status import PublishedAdapter
+from coserve_api.uris import artifact_uri, relative_path
+from coserve_contract.messages import AdapterRecord
+
+Versions = Mapping[str, tuple[AdapterRecord, ...]]
+"""Of each name, newest first; at least one."""
+
+
+def published(
+    endpoint: InferenceEndpoint,
+    jobs: Iterable[tuple[FinetuneJob, PublishedAdapter | None]],
+    in_redis: Mapping[str, AdapterRecord],
+) -> Versions:
+    """Return the known versions, from the endpoint's status, its jobs' adapters and what Redis holds; never more names
+    than a status takes, whatever Redis holds.
+    """
+    found: dict[str, dict[int, AdapterRecord]] = {}
+    for record in (*_of_status(endpoint), *_of_jobs(endpoint, jobs), *in_redis.values()):
+        if record.name in found or len(found) < MAX_ADAPTERS:
+            found.setdefault(record.name, {}).setdefault(record.number, record)
+    return {name: tuple(each[number] for number in sorted(each, reverse=True)) for name, each in found.items()}
+
+
+def served(endpoint: InferenceEndpoint, known: Versions) -> dict[str, AdapterRecord]:
+    """Return what agents are to serve under each name."""
+    overrides = {each.name: each for each in endpoint.spec.adapters}
+    now = {each.name: each.served_version for each in endpoint.status.adapters}
+    chosen = {name: _chosen(overrides.get(name), versions, now.get(name)) for name, versions in known.items()}
+    return {name: record for name, record in chosen.items() if record is not None}
+
+
+def _chosen(
+    override: AdapterOverride | None, versions: tuple[AdapterRecord, ...], now: int | None
+) -> AdapterRecord | None:
+    """Return the version to serve, if any. Where a pinned one is not known, what is served `now` stays."""
+    if override is None:
+        return versions[0]
+    if override.state is AdapterState.ABSENT:
+        return None
+    if override.version is None:
+        return versions[0]
+    by_number = {each.number: each for each in versions}
+    return by_number.get(override.version) or by_number.get(now or 0)
+
+
+def greatest_rank(known: Versions) -> int:
+    """Return the greatest rank of a known version; spec.finetuning.maxRank may have been lowered since."""
+    return max((each.rank for versions in known.values() for each in versions), default=0)
+
+
+def trained_rank(jobs: Iterable[FinetuneJob]) -> int:
+    """Return the greatest rank of a job that has begun and is not over: it goes on where agents have room for it."""
+    begun = (job for job in jobs if job.status.start_time is not None and job.status.completion_time is None)
+    return max((job.spec.adapter.rank or DEFAULT_RANK for job in begun if job.spec.adapter.source is None), default=0)
+
+
+def next_number(name: str, endpoint: InferenceEndpoint, known: Versions) -> int:
+    """Return the number of the next version of `name`."""
+    in_status = max((each.version for each in endpoint.status.adapters if each.name == name), default=0)
+    return max(in_status, known[name][0].number if name in known else 0) + 1
+
+
+def statuses(
+    endpoint: InferenceEndpoint, known: Versions, serving: Mapping[str, AdapterRecord], loaded: Mapping[str, int]
+) -> tuple[AdapterStatus, ...]:
+    """Return the status of each name; `loaded` says how many agents have the version that is to be served."""
+    store = endpoint.spec.artifact_store.uri
+    return tuple(
+        AdapterStatus(
+            name=name,
+            served_version=serving[name].number if name in serving else None,
+            ready_agents=loaded.get(name, 0),
+            older=tuple(AdapterVersion(**_told(store, each)) for each in _kept(versions[1:], serving.get(name))),
+            **_told(store, versions[0]),
+        )
+        for name, versions in sorted(known.items())
+    )
+
+
+def _told(store: str, record: AdapterRecord) -> dict[str, Any]:
+    """Return what a status says of a version."""
+    return {
+        "version": record.number,
+        "uri": artifact_uri(store, record.path),
+        "sha256": record.sha256,
+        "rank": record.rank,
+        "job_uid": record.job_uid,
+    }
+
+
+def _kept(older: tuple[AdapterRecord, ...], serving: AdapterRecord | None) -> tuple[AdapterRecord, ...]:
+    """Return the newest of them; one that is served is among them."""
+    if serving is None or serving not in older[MAX_OLDER:]:
+        return older[:MAX_OLDER]
+    return (*older[: MAX_OLDER - 1], serving)
+
+
+def recorded(job: FinetuneJob, endpoint: InferenceEndpoint) -> bool:
+    """Return whether the endpoint keeps the job's adapter by itself, or never had it."""
+    adapter = job.status.adapter
+    if adapter is None or _of_an_earlier_endpoint(job, endpoint):
+        return True
+    return any(each.name == adapter.name and each.version >= adapter.version for each in endpoint.status.adapters)
+
+
+def _of_an_earlier_endpoint(job: FinetuneJob, endpoint: InferenceEndpoint) -> bool:
+    """Return whether the job published on another endpoint of this name, perhaps with another model."""
+    made = endpoint.metadata.creation_timestamp or ""
+    return (job.status.completion_time or made) < made
+
+
+def _of_jobs(
+    endpoint: InferenceEndpoint, jobs: Iterable[tuple[FinetuneJob, PublishedAdapter | None]]
+) -> Iterable[AdapterRecord]:
+    for job, adapter in jobs:
+        if adapter is None or _of_an_earlier_endpoint(job, endpoint):
+            continue
+        try:
+            path = relative_path(endpoint.spec.artifact_store.uri, adapter.uri)
+        except InvalidValueError:
+            continue
+        yield AdapterRecord(
+            name=adapter.name,
+            number=adapter.version,
+            path=path,
+            sha256=adapter.sha256,
+            job_uid=job.metadata.uid,
+            rank=adapter.rank or job.spec.adapter.rank or DEFAULT_RANK,
+        )
+
+
+def _of_status(endpoint: InferenceEndpoint) -> Iterable[AdapterRecord]:
+    store = endpoint.spec.artifact_store.uri
+    for each in endpoint.status.adapters:
+        versions: tuple[AdapterStatus | AdapterVersion, ...] = (each, *each.older)
+        for one in versions:
+            if one.sha256:
+                yield AdapterRecord(
+                    name=each.name,
+                    number=one.version,
+                    path=relative_path(store, one.uri),
+                    sha256=one.sha256,
+                    job_uid=one.job_uid,
+                    rank=one.rank,
+                )

@@ -1,0 +1,1 @@
+"""The objects that an endpoint and a job own, as manifests."""

@@ -1,0 +1,212 @@
+"""What Redis holds of many endpoints, in two round trips. Tenants write it: none of it is trusted.
+
+Strings are read by range, sets and hashes by count, and a reply has a bound of bytes. What does not read is what is not
+known of that endpoint, and is said in its status; no endpoint's content keeps another from being read.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+
+from coserve_api.errors import InvalidValueError, MessageError
+from coserve_contract.connect import command_time
+from coserve_contract.keys import Keys
+from coserve_contract.messages import (
+    MESSAGE_BYTES,
+    AdapterRecord,
+    Binding,
+    Heartbeat,
+    Message,
+)
+from coserve_contract.store import STRINGS, job_record
+from coserve_operator.decide.observed import RedisView, Unreadable
+from coserve_operator.redis.bounded import ReplyTooLargeError
+
+logger = logging.getLogger(__name__)
+
+MOST_AGENTS, MOST_ADAPTERS, MOST_JOBS = 1024, 1024, 20_000
+INVALID_CONTENT = "InvalidContent"
+_DELETE = "delete the key, and its writer writes it anew"
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+Wants = Mapping[str, Sequence[str]]
+"""Job uids by endpoint uid."""
+Found = dict[str, RedisView | Unreadable]
+Settled = Callable[[str, bool], bool]
+"""Of an endpoint, and whether it has no incarnation: whether a missing heartbeat proves something."""
+
+
+async def read(redis: Redis, wants: Wants, settled: Settled) -> Found:
+    """Return what Redis holds of each endpoint and of the jobs given for it.
+
+    RedisError, OSError: Redis could not be asked.
+    """
+    try:
+        return await _read(redis, wants, settled)
+    except ReplyTooLargeError as error:
+        if len(wants) == 1:
+            return {uid: _foreign(uid, str(error)) for uid in wants}
+    found: Found = {}
+    for uid, jobs in wants.items():  # it is one of them
+        found |= await read(redis, {uid: jobs}, settled)
+    return found
+
+
+async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
+    first = redis.pipeline(transaction=False)
+    for uid, jobs in wants.items():
+        keys = Keys(uid)
+        first.getrange(keys.incarnation(), 0, 255)
+        first.zrange(keys.agents(), 0, MOST_AGENTS)
+        first.srandmember(keys.jobs(), MOST_JOBS + 1)
+        first.hrandfield(keys.adapters(), MOST_ADAPTERS + 1, withvalues=True)
+        for job in jobs:
+            first.hmget(keys.fence(job), ["epoch", "agent"])
+            for name in STRINGS:
+                first.getrange(name(keys, job), 0, MESSAGE_BYTES)
+            first.xlen(keys.shards(job))
+            first.xlen(keys.eval(job))
+    answers = iter(await _execute(first))
+    replies = {uid: _Replies.of(Keys(uid), jobs, answers) for uid, jobs in wants.items()}
+    second = redis.pipeline(transaction=False)
+    for each in replies.values():
+        for agent in each.agents:
+            second.getrange(each.keys.agent(agent), 0, MESSAGE_BYTES)
+        for job, agent in each.bound:
+            second.hget(each.keys.bindings(agent), job)
+    answers = iter(await _execute(second))
+    return {uid: each.finish(answers, settled) for uid, each in replies.items()}
+
+
+async def _execute(pipeline: Pipeline) -> list[Any]:
+    """Return an answer for each command, an exception where its key is of another type."""
+    if not len(pipeline):
+        return []
+    async with command_time():
+        answers = list(await pipeline.execute(raise_on_error=False))
+    for answer in answers:
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
+            raise answer  # Redis is busy, or has no memory left
+    return answers
+
+
+def _foreign(uid: str, problem: str) -> Unreadable:
+    return Unreadable(INVALID_CONTENT, f"keys {Keys(uid).prefix}*: {problem}; delete what is not coserve's")
+
+
+@dataclass
+class _Replies:
+    """Of one endpoint. Messages that do not read are `broken`; `unreadable` is why nothing is known at all."""
+
+    keys: Keys
+    incarnation: str = ""
+    agents: list[str] = field(default_factory=list)
+    known: frozenset[str] = frozenset()
+    adapters: dict[bytes, bytes] = field(default_factory=dict)
+    jobs: dict[str, tuple[Any, list[Any], list[Any]]] = field(default_factory=dict)
+    bound: list[tuple[str, str]] = field(default_factory=list)
+    broken: list[MessageError] = field(default_factory=list)
+    unreadable: str = ""
+
+    @classmethod
+    def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any]) -> "_Replies":
+        """The answers of the first round trip."""
+        made = cls(keys)
+        incarnation, agents, known, adapters = (next(answers) for _ in range(4))
+        for job in jobs:
+            made.jobs[job] = next(answers), [next(answers) for _ in STRINGS], [next(answers), next(answers)]
+        made.incarnation = _text(made._needed(keys.incarnation(), incarnation, b""))
+        made.agents = made._ids(keys.agents(), made._counted(keys.agents(), agents, MOST_AGENTS), keys.agent)
+        members = made._counted(keys.jobs(), known, MOST_JOBS)
+        made.known = frozenset(made._ids(keys.jobs(), members, keys.fence))
+        flat = made._counted(keys.adapters(), adapters, 2 * MOST_ADAPTERS)
+        made.adapters = dict(zip(flat[::2], flat[1::2], strict=False))
+        for job, (fence, _, _) in made.jobs.items():
+            holder = [fence[1]] if isinstance(fence, list) and fence[1] else []
+            made.bound += [(job, agent) for agent in made._ids(keys.fence(job), holder, keys.agent)]
+        return made
+
+    def finish(self, answers: Iterator[Any], settled: Settled) -> RedisView | Unreadable:
+        """With the answers of the second."""
+        beats = {agent: next(answers) for agent in self.agents}
+        told = {bound: next(answers) for bound in self.bound}
+        if self.unreadable:
+            return Unreadable(INVALID_CONTENT, self.unreadable)
+        try:
+            return self._view(beats, told, settled)
+        except Exception as error:  # whatever a tenant has thought of: the loop goes on
+            logger.exception("endpoint %s: what Redis holds cannot be read", self.keys.endpoint_uid)
+            return _foreign(self.keys.endpoint_uid, type(error).__name__)
+
+    def _view(self, beats: Mapping[str, Any], told: Mapping[tuple[str, str], Any], settled: Settled) -> RedisView:
+        keys, agents, bindings = self.keys, dict[str, Heartbeat](), dict[str, Binding]()
+        for agent, answer in beats.items():
+            beat = self._message(Heartbeat.loads, keys.agent(agent), answer)
+            if beat is not None:
+                agents[agent] = beat
+        for (job, agent), answer in told.items():
+            binding = self._message(Binding.loads, f"{keys.bindings(agent)}[{job}]", answer)
+            if binding is not None:
+                bindings[job] = binding
+        adapters: dict[str, AdapterRecord] = {}
+        for name, value in self.adapters.items():
+            record = self._message(AdapterRecord.loads, f"{keys.adapters()}[{_text(name)}]", value)
+            if record is not None:
+                adapters[record.name] = record
+        return RedisView(
+            incarnation=self.incarnation or None,
+            agents=agents,
+            jobs={job: job_record(self._message, keys, job, *answer) for job, answer in self.jobs.items()},
+            bindings=bindings,
+            known_jobs=self.known,
+            adapters=adapters,
+            broken=tuple(self.broken),
+            settled=settled(keys.endpoint_uid, not self.incarnation),
+            lost_agents=len(self.agents) - len(agents),
+        )
+
+    def _needed(self, key: str, answer: Any, nothing: T) -> T:
+        """An answer without which nothing is known."""
+        if isinstance(answer, Exception):
+            self.unreadable = self.unreadable or f"key {key}: {answer}; {_DELETE}"
+        return nothing if answer is None or isinstance(answer, Exception) else answer
+
+    def _counted(self, key: str, answer: Any, most: int) -> list[bytes]:
+        found: list[bytes] = list(self._needed(key, answer, []))
+        if len(found) > most:
+            self.unreadable = self.unreadable or f"key {key} has more than {most} entries; {_DELETE}"
+        return found[:most]
+
+    def _ids(self, key: str, found: list[bytes], key_of: Callable[[str], str]) -> list[str]:
+        """Those that may stand in a key."""
+        names: list[str] = []
+        for name in map(_text, found):
+            try:
+                key_of(name)
+            except InvalidValueError as error:
+                self.broken.append(MessageError(key, "", repr(name), f"{error}; {_DELETE}"))
+            else:
+                names.append(name)
+        return names
+
+    def _message(self, load: Callable[[str, Any], T | None], key: str, raw: Any) -> T | None:
+        """What an answer says; None where there is nothing, or what does not read."""
+        try:
+            if isinstance(raw, Exception):
+                raise MessageError(key, "", str(raw), _DELETE)
+            if isinstance(raw, bytes) and len(raw) > MESSAGE_BYTES:
+                raise MessageError(key, "", f"longer than {MESSAGE_BYTES} bytes", _DELETE)
+            return load(key, raw) if raw else None
+        except MessageError as error:
+            self.broken.append(error)
+            return None
+
+
+def _text(raw: bytes) -> str:
+    """At most 200 characters of what should be a name."""
+    return raw[:200].decode(errors="replace")

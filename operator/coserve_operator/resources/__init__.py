@@ -1,1 +1,0 @@
-"""Builders of the Kubernetes objects that endpoints and jobs own: pure functions from specs to manifests."""

@@ -1,0 +1,151 @@
+"""How long a job may go on, and how long it stays: what batch/v1 does with the fields of the same names."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from test_outages import World
+
+from coserve_api.conditions import condition, find_condition
+from coserve_contract.scripts import Fence
+from coserve_contract.store import JobRecord
+from coserve_operator.decide import job_status
+from coserve_operator.decide.actions import FeederAction, Forget, Unbind
+
+
+def pause(it: Any, seconds: float) -> None:
+    it.now += timedelta(seconds=seconds)
+
+
+def test_a_job_that_is_not_done_by_its_deadline_fails_and_its_agent_is_free(it, make) -> None:
+    it.bound()  # since 11:30, and now it is 12:00
+    it.body["spec"]["activeDeadlineSeconds"] = 1801
+    decision = it.judge()
+    assert (decision.state, decision.requeue_after_s) == ("Running", 1.0)
+    pause(it, 1)
+    before, decision = it.see(), it.judge()
+    assert (decision.state, decision.reason, decision.agent) == ("Failed", "DeadlineExceeded", "")
+    assert "spec.activeDeadlineSeconds is 1801" in decision.message
+    assert decision.actions == (Unbind("j-1", "uid-p1.b1", 1),)
+    assert decision.feeder is FeederAction.SUSPEND
+    status = it.write(decision)
+    assert status.completion_time == "2026-11-21T12:00:01Z"
+    assert find_condition(status.conditions, "Running").status == "False"
+    assert "DeadlineExceeded" in [notice.reason for notice in job_status.events(before, decision, status)]
+
+
+def test_the_deadline_is_free_and_none_runs_before_the_start(it) -> None:
+    it.body["spec"]["activeDeadlineSeconds"] = 1
+    pause(it, 9999)
+    assert it.judge().state == "Pending"
+    it.bound()
+    assert it.judge().reason == "DeadlineExceeded"
+    it.body["spec"]["activeDeadlineSeconds"] = 99_999
+    assert it.judge().reason == "Training"
+
+
+@pytest.mark.parametrize("where", ["no endpoint", "another artifact store", "back-off"])
+def test_a_job_that_waits_after_its_start_has_no_more_time_either(it, where) -> None:
+    faults = {
+        "attempts": 9, "step": 0, "reason": "ArtifactStoreError", "message": "full", "until": "2026-11-21T12:05:00Z",
+    }  # fmt: skip
+    it.bound(backoff=faults, binding={"agent": "", "epoch": 1})
+    it.record = JobRecord(fence=Fence(1, ""), feed=it.record.feed)
+    it.body["spec"]["activeDeadlineSeconds"] = 2000
+    if where == "no endpoint":
+        it.endpoint = None
+    elif where == "another artifact store":
+        checkpoint = {"step": 2, "cursor": 2, "epoch": 1, "uri": "pvc://elsewhere/x", "sha256": "0" * 64}
+        it.body["status"]["checkpoint"] = checkpoint
+    assert (it.judge().state, it.judge().requeue_after_s) == ("Pending", 200.0)
+    pause(it, 200)
+    assert it.judge().reason == "DeadlineExceeded"
+
+
+def test_suspended_time_does_not_count_and_resuming_begins_anew(it, make) -> None:
+    it.bound()
+    it.body["spec"] |= {"activeDeadlineSeconds": 2000, "suspend": True}
+    pause(it, 9999)
+    assert it.judge().reason == "Suspending"
+    it.record, it.agents = JobRecord(fence=Fence(1, ""), feed=make.feed()), {}
+    it.body["status"]["binding"]["agent"] = ""
+    assert it.write(it.judge()).state == "Suspended"
+    pause(it, 9999)
+    assert it.judge().state == "Suspended"
+    it.body["spec"]["suspend"] = False
+    status = it.write(it.judge())
+    assert (status.state, status.start_time) == ("Pending", "2026-11-21T11:30:00Z"), "what is frozen stays frozen"
+    assert it.judge().requeue_after_s == 2000
+    pause(it, 2000)
+    assert it.judge().reason == "DeadlineExceeded"
+
+
+def test_what_is_trained_in_time_is_complete_whenever_it_is_seen(it, make) -> None:
+    it.bound()
+    it.body["spec"]["activeDeadlineSeconds"] = 1
+    it.record = JobRecord(fence=Fence(1, "uid-p1.b1"), feed=make.feed(), result=make.completed("adapter-1", 1))
+    assert it.judge().reason == "Publishing"
+    it.agents["uid-p1.b1"] = make.heartbeat("p1", adapters={"adapter-1": 1})
+    assert it.judge().state == "Complete"
+    it.redis_up = False
+    assert not it.judge().settled, "it may be trained"
+
+
+def over(it: Any, ended: str = "2026-11-21T12:00:00Z", **status: Any) -> None:
+    complete = condition("Complete", True, "Completed", "", generation=1, now=it.now).to_dict()
+    it.body["status"] = {"state": "Complete", "completionTime": ended, "conditions": [complete], **status}
+
+
+def test_a_job_that_is_over_is_deleted_in_its_time(it) -> None:
+    over(it)
+    assert (it.judge().expired, it.judge().requeue_after_s) == (False, None)
+    it.body["spec"]["ttlSecondsAfterFinished"] = 60
+    assert (it.judge().expired, it.judge().requeue_after_s) == (False, 60.0)
+    pause(it, 60)
+    assert it.judge().expired
+    it.body["metadata"]["deletionTimestamp"] = "2026-11-21T12:01:00Z"
+    assert not it.judge().expired
+    assert Forget("j-1") in it.judge().actions
+    del it.body["metadata"]["deletionTimestamp"]
+    over(it, ended="2026-11-21T13:00:00Z")
+    assert not it.judge().expired, "a clock that was ahead"
+    over(it)
+    it.body["spec"]["ttlSecondsAfterFinished"] = 0
+    it.endpoint = None
+    assert it.judge().expired
+
+
+def test_a_job_is_kept_until_its_endpoint_keeps_its_adapter(it, make) -> None:
+    uri = "pvc://artifacts/store/adapters/e-1/adapter-1/v2"
+    over(it, adapter={"name": "adapter-1", "version": 2, "uri": uri, "sha256": "0" * 64})
+    it.body["spec"]["ttlSecondsAfterFinished"] = 0
+    assert not it.judge().expired
+    adapter = {"name": "adapter-1", "version": 1, "readyAgents": 0, "uri": uri, "sha256": "0" * 64, "rank": 8}
+    for version, kept in ((1, False), (2, True), (3, True)):
+        it.endpoint = make.endpoint(status={"adapters": [adapter | {"version": version}]})
+        assert it.judge().expired is kept
+    over(it, ended="2026-11-21T10:00:00Z", adapter={"name": "adapter-1", "version": 9, "uri": uri, "sha256": "0" * 64})
+    assert it.judge().expired, "it was published on an earlier endpoint of that name"
+
+
+def test_a_deleted_jobs_adapter_stays_and_nothing_of_the_job_is_made_anew(make: Any) -> None:
+    world = World(make)
+    body = world.kube.objects["FinetuneJob", "job-1"]
+    world.kube.put(body | {"spec": body["spec"] | {"ttlSecondsAfterFinished": 30}})
+    uid = body["metadata"]["uid"]
+    world.end("job-1", True)
+    world.go(20)
+    assert world.kube.objects["FinetuneJob", "job-1"]["status"]["state"] == "Complete"
+    world.names.remove("job-1")
+    for _ in range(40):
+        world.go(1)
+    assert ("FinetuneJob", "job-1") not in world.kube.objects
+    assert world.store.published["adapter-1"].number == 1
+    adapters = world.kube.objects["InferenceEndpoint", "tiny"]["status"]["adapters"]
+    assert [(each["name"], each["version"]) for each in adapters] == [("adapter-1", 1)]
+    assert uid not in world.store.known
+    world.store.clear()
+    world.go(3)
+    assert list(world.store.published) == ["adapter-1"], "also in a Redis that was emptied"
