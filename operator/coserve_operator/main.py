@@ -51,7 +51,9 @@ class Operator:
         self.controller = Controller(
             settings, kube, store, self.cache, self._applier, self._budget, recorder, self._metrics_slot
         )
-        self.poller = Poller(self.cache, store, self.queue)
+        self.poller = Poller(
+            self.cache, store, self.queue, settings.poll_seconds, settings.full_poll_seconds, self._budget
+        )
         self._sweep = asyncio.Event()
 
     async def list_all(self) -> None:
@@ -147,7 +149,7 @@ class Operator:
                 logger.warning("nothing can be listed yet: %s", error)
                 await asyncio.sleep(2)
         workers = [self._for_ever("work", self.work) for _ in range(self._settings.workers)]
-        polling = partial(self.poller.run, self._settings.poll_seconds, self._tick)
+        polling = partial(self.poller.run, self._tick)
         loops: list[tuple[str, Callable[[], Awaitable[None]]]]
         loops = [("poll", polling), ("resync", self.resync), ("sweep", self.sweep)]
         loops.append(("metrics slot", self._metrics_slot.run))
