@@ -59,8 +59,13 @@ class Operator:
     async def list_all(self) -> None:
         """Read all that matters, so that nothing known to the API server is taken for deleted."""
         for kind in WATCHED:
-            listed, version = await self._kube.list_all(kind, SELECTORS[kind])
-            self._touch(self.cache.replace_all(kind, listed, version))
+            names, version = set[Name](), 0
+            async for page, as_of in self._kube.pages(kind, SELECTORS[kind]):
+                version = as_of
+                for body in page:
+                    names.add((body["metadata"]["namespace"], body["metadata"]["name"]))
+                    self._touch(self.cache.put(kind, body))
+            self._touch(self.cache.retain(kind, names, version))
         self._sweep.set()
 
     def on_event(self, kind: Kind, type_: str | None, body: Manifest) -> None:

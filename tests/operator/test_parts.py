@@ -167,7 +167,7 @@ def test_a_list_takes_away_what_is_gone_but_not_what_is_newer_than_the_list(make
         body = make.job_body(f"job-{number}", number=number)
         body["metadata"]["resourceVersion"] = version
         cache.put(FINETUNE_JOB, body)
-    assert cache.replace_all(FINETUNE_JOB, [], 10) == {("ml", "tiny")}
+    assert cache.retain(FINETUNE_JOB, set(), 10) == {("ml", "tiny")}
     assert [job.metadata.name for job in cache.group(("ml", "tiny")).jobs] == ["job-2"]
 
 

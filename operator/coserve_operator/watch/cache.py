@@ -6,7 +6,7 @@ is asked of all objects of a kind is kept as an index, for a pass over one group
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -149,15 +149,13 @@ class Cache:
         shelf.versions.pop(name, None)
         return touched
 
-    def replace_all(self, kind: Kind, listed: Sequence[Manifest], version: int) -> set[Name]:
+    def retain(self, kind: Kind, listed: Set[Name], version: int) -> set[Name]:
         """Take a full list as of `version`: what is older and not in it is gone. A watch may have missed deletions."""
-        shelf, names = self._shelves[kind], {_name(body) for body in listed}
+        shelf = self._shelves[kind]
         touched: set[Name] = set()
-        for name in shelf.objects.keys() - names:
+        for name in shelf.objects.keys() - listed:
             if shelf.versions[name] <= version:
                 touched |= self.remove(kind, name)
-        for body in listed:
-            touched |= self.put(kind, body)
         return touched
 
     def groups(self) -> set[Name]:
