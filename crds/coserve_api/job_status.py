@@ -267,6 +267,8 @@ class JobStatus(StatusModel):
     """How far the training is."""
     dataset: DatasetStatus | None = None
     """What was found in the data set."""
+    queue_position: Annotated[int, Field(ge=1)] | None = None
+    """Its place among the jobs that wait for an agent with room; it is told now and then, and may be behind."""
     binding: BindingStatus | None = None
     """The agent that runs it."""
     checkpoint: CheckpointStatus | None = None

@@ -47,6 +47,10 @@ class Keys:
         """String: random, written by the operator; changes when Redis lost something."""
         return self.prefix + "incarnation"
 
+    def changed(self) -> str:
+        """String: anything, and another whenever the operator should look; who has changed something writes it."""
+        return self.prefix + "changed"
+
     def agents(self) -> str:
         """Sorted set: agent id -> last heartbeat, ms of Redis's clock."""
         return self.prefix + "agents"

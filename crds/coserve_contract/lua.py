@@ -32,13 +32,36 @@ end
 """
 )
 
-# KEYS: 1 incarnation, 2 agents, 3 agent. ARGV: 1 agent, 2 heartbeat, 3 TTL ms.
-HEARTBEAT = """
+# Tell the operator to look. By commands that an endpoint's user of the version before has, too: so no INCR.
+_MARK = """
+local function mark(key)
+  local now = redis.call('TIME')
+  redis.call('SET', key, now[1] .. '.' .. now[2])
+end
+"""
+
+# KEYS: 1 incarnation, 2 agents, 3 agent, 4 changed. ARGV: 1 agent, 2 heartbeat, 3 TTL ms, 4 '1' to mark a change.
+HEARTBEAT = (
+    _MARK
+    + """
 local now = redis.call('TIME')
 redis.call('ZADD', KEYS[2], now[1] * 1000 + math.floor(now[2] / 1000), ARGV[1])
 redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
+if ARGV[4] == '1' then mark(KEYS[4]) end
 return {'ok', redis.call('GET', KEYS[1]) or ''}
 """
+)
+
+# KEYS: 1 agents, 2 agent, 3 changed. ARGV: 1 agent.
+LEAVE = (
+    _MARK
+    + """
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('DEL', KEYS[2])
+mark(KEYS[3])
+return {'ok'}
+"""
+)
 
 # KEYS: guard's, 4 checkpoint, 5 result, 6 shards. ARGV: guard's, 4 TTL ms, 5 the checkpoint that the caller has read
 # ('' is none), 6 the ID of the first shard after it.
@@ -110,11 +133,12 @@ return {'ok'}
 """
 )
 
-# An accepted checkpoint turned out to be unreadable. KEYS: guard's, 4 checkpoint, 5 shards, 6 progress, 7 eval. ARGV:
-# guard's, 4 the checkpoint that the caller has read, 5 its step where it is no later than the new one, else '', 6 the
-# new one or ''.
+# An accepted checkpoint turned out to be unreadable. KEYS: guard's, 4 checkpoint, 5 shards, 6 progress, 7 eval, 8
+# changed. ARGV: guard's, 4 the checkpoint that the caller has read, 5 its step where it is no later than the new one,
+# else '', 6 the new one or ''.
 REWIND = (
     _GUARD
+    + _MARK
     + """
 local no = fenced(true)
 if no then return no end
@@ -122,13 +146,15 @@ if (redis.call('GET', KEYS[4]) or '') ~= ARGV[4] then return refused('changed', 
 if ARGV[5] ~= '' then return refused('behind', ARGV[3], ARGV[5]) end
 redis.call('DEL', KEYS[4], KEYS[5], KEYS[6], KEYS[7])
 if ARGV[6] ~= '' then redis.call('SET', KEYS[4], ARGV[6]) end
+mark(KEYS[8])
 return {'ok'}
 """
 )
 
-# KEYS: guard's, 4 result, 5 shards, 6 eval. ARGV: guard's, 4 result, 5 '1' when the job ends with it.
+# KEYS: guard's, 4 result, 5 shards, 6 eval, 7 changed. ARGV: guard's, 4 result, 5 '1' when the job ends with it.
 FINISH = (
     _GUARD
+    + _MARK
     + """
 if redis.call('GET', KEYS[4]) == ARGV[4] then return {'ok'} end
 local no = fenced(true)
@@ -136,6 +162,7 @@ if no then return no end
 redis.call('SET', KEYS[4], ARGV[4])
 redis.call('DEL', KEYS[3])
 if ARGV[5] == '1' then redis.call('DEL', KEYS[5], KEYS[6]) end
+mark(KEYS[7])
 return {'ok'}
 """
 )
@@ -286,12 +313,37 @@ return {'ok', lost}
 
 # ---- what is read, and the feeder's ----
 
+# What may have changed of many endpoints. KEYS: changed and agents, of each. ARGV: 1 age ms. Answers the beginning of
+# the mark and the number of agents without a heartbeat for that long, of each; of what is of another type an error.
+CHANGES = """
+local now = redis.call('TIME')
+local limit = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[1]
+local found = {}
+for n = 1, #KEYS, 2 do
+  found[n] = redis.pcall('GETRANGE', KEYS[n], 0, 63)
+  found[n + 1] = redis.pcall('ZCOUNT', KEYS[n + 1], '-inf', limit)
+end
+return found
+"""
+
 # All of a job at one moment. KEYS: 1 fence, 2 shards, 3 eval, 4 owner, 5 checkpoint, 6 progress, 7 result, 8 feed.
 JOB = """
 local fence = redis.call('HMGET', KEYS[1], 'epoch', 'agent')
 local messages = redis.call('MGET', KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8])
 return {fence, {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3])}, messages}
 """
+
+# KEYS: 1 feed, 2 changed. ARGV: 1 feed.
+SET_FEED = (
+    _MARK
+    + """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[1])
+  mark(KEYS[2])
+end
+return {'ok'}
+"""
+)
 
 # KEYS: 1 shards, 2 checkpoint. ARGV: 1 number, 2 the checkpoint that the caller has read ('' is none), 3 its cursor, 4
 # the greatest number that there is room for, 5... fields. The stream holds cursor+1, cursor+2, ... without a gap.

@@ -129,6 +129,14 @@ class Heartbeat(Message):
     failed_adapters: Annotated[tuple[AdapterFailure, ...], Field(max_length=MAX_ADAPTERS)] = ()
     jobs: Annotated[dict[Uid, JobBeat], Field(max_length=64)] = Field(default_factory=dict)
 
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What is a reason for the operator to look at once; all else are figures."""
+        jobs = tuple(sorted((job, run.epoch) for job, run in self.jobs.items()))
+        adapters = tuple(sorted(self.adapters.items()))
+        state = (self.ready, self.draining, self.model_loaded, self.error, self.max_jobs, self.failed_adapters)
+        return (*state, jobs, adapters)
+
 
 # ---- checkpoints and bindings ----
 

@@ -135,21 +135,27 @@ class Fencing:
     lease_ttl_ms: int = LEASE_TTL_MS
     heartbeat_ttl_ms: int = HEARTBEAT_TTL_MS
     incarnation: str = field(default="", init=False)
+    _told: Any = field(default=None, init=False)
 
     def register(self, incarnation: str) -> None:
         """Go on under `incarnation`."""
         self.incarnation = incarnation
 
     async def heartbeat(self, beat: Heartbeat) -> str:
-        """Say that the agent lives; returns the current incarnation ("" while the operator has not written one)."""
-        keys = [self.keys.incarnation(), self.keys.agents(), self.keys.agent(self.agent)]
-        reply = await run_script(self.redis, lua.HEARTBEAT, keys, [self.agent, beat.dumps(), self.heartbeat_ttl_ms])
+        """Say that the agent lives; returns the current incarnation ("" while the operator has not written one). The
+        operator looks at once where more has changed than figures.
+        """
+        keys = [self.keys.incarnation(), self.keys.agents(), self.keys.agent(self.agent), self.keys.changed()]
+        mark = "" if beat.state == self._told else "1"
+        values: list[str | int] = [self.agent, beat.dumps(), self.heartbeat_ttl_ms, mark]
+        reply = await run_script(self.redis, lua.HEARTBEAT, keys, values)
+        self._told = beat.state
         return str(reply[1].decode())
 
     async def leave(self) -> None:
         """Take the agent out of the index, at the end of a drain."""
-        await command(self.redis, "ZREM", self.keys.agents(), self.agent)
-        await command(self.redis, "DEL", self.keys.agent(self.agent))
+        keys = [self.keys.agents(), self.keys.agent(self.agent), self.keys.changed()]
+        await run_script(self.redis, lua.LEAVE, keys, [self.agent])
 
     async def take_lease(self, job: str, epoch: int) -> Lease | Refused:
         """Take (or take again) the lease, if the fence names this agent and epoch, and drop the shards the checkpoint
@@ -197,12 +203,13 @@ class Fencing:
         if old is not None and checkpoint is not None and checkpoint.step >= old.step:
             behind = old.step
         more = [self.keys.checkpoint(job), self.keys.shards(job), self.keys.progress(job), self.keys.eval(job)]
+        more.append(self.keys.changed())
         text = "" if checkpoint is None else checkpoint.dumps()
         return _refused(await self._guarded(lua.REWIND, job, epoch, more, [seen, behind, text]))
 
     async def finish(self, job: str, result: Completed | Failed | Released) -> Refused | None:
         """Record how the job ended here, and drop the lease. May be sent again."""
-        more = [self.keys.result(job), self.keys.shards(job), self.keys.eval(job)]
+        more = [self.keys.result(job), self.keys.shards(job), self.keys.eval(job), self.keys.changed()]
         final = "0" if isinstance(result, Released) else "1"
         return _refused(await self._guarded(lua.FINISH, job, result.epoch, more, [result.dumps(), final]))
 

@@ -258,7 +258,7 @@ class Store:
 
     async def set_feed(self, job: str, status: FeedStatus) -> None:
         """Feeder: say what is known of the data."""
-        await command(self.redis, "SET", self.keys.feed(job), status.dumps())
+        await run_script(self.redis, lua.SET_FEED, [self.keys.feed(job), self.keys.changed()], [status.dumps()])
 
     async def push_shard(self, job: str, shard: Shard, bound: int = SHARD_BOUND) -> Pushed:
         """Feeder: append training shard `shard.seq`, unless it is there, an earlier one is missing, or enough is
@@ -339,6 +339,16 @@ def _kept(epoch: bytes | None, progress: bytes | None) -> tuple[int, bool]:
 
 def _flat(shard: Shard) -> list[str | bytes]:
     return [part for name, value in encode_shard(shard).items() for part in (name, value)]
+
+
+async def changes(redis: Redis, uids: Sequence[str], age_ms: int) -> list[tuple[Any, bool]]:
+    """Operator: of each endpoint its mark, which is another where it should be looked at, and whether an agent's last
+    heartbeat is that old. What is of another type is the error that says so.
+    """
+    keys = [key for uid in uids for key in (Keys(uid).changed(), Keys(uid).agents())]
+    found = await run_script(redis, lua.CHANGES, keys, [age_ms])
+    said = [str(each) if isinstance(each, Exception) else each for each in found]
+    return [(mark, lost != 0) for mark, lost in zip(said[::2], said[1::2], strict=True)]
 
 
 async def endpoint_uids(redis: Redis) -> frozenset[str]:

@@ -3,15 +3,17 @@
 A fault of one job does not keep the others from being served: faults are collected, and the group is tried again.
 """
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
+from coserve_api.job_status import ContinuedFrom, PublishedAdapter
 from coserve_contract.messages import AdapterRecord
-from coserve_operator.apply.budget import PROGRESS, PROGRESS_EVERY_S, StatusBudget
+from coserve_operator.apply.budget import PROGRESS, QUEUE, StatusBudget
 from coserve_operator.apply.endpoint import EndpointApplier, Reconciliation
 from coserve_operator.apply.events import Recorder
 from coserve_operator.apply.feeder import FeederApplier
@@ -22,12 +24,13 @@ from coserve_operator.apply.status import greet, refuse, write_status
 from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
 from coserve_operator.decide.actions import Forget
+from coserve_operator.decide.claims import claims
 from coserve_operator.decide.feeding import feed_the_next
 from coserve_operator.decide.job import Decision, ObservedJob, is_final
 from coserve_operator.decide.observed import Obstacle, Unreadable
 from coserve_operator.decide.placement import Bound, Waiting, capacity, created, place, surplus
-from coserve_operator.decide.published import Versions, next_number, published, served
-from coserve_operator.decide.sources import continued_from
+from coserve_operator.decide.published import Publication, Versions, last_numbers, publication, published, served
+from coserve_operator.decide.sources import checkpoint_left, continued_from
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, ConflictError, Kube, KubeError
 from coserve_operator.manifests.feeder import inputs_digest
 from coserve_operator.redis.store import OperatorStore, StoreError
@@ -79,7 +82,7 @@ class Controller:
         """Bring one group forward; return in how many seconds to look again, None when only a change is a reason to."""
         now, faults = self.now(), _Faults()
         group = await self._greet(name, now, faults)
-        run = Reconciliation(group, now)
+        run = Reconciliation(name[0], group, now)
         for unreadable in group.unreadable:
             with faults.of(f"{unreadable.kind.name} {unreadable.metadata.name}"):
                 await refuse(self.kube, self.cache, self.budget, unreadable, now)
@@ -102,6 +105,8 @@ class Controller:
             observed, decision = observations[job.metadata.uid], decisions[job.metadata.uid]
             with faults.of(f"FinetuneJob {job.metadata.name}"):
                 await self._act(observed, decision, run)
+            await asyncio.sleep(0)  # of thousands of jobs, a pass must not keep the Lease from being renewed
+        await self._end(run, faults)
         if group.endpoint is not None:
             run.decisions = decisions
             with faults.of("Redis"):
@@ -145,15 +150,18 @@ class Controller:
 
     def _observe(self, run: Reconciliation, obstacles: dict[str, Obstacle]) -> dict[str, ObservedJob]:
         group, endpoint = run.group, run.group.endpoint
-        live = [job for job in group.jobs if not is_final(job)]
         in_redis = run.redis.adapters if run.redis is not None else {}
         known: Versions = {}
+        numbers: dict[str, int] = {}
         sources: dict[str, AdapterRecord] = {}
         if endpoint is not None:
-            known = published(endpoint, [(job, job.status.adapter) for job in group.jobs], in_redis)
+            known = published(endpoint, _publications(group, lambda job: job.status.adapter), in_redis)
             run.published = known
+            numbers = last_numbers(endpoint, known)
             sources = {name: versions[0] for name, versions in known.items()} | served(endpoint, known)
-        observations, too_many = {}, _surplus(run)
+        claimed = claims((job for job in group.jobs if not is_final(job)), known.keys())
+        left = _checkpoints_left(group)
+        observations, too_many, kept = {}, _surplus(run), _kept_pods(run)
         for job in group.jobs:
             name, feeder = job.metadata.name, group.feeders.get(job.metadata.name)
             if feeder is not None and not self._feeders.owns(job, feeder):
@@ -161,18 +169,17 @@ class Controller:
             observations[job.metadata.uid] = ObservedJob(
                 job=job,
                 endpoint=endpoint,
-                rivals=tuple(each for each in live if each.metadata.uid != job.metadata.uid),
+                claims=claimed,
                 redis=run.redis,
                 feeder=feeder_view(feeder, group.feeder_pods.get(name, ())) if feeder is not None else None,
                 feeder_inputs=inputs_digest(job, endpoint) if endpoint is not None else "",
                 leaving=run.leaving_agents,
-                adapter_number=next_number(job.spec.adapter.name, endpoint, known) if endpoint is not None else 1,
-                source=continued_from(job, endpoint, sources, group.jobs) if endpoint is not None else None,
+                adapter_number=numbers.get(job.spec.adapter.name, 0) + 1,
+                source=continued_from(job, endpoint, sources, left) if endpoint is not None else None,
                 surplus=job.metadata.uid in too_many,
-                disrupted=_disrupted(job, run),
+                disrupted=(job.status.binding.agent if job.status.binding else "") not in kept,
                 unreadable=run.unreadable,
                 obstacle=obstacles.get(job.metadata.uid),
-                published=known.keys(),
             )
         return observations
 
@@ -197,17 +204,15 @@ class Controller:
     async def _act(self, observed: ObservedJob, decision: Decision, run: Reconciliation) -> None:
         """Write the status of one job; then, and only then, tell Redis and the feeder."""
         job = observed.job
-        if decision.expired:
-            meta = job.metadata
-            logger.info("FinetuneJob %s/%s: is deleted after its ttlSecondsAfterFinished", meta.namespace, meta.name)
-            await self.kube.delete(FINETUNE_JOB, meta.namespace, meta.name, meta.uid, meta.resource_version)
-            return
         run.requeue_after(decision.requeue_after_s)
         new = job_status.status_of(observed, decision, run.now)
-        delay_s = self.budget.delay_s(job.metadata.uid, job.status.to_dict(), new.to_dict(), PROGRESS, PROGRESS_EVERY_S)
+        figures, told = PROGRESS if decision.agent else QUEUE, new.to_dict()
+        delay_s = self.budget.delay_s(job.metadata.uid, job.status.to_dict(), told, figures)
         if delay_s == 0.0:
-            if not await write_status(self.kube, self.cache, self.budget, FINETUNE_JOB, job.metadata, new.to_dict()):
+            if not await write_status(self.kube, self.cache, self.budget, FINETUNE_JOB, job.metadata, told):
                 return
+            if decision.is_final:
+                self.budget.forget(job.metadata.uid)
             await self.recorder.record(FINETUNE_JOB, job.metadata, job_status.events(observed, decision, new), run.now)
         else:
             run.requeue_after(delay_s)
@@ -231,10 +236,25 @@ class Controller:
             run.obstacles[job.metadata.uid] = obstacle
         hindrances.check()
 
+    async def _end(self, run: Reconciliation, faults: "_Faults") -> None:
+        """Pause the feeders of jobs that are over, and delete jobs whose ttlSecondsAfterFinished has passed."""
+        group, over = run.group, run.group.finished
+        for name, feeder in group.left_feeders.items():
+            if name in over.by_name:
+                with faults.of(f"FinetuneJob {name}"):
+                    await self._feeders.stop(over.by_name[name].uid, feeder)
+        for job in over.due(run.now, group.endpoint):
+            logger.info("FinetuneJob %s/%s: is deleted after its ttlSecondsAfterFinished", run.namespace, job.name)
+            with faults.of(f"FinetuneJob {job.name}"):
+                await self.kube.delete(FINETUNE_JOB, run.namespace, job.name, job.uid, job.version)
+        run.requeue_after(over.next_due_s(run.now))
+
     async def _clean_up(
         self, run: Reconciliation, observations: dict[str, ObservedJob], decisions: dict[str, Decision]
     ) -> None:
-        """Keep the index of jobs, drop what deleted jobs left, and begin a new incarnation once all is in Redis."""
+        """Keep the index of jobs, drop what jobs left that are over or gone, and begin a new incarnation once all is in
+        Redis.
+        """
         endpoint, view = run.group.endpoint, run.redis
         assert endpoint is not None
         if view is None:
@@ -246,13 +266,13 @@ class Controller:
         unreadable = {each.metadata.uid for each in run.group.unreadable}
         for stray in view.known_jobs - observations.keys() - unreadable:
             await self.store.do(uid, Forget(stray))
-            if stray in run.group.fed_jobs:  # its feeder may write a little longer: delete again
+            if self.cache.is_fed(stray):  # its feeder may write a little longer: delete again
                 await self.store.register(uid, [stray])
                 run.requeue_after(STRAY_S)
         if view.lost_agents and view.settled:
             await self.store.sweep_agents(uid)
-        adapters = [(observed.job, decisions[job].adapter) for job, observed in observations.items()]
-        run.published = published(endpoint, adapters, view.adapters)
+        by_jobs = _publications(run.group, lambda job: decisions[job.metadata.uid].adapter)
+        run.published = published(endpoint, by_jobs, view.adapters)
         run.adapters = served(endpoint, run.published)
         if run.adapters != view.adapters:
             await self.store.set_adapters(uid, run.adapters.values())
@@ -277,10 +297,30 @@ def _surplus(run: Reconciliation) -> frozenset[str]:
     return surplus(held, run.group.endpoint.spec.finetuning.jobs)
 
 
-def _disrupted(job: FinetuneJob, run: Reconciliation) -> bool:
-    """Return whether the pod that the job is bound to was taken away, and did not end by itself."""
-    named = job.status.binding.agent if job.status.binding else ""
-    return all(pod.deleting or pod.disrupted for pod in run.pods if pod.name == named)
+def _kept_pods(run: Reconciliation) -> frozenset[str]:
+    """Return the names of the pods that nobody takes away."""
+    return frozenset(pod.name for pod in run.pods if not pod.deleting and not pod.disrupted)
+
+
+def _publications(
+    group: Group, adapter: Callable[[FinetuneJob], PublishedAdapter | None]
+) -> Iterable[Publication | None]:
+    """Return what the group's jobs have published, but for what the endpoint keeps by itself."""
+    assert group.endpoint is not None
+    return [*(publication(job, adapter(job)) for job in group.jobs), *group.finished.unrecorded(group.endpoint)]
+
+
+def _checkpoints_left(group: Group) -> Callable[[str], ContinuedFrom | None]:
+    """Return the look-up of the checkpoint that a job of a name has left."""
+    living = {job.metadata.name: job for job in group.jobs}
+
+    def left(name: str) -> ContinuedFrom | None:
+        if name in living:
+            return checkpoint_left(living[name])
+        over = group.finished.by_name.get(name)
+        return None if over is None else over.checkpoint
+
+    return left
 
 
 class _Faults:

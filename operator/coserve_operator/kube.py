@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,16 +135,22 @@ class Kube:
 
     async def list_all(self, kind: Kind, labels: str = "") -> tuple[list[Manifest], int]:
         """Read all objects of the cluster as they are now; return them and the resourceVersion of the list."""
-        found: list[Manifest] = []
+        found, version = list[Manifest](), 0
+        async for page, as_of in self.pages(kind, labels):
+            found, version = found + page, as_of
+        return found, version
+
+    async def pages(self, kind: Kind, labels: str = "") -> AsyncIterator[tuple[list[Manifest], int]]:
+        """Read them page by page, so that not all of them are held at once."""
         labelled = [("labelSelector", labels)] if labels else []
         more = ""
         while True:
             page = [("limit", str(PAGE)), *([("continue", more)] if more else [])]
             answer = await self._call("GET", kind.path(None), query=[*labelled, *page])
-            found += answer.get("items") or []
+            yield answer.get("items") or [], int(answer.get("metadata", {}).get("resourceVersion") or 0)
             more = answer.get("metadata", {}).get("continue") or ""
             if not more:
-                return found, int(answer.get("metadata", {}).get("resourceVersion") or 0)
+                return
 
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the events about one object, oldest first."""

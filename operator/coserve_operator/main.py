@@ -51,14 +51,21 @@ class Operator:
         self.controller = Controller(
             settings, kube, store, self.cache, self._applier, self._budget, recorder, self._metrics_slot
         )
-        self.poller = Poller(self.cache, store, self.queue)
+        self.poller = Poller(
+            self.cache, store, self.queue, settings.poll_seconds, settings.full_poll_seconds, self._budget
+        )
         self._sweep = asyncio.Event()
 
     async def list_all(self) -> None:
         """Read all that matters, so that nothing known to the API server is taken for deleted."""
         for kind in WATCHED:
-            listed, version = await self._kube.list_all(kind, SELECTORS[kind])
-            self._touch(self.cache.replace_all(kind, listed, version))
+            names, version = set[Name](), 0
+            async for page, as_of in self._kube.pages(kind, SELECTORS[kind]):
+                version = as_of
+                for body in page:
+                    names.add((body["metadata"]["namespace"], body["metadata"]["name"]))
+                    self._touch(self.cache.put(kind, body))
+            self._touch(self.cache.retain(kind, names, version))
         self._sweep.set()
 
     def on_event(self, kind: Kind, type_: str | None, body: Manifest) -> None:
@@ -147,7 +154,7 @@ class Operator:
                 logger.warning("nothing can be listed yet: %s", error)
                 await asyncio.sleep(2)
         workers = [self._for_ever("work", self.work) for _ in range(self._settings.workers)]
-        polling = partial(self.poller.run, self._settings.poll_seconds, self._tick)
+        polling = partial(self.poller.run, self._tick)
         loops: list[tuple[str, Callable[[], Awaitable[None]]]]
         loops = [("poll", polling), ("resync", self.resync), ("sweep", self.sweep)]
         loops.append(("metrics slot", self._metrics_slot.run))

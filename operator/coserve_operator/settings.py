@@ -77,7 +77,9 @@ class Settings(RedisSettings):
     rollout_max_endpoints: int = Field(default=10, ge=1)
     """Endpoints whose agents are replaced at once for a new version of the operator or another default image."""
     poll_seconds: float = Field(default=1.0, gt=0)
-    """How often heartbeats are looked at."""
+    """How often Redis is asked what has changed."""
+    full_poll_seconds: float = Field(default=10.0, gt=0)
+    """After how long an endpoint is read that says of no change, as an agent of the version before does not."""
     resync_seconds: float = Field(default=300.0, gt=0)
     """How often everything is listed and reconciled anyway, give or take a fifth."""
     checks: int = Field(default=8, ge=1)

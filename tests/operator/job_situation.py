@@ -11,9 +11,10 @@ from coserve_contract.scripts import Fence
 from coserve_contract.store import JobRecord
 from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
+from coserve_operator.decide.claims import claims
 from coserve_operator.decide.job import ObservedJob
 from coserve_operator.decide.observed import RedisView
-from coserve_operator.decide.sources import continued_from
+from coserve_operator.decide.sources import checkpoint_left, continued_from
 
 
 class Situation:
@@ -36,11 +37,12 @@ class Situation:
             "i", self.agents, {"j-1": self.record}, self.bindings, frozenset({"j-1"}), settled=self.settled
         )
         job, endpoint = FinetuneJob.from_dict(self.body), self.endpoint
+        left = {each.metadata.name: checkpoint_left(each) for each in self.others}
         return ObservedJob(
-            job, endpoint, self.rivals, view if self.redis_up else None, self.feeder, "inputs", self.leaving,
-            source=continued_from(job, endpoint, self.published, self.others) if endpoint is not None else None,
+            job, endpoint, claims((job, *self.rivals), self.published.keys()), view if self.redis_up else None,
+            self.feeder, "inputs", self.leaving,
+            source=continued_from(job, endpoint, self.published, left.get) if endpoint is not None else None,
             disrupted=self.disrupted,
-            published=self.published.keys(),
         )  # fmt: skip
 
     def bound(self, epoch: int = 1, pod: str = "p1", **status: Any) -> Situation:

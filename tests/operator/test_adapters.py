@@ -12,7 +12,7 @@ from coserve_contract.messages import AdapterFailure, AdapterRecord
 from coserve_contract.store import JobRecord
 from coserve_operator.decide import endpoint_status, job_status
 from coserve_operator.decide.observed import RedisView
-from coserve_operator.decide.published import greatest_rank, next_number, published, served, trained_rank
+from coserve_operator.decide.published import greatest_rank, last_numbers, published, served, trained_rank
 from coserve_operator.manifests import agents
 
 SHA = "0123456789abcdef" * 4
@@ -127,7 +127,7 @@ def test_the_versions_that_are_kept_are_few_and_the_served_one_is_among_them(wor
     world.spec = {}
     world.publish(record(number=30))
     assert [each["version"] for each in world.adapter()["older"]] == [29, 28, 27, 26]
-    assert next_number("bot", world.endpoint, published(world.endpoint, [], {})) == 31
+    assert last_numbers(world.endpoint, published(world.endpoint, [], {})) == {"bot": 30}
 
 
 def test_an_operator_without_overrides_goes_on_with_the_newest(world: World) -> None:

@@ -69,6 +69,7 @@ SETS: dict[str, dict[str, Any]] = {
             "agentRedisUrl": "redis://redis.example:6379/0",
             "workers": 16,
             "pollSeconds": 0.5,
+            "fullPollSeconds": 20,
             **POD,
             **PLACEMENT,
         },
@@ -222,7 +223,7 @@ def test_every_knob_of_the_platform_reaches_pods(render) -> None:
     assert settings.pod_defaults == PodDefaults.model_validate(
         {"imagePullSecrets": [{"name": "registry"}], **SETS["everything"]["agents"]}
     )
-    assert (settings.workers, settings.poll_seconds) == (16, 0.5)
+    assert (settings.workers, settings.poll_seconds, settings.full_poll_seconds) == (16, 0.5, 20)
     assert settings.redis_url_of_agents == "redis://redis.example:6379/0"
     assert {"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"} in operator["env"]
 

@@ -19,6 +19,7 @@ from coserve_operator.apply.feeder import FeederApplier
 from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
 from coserve_operator.decide.actions import ClearStreams, FeederAction
+from coserve_operator.decide.claims import Claims
 from coserve_operator.decide.feeding import feed_the_next
 from coserve_operator.decide.job import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView, RedisView
@@ -40,7 +41,8 @@ class Queue:
         self.make = make
         view, endpoint = RedisView("i"), make.endpoint()
         self.jobs = [
-            ObservedJob(make.job(f"job-{n}", number=n), endpoint, (), view, None, "inputs") for n in range(1, count + 1)
+            ObservedJob(make.job(f"job-{n}", number=n), endpoint, Claims(), view, None, "inputs")
+            for n in range(1, count + 1)
         ]
 
     def at(self, number: int, record: JobRecord | None = None, **changes: Any) -> Queue:
@@ -153,7 +155,8 @@ async def test_the_cluster_has_a_bound_on_checks(make: Any, kube: FakeKube) -> N
     applier = FeederApplier(Settings(checks=3), kube, kube.cache)  # type: ignore[arg-type]
     decision = Decision("Pending", "WaitingForData", feeder=CHECK)  # type: ignore[arg-type]
     observed = [
-        ObservedJob(make.job(f"job-{n}", number=n), make.endpoint(), (), None, None, "inputs") for n in range(1, 8)
+        ObservedJob(make.job(f"job-{n}", number=n), make.endpoint(), Claims(), None, None, "inputs")
+        for n in range(1, 8)
     ]
     create = kube.create
 

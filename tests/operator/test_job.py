@@ -162,7 +162,7 @@ def test_a_job_waits_for_its_data_then_for_an_agent(it, make) -> None:
     it.record = JobRecord(feed=make.feed())
     decision = jobs.assign(it.see(), it.judge(), {}, None, 2)
     assert (decision.reason, decision.wants_agent) == ("NoCapacity", True)
-    assert decision.message == "number 2 in the queue: 0 ready agents, none with room"
+    assert (decision.place, decision.message) == (2, "it is in the queue, and no agent has room")
 
 
 def test_a_bad_line_fails_the_job_by_its_number(it) -> None:

@@ -9,7 +9,7 @@ import pytest
 from coserve_contract.messages import AdapterRecord, BindingSpec
 from coserve_contract.store import JobRecord
 from coserve_operator.decide import job as jobs
-from coserve_operator.decide.published import published
+from coserve_operator.decide.published import publication, published
 
 SHA = "0123456789abcdef" * 4
 
@@ -109,5 +109,5 @@ def test_the_rank_that_was_taken_over_is_the_published_one(it, make) -> None:
     )
     status = it.write(it.judge())
     assert status.adapter.rank == 4
-    found = published(it.endpoint, [(it.see().job, status.adapter)], {})
+    found = published(it.endpoint, [publication(it.see().job, status.adapter)], {})
     assert found["after"][0].rank == 4

@@ -9,10 +9,14 @@ import pytest
 from test_outages import World
 
 from coserve_api.conditions import condition, find_condition
+from coserve_api.job import FinetuneJob
 from coserve_contract.scripts import Fence
 from coserve_contract.store import JobRecord
 from coserve_operator.decide import job_status
-from coserve_operator.decide.actions import FeederAction, Forget, Unbind
+from coserve_operator.decide.actions import FeederAction, Unbind
+from coserve_operator.decide.finished import Finished, finished
+
+SHA = "0" * 64
 
 
 def pause(it: Any, seconds: float) -> None:
@@ -93,41 +97,54 @@ def test_what_is_trained_in_time_is_complete_whenever_it_is_seen(it, make) -> No
     assert not it.judge().settled, "it may be trained"
 
 
-def over(it: Any, ended: str = "2026-11-21T12:00:00Z", **status: Any) -> None:
-    complete = condition("Complete", True, "Completed", "", generation=1, now=it.now).to_dict()
-    it.body["status"] = {"state": "Complete", "completionTime": ended, "conditions": [complete], **status}
+ADAPTER = {"name": "adapter-1", "version": 2, "uri": "pvc://artifacts/store/adapters/e-1/adapter-1/v2", "sha256": SHA}
 
 
-def test_a_job_that_is_over_is_deleted_in_its_time(it) -> None:
-    over(it)
-    assert (it.judge().expired, it.judge().requeue_after_s) == (False, None)
-    it.body["spec"]["ttlSecondsAfterFinished"] = 60
-    assert (it.judge().expired, it.judge().requeue_after_s) == (False, 60.0)
-    pause(it, 60)
-    assert it.judge().expired
-    it.body["metadata"]["deletionTimestamp"] = "2026-11-21T12:01:00Z"
-    assert not it.judge().expired
-    assert Forget("j-1") in it.judge().actions
-    del it.body["metadata"]["deletionTimestamp"]
-    over(it, ended="2026-11-21T13:00:00Z")
-    assert not it.judge().expired, "a clock that was ahead"
-    over(it)
-    it.body["spec"]["ttlSecondsAfterFinished"] = 0
-    it.endpoint = None
-    assert it.judge().expired
+def over(make: Any, ended: str = "2026-11-21T12:00:00Z", *, spec: Any = None, **status: Any) -> FinetuneJob:
+    """A job that is over and has said so."""
+    told = [condition(kind, True, "Completed", "", generation=1, now=make.NOW) for kind in ("Complete", "Finished")]
+    conditions = [each.to_dict() for each in told]
+    status = {"state": "Complete", "completionTime": ended, "observedGeneration": 1, "conditions": conditions} | status
+    return make.job(status=status, **(spec or {}))
 
 
-def test_a_job_is_kept_until_its_endpoint_keeps_its_adapter(it, make) -> None:
-    uri = "pvc://artifacts/store/adapters/e-1/adapter-1/v2"
-    over(it, adapter={"name": "adapter-1", "version": 2, "uri": uri, "sha256": "0" * 64})
-    it.body["spec"]["ttlSecondsAfterFinished"] = 0
-    assert not it.judge().expired
-    adapter = {"name": "adapter-1", "version": 1, "readyAgents": 0, "uri": uri, "sha256": "0" * 64, "rank": 8}
-    for version, kept in ((1, False), (2, True), (3, True)):
-        it.endpoint = make.endpoint(status={"adapters": [adapter | {"version": version}]})
-        assert it.judge().expired is kept
-    over(it, ended="2026-11-21T10:00:00Z", adapter={"name": "adapter-1", "version": 9, "uri": uri, "sha256": "0" * 64})
-    assert it.judge().expired, "it was published on an earlier endpoint of that name"
+def due(job: FinetuneJob, endpoint: Any, now: Any) -> tuple[list[str], float | None]:
+    """Which of it is deleted at `now`, and when to look again."""
+    jobs, kept = Finished(), finished(job)
+    assert kept is not None
+    jobs.put(kept)
+    return [each.uid for each in jobs.due(now, endpoint)], jobs.next_due_s(now)
+
+
+def test_a_job_that_is_over_is_deleted_in_its_time(make: Any) -> None:
+    endpoint, now, ttl = make.endpoint(), make.NOW, {"ttlSecondsAfterFinished": 60}
+    assert due(over(make), endpoint, now) == ([], None)
+    job = over(make, spec=ttl)
+    assert due(job, endpoint, now) == ([], 60.0)
+    assert due(job, endpoint, now + timedelta(seconds=60)) == (["j-1"], None)
+    going = job.metadata.model_copy(update={"deletion_timestamp": "2026-11-21T12:01:00Z"})
+    assert due(job.model_copy(update={"metadata": going}), endpoint, now + timedelta(seconds=60)) == ([], None)
+    assert due(over(make, "2026-11-21T13:00:00Z", spec=ttl), endpoint, now + timedelta(seconds=60))[0] == [], "a clock"
+    assert due(over(make, spec={"ttlSecondsAfterFinished": 0}), None, now)[0] == ["j-1"]
+
+
+def test_a_job_is_kept_until_its_endpoint_keeps_its_adapter(make: Any) -> None:
+    at_once = {"ttlSecondsAfterFinished": 0}
+    job = over(make, spec=at_once, adapter=ADAPTER)
+    assert due(job, make.endpoint(), make.NOW)[0] == []
+    for version, gone in ((1, False), (2, True), (3, True)):
+        adapter = ADAPTER | {"version": version, "readyAgents": 0, "rank": 8}
+        assert bool(due(job, make.endpoint(status={"adapters": [adapter]}), make.NOW)[0]) is gone
+    job = over(make, "2026-11-21T10:00:00Z", spec=at_once, adapter=ADAPTER | {"version": 9})
+    assert due(job, make.endpoint(), make.NOW)[0] == ["j-1"], "it was published on an earlier endpoint of that name"
+
+
+def test_a_job_that_has_yet_to_say_that_it_is_over_is_looked_at(make: Any) -> None:
+    job = over(make)
+    assert finished(job) is not None
+    assert finished(make.job()) is None
+    assert finished(over(make, conditions=job.status.to_dict()["conditions"][:1])) is None, "of an older version"
+    assert finished(over(make, observedGeneration=0)) is None
 
 
 def test_a_deleted_jobs_adapter_stays_and_nothing_of_the_job_is_made_anew(make: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coserve_operator.apply.budget import PROGRESS, StatusBudget
+from coserve_operator.apply.budget import BURST_S, LOAD, PROGRESS, QUEUE, StatusBudget
 from coserve_operator.apply.hindrances import ForeignObjectError
 from coserve_operator.apply.objects import REFRESH_S, Applier
 from coserve_operator.decide.endpoint_status import ObservedEndpoint, status_of
@@ -21,18 +21,52 @@ from coserve_operator.watch.views import autoscaler_report, feeder_view, pod_tro
 # ---- budget ----
 
 
+RUNNING, ON, DONE = ({"state": "Running", "progress": {"step": step}} for step in (1, 2, 3))
+
+
 def test_a_change_of_state_is_written_at_once_and_progress_now_and_then() -> None:
     clock = [0.0]
     budget = StatusBudget(lambda: clock[0])
-    old, new = {"state": "Running", "progress": {"step": 1}}, {"state": "Running", "progress": {"step": 2}}
-    assert budget.delay_s("u", old, old, PROGRESS, 2.0) is None
-    assert budget.delay_s("u", old, new, PROGRESS, 2.0) == 0.0
+    assert budget.delay_s("u", RUNNING, RUNNING, PROGRESS) is None
+    assert budget.delay_s("u", RUNNING, ON, PROGRESS) == 0.0
     budget.written("u")
     clock[0] = 0.5
-    assert budget.delay_s("u", old, new, PROGRESS, 2.0) == 1.5
-    assert budget.delay_s("u", old, {**new, "state": "Complete"}, PROGRESS, 2.0) == 0.0
+    assert budget.delay_s("u", RUNNING, ON, PROGRESS) == 1.5
+    assert budget.delay_s("u", RUNNING, {**ON, "state": "Complete"}, PROGRESS) == 0.0
     clock[0] = 2.5
-    assert budget.delay_s("u", old, new, PROGRESS, 2.0) == 0.0
+    assert budget.delay_s("u", RUNNING, ON, PROGRESS) == 0.0
+
+
+@pytest.mark.parametrize(("count", "every_s"), [(10, 2), (66, 2), (1000, 30), (5000, 151)])
+def test_how_often_progress_is_written_follows_the_number_of_jobs(count: int, every_s: int) -> None:
+    budget = StatusBudget(lambda: 0.0)
+    for number in range(count):
+        budget.delay_s(f"u-{number}", RUNNING, RUNNING, PROGRESS)
+        budget.delay_s(f"q-{number}", RUNNING, RUNNING, QUEUE)
+    assert int(budget.progress_s()) == every_s
+    for number in range(count):
+        budget.forget(f"u-{number}")
+    assert budget.progress_s() == PROGRESS.least_s
+
+
+def test_all_figures_together_have_so_many_writes_a_second_and_a_change_of_state_waits_for_none() -> None:
+    clock = [0.0]
+    budget = StatusBudget(lambda: clock[0])
+
+    def written() -> int:
+        uids = [f"u-{number}" for number in range(500)]
+        due = [uid for uid in uids if budget.delay_s(uid, RUNNING, ON, PROGRESS) == 0.0]
+        for uid in due:
+            budget.written(uid)
+        return len(due)
+
+    assert written() == PROGRESS.per_s * BURST_S
+    assert written() == 0
+    clock[0] = 1.0
+    assert written() == PROGRESS.per_s
+    ended = {**ON, "state": "Failed"}
+    assert {budget.delay_s(f"u-{number}", ON, ended, PROGRESS) for number in range(500)} == {0.0}
+    assert budget.delay_s("e", {"slo": 1}, {"slo": 2}, LOAD) == 0.0, "each kind has its own"
 
 
 # ---- views ----
@@ -133,7 +167,7 @@ def test_a_list_takes_away_what_is_gone_but_not_what_is_newer_than_the_list(make
         body = make.job_body(f"job-{number}", number=number)
         body["metadata"]["resourceVersion"] = version
         cache.put(FINETUNE_JOB, body)
-    assert cache.replace_all(FINETUNE_JOB, [], 10) == {("ml", "tiny")}
+    assert cache.retain(FINETUNE_JOB, set(), 10) == {("ml", "tiny")}
     assert [job.metadata.name for job in cache.group(("ml", "tiny")).jobs] == ["job-2"]
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_contract.messages import AdapterRecord
-from coserve_operator.apply.budget import LOAD, LOAD_EVERY_S, StatusBudget
+from coserve_operator.apply.budget import LOAD, StatusBudget
 from coserve_operator.apply.events import Listener, Recorder
 from coserve_operator.apply.hindrances import LISTEN_S, LOOK_AGAIN_S, Hindrances
 from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
@@ -47,6 +47,7 @@ TURN_S = 5.0
 class Reconciliation:
     """One pass over a group, as it goes along."""
 
+    namespace: str
     group: Group
     now: datetime
     redis: RedisView | None = None
@@ -109,7 +110,7 @@ class EndpointApplier:
         endpoint, scale = run.group.endpoint, run.scale
         assert endpoint is not None
         assert scale is not None
-        taken = overlap(endpoint, self.cache.endpoints()) if run.group.deployment is None else ""
+        taken = overlap(endpoint, self.cache.around(endpoint)) if run.group.deployment is None else ""
         if taken:
             run.requeue_after(LOOK_AGAIN_S)
             await self._write_status(run, endpoint, Obstacle(TAKEN, taken), (), "")
@@ -227,8 +228,7 @@ class EndpointApplier:
 
     def _turns(self) -> int:
         """Return how many endpoints have theirs now."""
-        found = map(views.rollout_view, self.cache.deployments())
-        return len(self._taking) + sum(each is not None and each.in_turn and not each.complete for each in found)
+        return len(self._taking) + self.cache.rolling()
 
     def _agents(self, endpoint: InferenceEndpoint, replicas: int, jobs: int, least_rank: int) -> Manifest:
         _, password = self.store.credentials(endpoint.metadata.uid)
@@ -262,7 +262,7 @@ class EndpointApplier:
             template=template,
         )
         meta, new = endpoint.metadata, endpoints.status_of(observed, run.now)
-        delay_s = self.budget.delay_s(meta.uid, endpoint.status.to_dict(), new.to_dict(), LOAD, LOAD_EVERY_S)
+        delay_s = self.budget.delay_s(meta.uid, endpoint.status.to_dict(), new.to_dict(), LOAD)
         if delay_s != 0.0:
             run.requeue_after(delay_s)
             return

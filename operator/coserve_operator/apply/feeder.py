@@ -18,7 +18,6 @@ from coserve_operator.manifests.feeder import feeder, feeder_name
 from coserve_operator.manifests.metadata import is_leaving, is_owned_by
 from coserve_operator.settings import Settings
 from coserve_operator.watch.cache import Cache
-from coserve_operator.watch.views import feeder_view
 
 ASK_AGAIN_S, MOST_S = 2.0, 60.0
 """Jobs that wait for a check ask together about as often as there are checks at once in so many seconds."""
@@ -69,9 +68,7 @@ class FeederApplier:
 
     def _has_room(self, uid: str) -> bool:
         """Return whether another check may begin in the cluster."""
-        views = [feeder_view(each, ()) for each in self._cache.feeders()]
-        running = sum(view.checks and not view.finished and not view.suspended for view in views)
-        if running + len(self._making) >= self._settings.checks:
+        if self._cache.checking() + len(self._making) >= self._settings.checks:
             self._refused.add(uid)
             return False
         self._refused.discard(uid)
@@ -105,6 +102,11 @@ class FeederApplier:
             return None
         said = await self._listener.of_pod(job.metadata.namespace, feeder.creating, now)
         return None if said is None else Obstacle(*said)
+
+    async def stop(self, job_uid: str, left: Manifest) -> None:
+        """Pause the feeder that a job has left."""
+        if is_owned_by(left, job_uid):
+            await self._pause(left["metadata"]["namespace"], left["metadata"]["name"], True)
 
     async def _pause(self, namespace: str, name: str, pause: bool) -> None:
         patch: dict[str, Any] = {"spec": {"suspend": pause}}

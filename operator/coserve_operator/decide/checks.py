@@ -2,8 +2,6 @@
 message says what to change.
 """
 
-from collections.abc import Collection, Sequence
-
 from coserve_api.adapters import MAX_ADAPTERS, AdapterState
 from coserve_api.common import variables_fault
 from coserve_api.endpoint import InferenceEndpoint
@@ -13,6 +11,7 @@ from coserve_api.job_status import ContinuedFrom, FailedReason, PendingReason, P
 from coserve_api.uris import parse_uri, relative_path
 from coserve_contract.messages import Completed, FeedStatus
 from coserve_operator.decide import observed
+from coserve_operator.decide.claims import Claims
 from coserve_operator.decide.observed import FeederView
 from coserve_operator.decide.sources import checkpoint_of, elsewhere, unreadable
 from coserve_operator.manifests.feeder import template_variables
@@ -27,11 +26,9 @@ NOT_IMPROVED = {
 """Why a policy kept a trained adapter from being published."""
 
 
-def obstacle(
-    job: FinetuneJob, endpoint: InferenceEndpoint, rivals: Sequence[FinetuneJob], published: Collection[str] = ()
-) -> Obstacle | None:
-    """Return why a job that has not started may not run on `endpoint` as they are now; `rivals` are its other living
-    jobs, `published` the names of its adapters. Each of them may change.
+def obstacle(job: FinetuneJob, endpoint: InferenceEndpoint, claims: Claims) -> Obstacle | None:
+    """Return why a job that has not started may not run on `endpoint` as they are now; `claims` are those of its living
+    jobs. Each of them may change.
     """
     adapter, name = job.spec.adapter, endpoint.metadata.name
     most = endpoint.spec.finetuning.max_rank
@@ -58,29 +55,18 @@ def obstacle(
     if adapter.name == endpoint.model_name:
         message = f"spec.adapter.name {adapter.name} is the name of the endpoint's base model: choose another"
         return PendingReason.NAME_TAKEN, message
-    holder = min((job, *(each for each in rivals if each.spec.adapter.name == adapter.name)), key=precedence)
+    holder = claims.holder(job)
     if holder.metadata.uid != job.metadata.uid:
         remedy = "this one begins when that one is over; or choose another spec.adapter.name"
         message = f"FinetuneJob {holder.metadata.name} is training adapter {adapter.name}: {remedy}"
         return PendingReason.NAME_TAKEN, message
-    if not _has_room(job, rivals, published):
+    if not claims.has_room(job):
         message = (
             f"endpoint {name} has {MAX_ADAPTERS} adapters, with those that jobs are training, and may have no more: "
             "choose a spec.adapter.name that it has, or another endpoint"
         )
         return PendingReason.TOO_MANY_ADAPTERS, message
     return None
-
-
-def _has_room(job: FinetuneJob, rivals: Sequence[FinetuneJob], published: Collection[str]) -> bool:
-    """Return whether the endpoint's status takes the job's name, beside those that its rivals have before it."""
-    name = job.spec.adapter.name
-    if job.spec.publish.policy is PublishPolicy.NEVER or name in published:
-        return True
-    if len(published) + len(rivals) < MAX_ADAPTERS:
-        return True
-    first = (each for each in rivals if precedence(each) < precedence(job))
-    return len({*published, *(each.spec.adapter.name for each in first)}) < MAX_ADAPTERS
 
 
 def pod_obstacle(feeder: FeederView | None) -> observed.Obstacle | None:
@@ -133,11 +119,6 @@ def source_missing(job: FinetuneJob, endpoint: InferenceEndpoint, found: Continu
         f"spec.adapter.from is {named}, and endpoint {endpoint.metadata.name} has published no adapter of that name: "
         "training begins once it has; else create the job anew with another"
     )
-
-
-def precedence(job: FinetuneJob) -> tuple[bool, str, str]:
-    """Return who has a name: started jobs before others, then the older."""
-    return job.status.start_time is None, job.metadata.creation_timestamp or "", job.metadata.uid
 
 
 def only_stored(adapter: PublishedAdapter, endpoint: InferenceEndpoint) -> str:

@@ -32,9 +32,9 @@ def feed_the_next(
     queue = [uid for uid in waiting if decisions[uid].reason in _IN_QUEUE or decisions[uid].waits_for_feeder]
     turn = frozenset(queue[: max(free, 1) + MORE])
     unchecked = [uid for uid in waiting if uid not in turn and not is_checked(observations[uid])]
-    begun = [uid for uid in unchecked if _is_read(observations[uid])]
+    begun = {uid for uid in unchecked if _is_read(observations[uid])}
     later = [uid for uid in unchecked if uid not in begun]
-    checked_now = {*begun, *later[: max(0, checks - len(begun))]}
+    checked_now = begun | {*later[: max(0, checks - len(begun))]}
     made = {uid: one if uid in turn else _without_shards(observations[uid], one) for uid, one in decisions.items()}
     for uid in waiting:
         if uid not in turn:

@@ -4,8 +4,8 @@ The order is always the status first, then Redis: after a crash between the two 
 that Redis does not have, and binds under a higher one.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from coserve_api.conditions import find_condition
@@ -27,6 +27,7 @@ from coserve_operator.decide import backoff, checks, lifetime
 from coserve_operator.decide.actions import Bind, FeederAction, Forget, RedisAction, Unbind, UpdateBinding
 from coserve_operator.decide.adapter_status import failure
 from coserve_operator.decide.binding import binding_of
+from coserve_operator.decide.claims import Claims
 from coserve_operator.decide.observed import FeederView, Obstacle, RedisView, Unreadable
 
 RENEW_AFTER_S = 60.0
@@ -42,12 +43,12 @@ class ObservedJob:
     """Everything that a decision on `job` is made from. `leaving` holds the ids of agents that are to go, `source` is
     what the job goes on from, an adapter or a checkpoint, once it is known; `surplus` says that its agent may run fewer
     jobs, `disrupted` that the pod that it was bound to was taken away; `unreadable` why Redis is not known, `obstacle`
-    why its feeder could not be made; `published` are the names of the endpoint's adapters.
+    why its feeder could not be made; `claims` are those of the endpoint's living jobs.
     """
 
     job: FinetuneJob
     endpoint: InferenceEndpoint | None
-    rivals: Sequence[FinetuneJob] = ()
+    claims: Claims = field(default_factory=Claims)
     redis: RedisView | None = None
     feeder: FeederView | None = None
     feeder_inputs: str = ""
@@ -60,7 +61,6 @@ class ObservedJob:
     obstacle: Obstacle | None = None
     endpoint_goes: bool = False
     """It is being deleted."""
-    published: Collection[str] = ()
 
     @property
     def record(self) -> JobRecord:
@@ -83,6 +83,8 @@ class Decision:
     node: str = ""
     training: bool = False
     wants_agent: bool = False
+    place: int = 0
+    """In the queue, from 1; 0 where it is in none."""
     restarts: int = 0
     backoff: BackoffStatus | None = None
     adapter: PublishedAdapter | None = None
@@ -95,8 +97,6 @@ class Decision:
     """Which cannot start, for the reason that is named."""
     settled: bool = True
     """False: the status stays as it is, since the job is over or too little is known."""
-    expired: bool = False
-    """The job is over, and to be deleted."""
 
     @property
     def is_final(self) -> bool:
@@ -114,7 +114,7 @@ def decide(observed: ObservedJob, now: datetime) -> Decision:
     """Return the decision on a job. Of several reasons to wait, one that a user can do something about is named."""
     job = observed.job
     if is_final(job):
-        return _over(observed, now)
+        return _over(observed)
     if job.metadata.deletion_timestamp is not None:
         return _going(observed)
     decision, left_s = _decide(observed, now), lifetime.deadline_left_s(job, now)
@@ -141,7 +141,7 @@ def _decide(observed: ObservedJob, now: datetime) -> Decision:
     if observed.endpoint is None:
         return _no_endpoint(observed, base)
     if status.start_time is None and not job.spec.suspend:
-        obstacle = checks.obstacle(job, observed.endpoint, observed.rivals, observed.published)
+        obstacle = checks.obstacle(job, observed.endpoint, observed.claims)
         if obstacle is not None:
             return replace(base, reason=obstacle[0], message=obstacle[1], feeder=FeederAction.SUSPEND)
     elsewhere = checks.checkpoint_elsewhere(job, observed.endpoint)
@@ -305,9 +305,8 @@ def assign(
     if not decision.wants_agent:
         return decision
     if agent is None or observed.endpoint is None:
-        ready = sum(beat.ready and not beat.draining for beat in agents.values())
-        message = f"number {place} in the queue: {ready} ready agent{'' if ready == 1 else 's'}, none with room"
-        return replace(decision, message=message + checks.asleep(observed.endpoint))
+        message = "it is in the queue, and no agent has room" + checks.asleep(observed.endpoint)
+        return replace(decision, message=message, place=place)
     epoch, beat = decision.epoch + 1, agents[agent]
     binding = _binding(observed, observed.endpoint, epoch, Desired.RUN, decision.restarts)
     return replace(
@@ -402,14 +401,13 @@ def _end(observed: ObservedJob, base: Decision, reason: FailedReason, message: s
     )
 
 
-def _over(observed: ObservedJob, now: datetime) -> Decision:
-    """Return the decision on a job that ended before: nobody runs it, Redis forgets it, and in time it is deleted."""
+def _over(observed: ObservedJob) -> Decision:
+    """Return the decision on a job that ended before, and has yet to say so of its newest generation: nobody runs it,
+    and Redis forgets it.
+    """
     status, uid = observed.job.status, observed.job.metadata.uid
     feeding = observed.feeder is not None and observed.feeder.active
     known = observed.redis is not None and uid in observed.redis.known_jobs and not feeding
-    left_s = None
-    if observed.job.metadata.deletion_timestamp is None:
-        left_s = lifetime.ttl_left_s(observed.job, observed.endpoint, now)
     return Decision(
         status.state or JobState.COMPLETE,
         status.reason or "",
@@ -418,9 +416,7 @@ def _over(observed: ObservedJob, now: datetime) -> Decision:
         adapter=status.adapter,
         actions=(*_dismissal(observed), Forget(uid)) if known else (),
         feeder=FeederAction.SUSPEND,
-        requeue_after_s=left_s,
         settled=False,
-        expired=left_s is not None and left_s <= 0,
     )
 
 

@@ -49,6 +49,7 @@ def status_of(observed: ObservedJob, decision: Decision, now: datetime) -> JobSt
         reason=decision.reason,
         progress=_progress(observed, decision),
         dataset=dataset_of(observed.record.feed, old.dataset),
+        queue_position=decision.place or None,
         binding=binding,
         checkpoint=_checkpoint(observed, decision),
         adapter=decision.adapter,

@@ -1,12 +1,10 @@
-"""How long a job may go on, and how long it stays when it is over, as for a batch/v1 Job."""
+"""How long a job may go on, as for a batch/v1 Job."""
 
 from datetime import datetime, timedelta
 
 from coserve_api.conditions import find_condition
-from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_api.job_status import JobCondition
-from coserve_operator.decide.published import recorded
 
 
 def deadline_left_s(job: FinetuneJob, now: datetime) -> float | None:
@@ -32,14 +30,3 @@ def deadline_message(job: FinetuneJob) -> str:
     last = job.status.checkpoint
     kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last.step} stays"
     return f"spec.activeDeadlineSeconds is {job.spec.active_deadline_seconds}, and the job was not done by then; {kept}"
-
-
-def ttl_left_s(job: FinetuneJob, endpoint: InferenceEndpoint | None, now: datetime) -> float | None:
-    """Return in how many seconds a job that is over is to be deleted; None while that is not known.
-
-    An adapter that it published is first in the endpoint's status, which keeps it.
-    """
-    ttl, ended = job.spec.ttl_seconds_after_finished, job.status.completion_time
-    if ttl is None or ended is None or (endpoint is not None and not recorded(job, endpoint)):
-        return None
-    return ttl - (now - datetime.fromisoformat(ended)) / timedelta(seconds=1)

@@ -1,5 +1,6 @@
 """Which waiting job goes to which agent: first come, first served, to the least loaded agent with room."""
 
+import heapq
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -35,11 +36,13 @@ def capacity(agents: Mapping[str, Heartbeat], bound: Mapping[str, str], leaving:
     `bound` maps job uids to agent ids. A job counts where it is bound and also where it still runs, so that an agent
     that has not yet let go of one job gets no other. Agents that are not ready, drain or are to go take none.
     """
+    held: dict[str, set[str]] = {agent: set(beat.jobs) for agent, beat in agents.items()}
+    for job, holder in bound.items():
+        held.setdefault(holder, set()).add(job)
     free: dict[str, int] = {}
     for agent, beat in agents.items():
         if beat.ready and not beat.draining and agent not in leaving:
-            held = {job for job, holder in bound.items() if holder == agent} | set(beat.jobs)
-            free[agent] = max(0, min(most, beat.max_jobs) - len(held))
+            free[agent] = max(0, min(most, beat.max_jobs) - len(held[agent]))
     return free
 
 
@@ -59,15 +62,21 @@ def place(
 ) -> dict[str, str]:
     """Return job uid -> agent id for the jobs that get an agent now; an agent runs `most` at once."""
     free = capacity(agents, bound, leaving, most)
+    least_loaded = [(_load(agents[agent], room), agent) for agent, room in free.items() if room > 0]
+    heapq.heapify(least_loaded)
     placed: dict[str, str] = {}
     for job in sorted(waiting, key=lambda each: each.created):
-        candidates = [agent for agent, room in free.items() if room > 0]
-        if not candidates:
+        if not least_loaded:
             break
-        chosen = min(
-            candidates,
-            key=lambda agent: (agents[agent].max_jobs - free[agent], agents[agent].load.saturation_percent, agent),
-        )
-        free[chosen] -= 1
-        placed[job.uid] = chosen
+        agent = least_loaded[0][1]
+        placed[job.uid] = agent
+        free[agent] -= 1
+        if free[agent] > 0:
+            heapq.heapreplace(least_loaded, (_load(agents[agent], free[agent]), agent))
+        else:
+            heapq.heappop(least_loaded)
     return placed
+
+
+def _load(beat: Heartbeat, room: int) -> tuple[int, float]:
+    return beat.max_jobs - room, beat.load.saturation_percent

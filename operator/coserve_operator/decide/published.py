@@ -5,6 +5,7 @@ They outlive their jobs: deleting a FinetuneJob takes nothing away from those wh
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from coserve_api.adapters import MAX_ADAPTERS, MAX_OLDER, AdapterOverride, AdapterState, AdapterStatus, AdapterVersion
@@ -19,16 +20,36 @@ Versions = Mapping[str, tuple[AdapterRecord, ...]]
 """Of each name, newest first; at least one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """An adapter version that a job published, when it `ended` if it has."""
+
+    job_uid: str
+    name: str
+    version: int
+    uri: str
+    sha256: str
+    rank: int
+    ended: str | None = None
+
+
+def publication(job: FinetuneJob, adapter: PublishedAdapter | None) -> Publication | None:
+    """Return what the job published, if anything."""
+    if adapter is None:
+        return None
+    rank = adapter.rank or job.spec.adapter.rank or DEFAULT_RANK
+    ended = job.status.completion_time
+    return Publication(job.metadata.uid, adapter.name, adapter.version, adapter.uri, adapter.sha256, rank, ended)
+
+
 def published(
-    endpoint: InferenceEndpoint,
-    jobs: Iterable[tuple[FinetuneJob, PublishedAdapter | None]],
-    in_redis: Mapping[str, AdapterRecord],
+    endpoint: InferenceEndpoint, by_jobs: Iterable[Publication | None], in_redis: Mapping[str, AdapterRecord]
 ) -> Versions:
     """Return the known versions, from the endpoint's status, its jobs' adapters and what Redis holds; never more names
     than a status takes, whatever Redis holds.
     """
     found: dict[str, dict[int, AdapterRecord]] = {}
-    for record in (*_of_status(endpoint), *_of_jobs(endpoint, jobs), *in_redis.values()):
+    for record in (*_of_status(endpoint), *_of_jobs(endpoint, by_jobs), *in_redis.values()):
         if record.name in found or len(found) < MAX_ADAPTERS:
             found.setdefault(record.name, {}).setdefault(record.number, record)
     return {name: tuple(each[number] for number in sorted(each, reverse=True)) for name, each in found.items()}
@@ -67,10 +88,12 @@ def trained_rank(jobs: Iterable[FinetuneJob]) -> int:
     return max((job.spec.adapter.rank or DEFAULT_RANK for job in begun if job.spec.adapter.source is None), default=0)
 
 
-def next_number(name: str, endpoint: InferenceEndpoint, known: Versions) -> int:
-    """Return the number of the next version of `name`."""
-    in_status = max((each.version for each in endpoint.status.adapters if each.name == name), default=0)
-    return max(in_status, known[name][0].number if name in known else 0) + 1
+def last_numbers(endpoint: InferenceEndpoint, known: Versions) -> dict[str, int]:
+    """Return the number of the newest version of each name."""
+    numbers = {name: versions[0].number for name, versions in known.items()}
+    for each in endpoint.status.adapters:
+        numbers[each.name] = max(each.version, numbers.get(each.name, 0))
+    return numbers
 
 
 def statuses(
@@ -108,37 +131,27 @@ def _kept(older: tuple[AdapterRecord, ...], serving: AdapterRecord | None) -> tu
     return (*older[: MAX_OLDER - 1], serving)
 
 
-def recorded(job: FinetuneJob, endpoint: InferenceEndpoint) -> bool:
-    """Return whether the endpoint keeps the job's adapter by itself, or never had it."""
-    adapter = job.status.adapter
-    if adapter is None or _of_an_earlier_endpoint(job, endpoint):
-        return True
-    return any(each.name == adapter.name and each.version >= adapter.version for each in endpoint.status.adapters)
+def recorded(adapter: Publication, endpoint: InferenceEndpoint, kept: Mapping[str, int]) -> bool:
+    """Return whether the endpoint keeps the adapter by itself, or never had it; its status has the versions `kept`."""
+    return _of_an_earlier_endpoint(adapter, endpoint) or kept.get(adapter.name, 0) >= adapter.version
 
 
-def _of_an_earlier_endpoint(job: FinetuneJob, endpoint: InferenceEndpoint) -> bool:
-    """Return whether the job published on another endpoint of this name, perhaps with another model."""
+def _of_an_earlier_endpoint(adapter: Publication, endpoint: InferenceEndpoint) -> bool:
+    """Return whether it was published on another endpoint of this name, perhaps with another model."""
     made = endpoint.metadata.creation_timestamp or ""
-    return (job.status.completion_time or made) < made
+    return (adapter.ended or made) < made
 
 
-def _of_jobs(
-    endpoint: InferenceEndpoint, jobs: Iterable[tuple[FinetuneJob, PublishedAdapter | None]]
-) -> Iterable[AdapterRecord]:
-    for job, adapter in jobs:
-        if adapter is None or _of_an_earlier_endpoint(job, endpoint):
+def _of_jobs(endpoint: InferenceEndpoint, by_jobs: Iterable[Publication | None]) -> Iterable[AdapterRecord]:
+    for each in by_jobs:
+        if each is None or _of_an_earlier_endpoint(each, endpoint):
             continue
         try:
-            path = relative_path(endpoint.spec.artifact_store.uri, adapter.uri)
+            path = relative_path(endpoint.spec.artifact_store.uri, each.uri)
         except InvalidValueError:
             continue
         yield AdapterRecord(
-            name=adapter.name,
-            number=adapter.version,
-            path=path,
-            sha256=adapter.sha256,
-            job_uid=job.metadata.uid,
-            rank=adapter.rank or job.spec.adapter.rank or DEFAULT_RANK,
+            name=each.name, number=each.version, path=path, sha256=each.sha256, job_uid=each.job_uid, rank=each.rank
         )
 
 

@@ -1,7 +1,7 @@
 """What a job goes on from: which folder its `adapter.from` or `resumeFrom` means, and whether agents can read it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
@@ -22,10 +22,10 @@ def continued_from(
     job: FinetuneJob,
     endpoint: InferenceEndpoint,
     published: Mapping[str, AdapterRecord],
-    jobs: Iterable[FinetuneJob] = (),
+    left: Callable[[str], ContinuedFrom | None] = lambda _: None,
 ) -> ContinuedFrom | None:
-    """Return what the job goes on from: what was chosen at its first binding, else what is there now, of `jobs` of the
-    endpoint, for one. None where it begins anew, or what it names is not there (yet).
+    """Return what the job goes on from: what was chosen at its first binding, else what is there now; `left` says which
+    checkpoint a job of that name has left. None where it begins anew, or what it names is not there (yet).
     """
     source, resumed = job.spec.adapter.source, job.spec.resume_from
     if job.status.continued_from is not None:
@@ -33,9 +33,7 @@ def continued_from(
     if resumed is not None and resumed.uri is not None:
         return ContinuedFrom(uri=resumed.uri.rstrip("/"), sha256=resumed.sha256)
     if resumed is not None:
-        other = next((each for each in jobs if each.metadata.name == resumed.job), None)
-        last = other.status.checkpoint if other is not None and other.status.completion_time is not None else None
-        return None if last is None else ContinuedFrom(uri=last.uri, sha256=last.sha256)
+        return None if resumed.job is None else left(resumed.job)
     if source is None:
         return None
     if is_uri(source):
@@ -45,6 +43,12 @@ def continued_from(
         return None
     uri = artifact_uri(endpoint.spec.artifact_store.uri, found.path)
     return ContinuedFrom(uri=uri, version=found.number, sha256=found.sha256)
+
+
+def checkpoint_left(job: FinetuneJob) -> ContinuedFrom | None:
+    """Return the last checkpoint of a job that is over."""
+    last = job.status.checkpoint if job.status.completion_time is not None else None
+    return None if last is None else ContinuedFrom(uri=last.uri, sha256=last.sha256)
 
 
 def checkpoint_of(job: FinetuneJob, endpoint: InferenceEndpoint, found: ContinuedFrom | None) -> Checkpoint | None:

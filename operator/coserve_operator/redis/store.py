@@ -21,7 +21,7 @@ from coserve_contract.connect import command
 from coserve_contract.keys import Keys
 from coserve_contract.messages import AdapterRecord
 from coserve_contract.scripts import HEARTBEAT_TTL_MS, Binder, Reason, Refused
-from coserve_contract.store import Store, endpoint_uids
+from coserve_contract.store import Store, changes, endpoint_uids
 from coserve_operator.decide.actions import Bind, ClearStreams, Forget, RedisAction, Unbind
 from coserve_operator.decide.observed import RedisView, Unreadable
 from coserve_operator.redis.reader import read
@@ -68,6 +68,8 @@ class OperatorStore:
     clock: Callable[[], float]
     metrics_password: str = ""
     leadership: Leadership = field(default_factory=NoLeadership)
+    written: set[str] = field(default_factory=set, init=False)
+    """Endpoints written to, and not read since."""
     _readable_since: float | None = field(default=None, init=False)
     _server: str = field(default="", init=False)
     _users: set[str] = field(default_factory=set, init=False)
@@ -110,6 +112,11 @@ class OperatorStore:
         """Return what Redis holds of each endpoint uid and of the job uids given for it."""
         found: dict[str, RedisView | Unreadable] = await self._run(read(self.redis, wants, self._settled))
         return found
+
+    async def changes(self, uids: Sequence[str]) -> dict[str, tuple[Any, bool]]:
+        """Return, of each endpoint, what is another value where it should be read, and whether an agent is lost."""
+        found = await self._run(changes(self.redis, uids, HEARTBEAT_TTL_MS))
+        return dict(zip(uids, found, strict=True))
 
     async def do(self, uid: str, action: RedisAction) -> Refused | None:
         """Carry out one decision; return why Redis refused it, if it did."""
@@ -160,6 +167,7 @@ class OperatorStore:
 
     async def _write(self, uid: str, write: Callable[[Binder], Awaitable[Any]]) -> Refused | None:
         """Write under our token; where Redis has a greater one, under one above that if the Lease is still ours."""
+        self.written.add(uid)
         while True:
             answer = await self._run(write(Binder(self.redis, Keys(uid), self.leadership.token())))
             refused = answer if isinstance(answer, Refused) else None

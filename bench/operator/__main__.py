@@ -1,0 +1,159 @@
+"""The operator under load: `python -m bench.operator`, from the repository's root. Real kube-apiserver, etcd, Redis and
+operator; agents and feeders are played. Prints JSON: milliseconds from a change to its reconciled effect, CPU seconds a
+minute and memory of each program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from coserve_contract.connect import connect as connect_redis
+from coserve_operator import kube as kubernetes
+from coserve_operator.kube import FINETUNE_JOB, Kube, Manifest
+
+from . import objects, players, servers
+
+PATIENCE_S = 60.0
+
+
+async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -> dict[str, Any]:
+    os.environ["KUBECONFIG"] = str(at.kubeconfig)
+    kube, redis = await kubernetes.connect(), connect_redis(at.redis[0], None, at.redis[1])
+    places = -(-options.running // options.endpoints)
+    made = await objects.create(kube, (objects.endpoint(n, places) for n in range(options.endpoints)))
+    uids = [each["metadata"]["uid"] for each in made]
+    await _finished(kube, options)
+    count = options.running + options.queued
+    named = (objects.job(f"job-{n:06d}", n, objects.endpoint_name(n % options.endpoints)) for n in range(count))
+    jobs = await objects.create(kube, named)
+    endpoint_of = {each["metadata"]["uid"]: uids[n % options.endpoints] for n, each in enumerate(jobs)}
+    await players.say_data_ready(redis, endpoint_of)
+    agents = [players.Agent(redis, uid, places, number) for number, uid in enumerate(uids)]
+    with servers.operator(folder, at):
+        tasks = [asyncio.create_task(players.play(agents, options.progress_seconds))]
+        tasks.append(asyncio.create_task(players.run_feeders(kube)))
+        begun = time.monotonic()
+        await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
+        settled_s = time.monotonic() - begun
+        await asyncio.sleep(options.calm_seconds)
+        told = await _measure(kube, agents, jobs, options)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await redis.aclose()
+    await kube.close()
+    return {"all run after s": round(settled_s, 1)} | told
+
+
+async def _finished(kube: Kube, options: argparse.Namespace) -> None:
+    named = [
+        objects.job(f"old-{n:06d}", n, objects.endpoint_name(n % options.endpoints)) for n in range(options.finished)
+    ]
+    made = await objects.create(kube, named)
+    await objects.all_of([lambda each=each: kube.apply(objects.ended(each), "status") for each in made])
+
+
+async def _all_run(agents: list[players.Agent], running: int) -> bool:
+    return sum(len(each.held) for each in agents) >= running
+
+
+async def _measure(
+    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], options: argparse.Namespace
+) -> dict[str, Any]:
+    pids = servers.programs()
+    before, begun = {name: servers.cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
+    rng, names = random.Random(1), {each["metadata"]["uid"]: each["metadata"]["name"] for each in jobs}
+    edits, results = [], []
+    while time.monotonic() - begun < options.seconds:
+        agent = rng.choice([each for each in agents if each.held])
+        job = rng.choice(sorted(agent.held))
+        edits.append(await _edit(kube, agent, job, names[job], rng))
+        agent = rng.choice([each for each in agents if each.held])
+        job = rng.choice(sorted(agent.held))
+        results.append(await _end(kube, agent, job, names[job]))
+        await asyncio.sleep(options.pause_seconds)
+    minutes = (time.monotonic() - begun) / 60
+    used = {name: round((servers.cpu_seconds(pid) - before[name]) / minutes, 2) for name, pid in pids.items()}
+    return {
+        "edit of a spec to the agent's binding, ms": _percentiles(edits),
+        "result of an agent to the status, ms": _percentiles(results),
+        "CPU s a minute": used,
+        "RSS MiB": {name: servers.memory_mib(pid) for name, pid in pids.items()},
+        "measured s": round(minutes * 60, 1),
+    }
+
+
+async def _edit(kube: Kube, agent: players.Agent, job: str, name: str, rng: random.Random) -> float:
+    """Seconds from a change of a running job's priority until its agent is told."""
+    binding = (await agent.store.bindings(agent.id))[0].get(job)
+    now = 0 if binding is None else binding.spec.priority
+    wanted = rng.choice([each for each in range(-4, 5) if each != now])
+
+    async def told() -> bool:
+        found = (await agent.store.bindings(agent.id))[0].get(job)
+        return found is not None and found.spec.priority == wanted
+
+    begun = time.monotonic()
+    await kube.merge(FINETUNE_JOB, servers.NAMESPACE, name, {"spec": {"priority": wanted}})
+    await _until(told, PATIENCE_S)
+    return time.monotonic() - begun
+
+
+async def _end(kube: Kube, agent: players.Agent, job: str, name: str) -> float:
+    """Seconds from an agent's result until the job's status says so."""
+
+    async def told() -> bool:
+        found = await kube.get(FINETUNE_JOB, servers.NAMESPACE, name)
+        return bool(found.get("status", {}).get("state") == "Complete")
+
+    begun = time.monotonic()
+    await agent.end(job)
+    await _until(told, PATIENCE_S)
+    return time.monotonic() - begun
+
+
+async def _until(check: Callable[[], Awaitable[bool]], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while not await check():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {patience_s} s; see operator.log")
+        await asyncio.sleep(0.02)
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    at = {"P50": 0.5, "P99": 0.99}
+    chosen = {name: ordered[min(len(ordered) - 1, int(part * len(ordered)))] for name, part in at.items()}
+    return {name: round(1000 * value, 1) for name, value in chosen.items()} | {"changes": len(ordered)}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.operator", description=__doc__)
+    for name, count in (("endpoints", 1000), ("running", 5000), ("queued", 5000), ("finished", 5000)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring")
+    parser.add_argument("--settle-seconds", type=float, default=1800.0, help="until all jobs run, at most")
+    parser.add_argument("--calm-seconds", type=float, default=10.0, help="from then on until it is measured")
+    parser.add_argument("--pause-seconds", type=float, default=0.2, help="between two changes")
+    parser.add_argument("--progress-seconds", type=int, default=5, help="how often a job reports its progress")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = _options()
+    with tempfile.TemporaryDirectory(prefix="coserve-bench-") as name, servers.servers(Path(name)) as running:
+        try:
+            found = asyncio.run(main(chosen, Path(name), running))
+        except TimeoutError:
+            print((Path(name) / "operator.log").read_text()[-5000:])
+            raise
+    print(json.dumps({"sizes": vars(chosen)} | found, indent=2))

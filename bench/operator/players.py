@@ -1,0 +1,114 @@
+"""Agents and feeders, all in this process: they write to Redis what real ones do, by the same scripts."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis.asyncio import Redis
+
+from coserve_contract.keys import Keys, agent_id
+from coserve_contract.messages import Binding, Checkpoint, Completed, FeedStatus, Heartbeat, JobBeat, Load, Progress
+from coserve_contract.scripts import Fencing, Lease
+from coserve_contract.store import Store
+from coserve_operator.kube import BATCH_JOB, Kube, KubeError
+
+from .objects import all_of
+from .servers import NAMESPACE
+
+STEPS = 1_000_000
+SHA = "0" * 64
+RENEW_EVERY, SAVE_EVERY = 4, 60
+"""Seconds."""
+
+
+@dataclass
+class Agent:
+    """One agent of one endpoint, with as many places as it has jobs to run."""
+
+    redis: Redis
+    uid: str
+    places: int
+    number: int
+    held: dict[str, Binding] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pod, keys = f"agent-{self.number}", Keys(self.uid)
+        self.id = agent_id(f"pod-{self.number}", "b1")
+        self.fencing, self.store = Fencing(self.redis, keys, self.id), Store(self.redis, keys)
+        self.seconds = 0
+
+    async def second(self, progress_every: int) -> None:
+        """What an agent does each second."""
+        self.seconds += 1
+        running = {job: JobBeat(epoch=each.epoch, step=self.seconds) for job, each in self.held.items()}
+        beat = Heartbeat(
+            agent_id=self.id, pod_name=self.pod, pod_uid=f"pod-{self.number}", boot_id="b1", node="node-1", ready=True,
+            max_jobs=self.places, jobs=running, load=Load(saturation_percent=(self.number + self.seconds) % 100),
+        )  # fmt: skip
+        incarnation = await self.fencing.heartbeat(beat)
+        if incarnation != self.fencing.incarnation:
+            self.fencing.register(incarnation)
+        told, _ = await self.store.bindings(self.id)
+        for job, binding in told.items():
+            known = self.held.get(job)
+            mine = known is not None and known.epoch == binding.epoch
+            if mine or isinstance(await self.fencing.take_lease(job, binding.epoch), Lease):
+                self.held[job] = binding
+        for job in self.held.keys() - told.keys():
+            del self.held[job]
+        for place, (job, binding) in enumerate(self.held.items()):
+            await self._job(job, binding.epoch, self.seconds + self.number + place, progress_every)
+
+    async def _job(self, job: str, epoch: int, turn: int, progress_every: int) -> None:
+        step = self.seconds
+        if turn % RENEW_EVERY == 0:
+            await self.fencing.renew_lease(job, epoch)
+        if turn % progress_every == 0:
+            report = Progress(epoch=epoch, step=step, cursor=step, eval_cursor=0, total_steps=STEPS, loss=1.0)
+            await self.fencing.report_progress(job, report)
+        if turn % SAVE_EVERY == 0:
+            path = f"jobs/{job}/e{epoch}/s{step}"
+            saved = Checkpoint(step=step, cursor=step, epoch=epoch, path=path, sha256=SHA)
+            await self.fencing.accept_checkpoint(job, epoch, saved)
+
+    async def end(self, job: str) -> None:
+        """The job is trained, and nothing is published."""
+        epoch = self.held.pop(job).epoch
+        await self.fencing.finish(job, Completed(epoch=epoch, step=self.seconds, tokens=1))
+
+
+async def play(agents: list[Agent], progress_every: int) -> None:
+    """All agents, each once a second as far as one process can."""
+    while True:
+        begun = asyncio.get_running_loop().time()
+        await all_of([lambda each=each: each.second(progress_every) for each in agents], at_once=32)
+        left_s = begun + 1.0 - asyncio.get_running_loop().time()
+        await asyncio.sleep(max(0.0, left_s))
+
+
+async def say_data_ready(redis: Redis, jobs: dict[str, str]) -> None:
+    """The feeders of all jobs (uid -> the endpoint's uid) have read their data."""
+    status = FeedStatus(total_steps=STEPS, samples=STEPS, finished=True)
+    await all_of([lambda j=job, e=uid: Store(redis, Keys(e)).set_feed(j, status) for job, uid in jobs.items()], 32)
+
+
+async def run_feeders(kube: Kube) -> None:
+    """Play the Job controller: each feeder has a pod."""
+    seen: set[str] = set()
+    body: dict[str, Any] = {"apiVersion": BATCH_JOB.api_version, "kind": BATCH_JOB.name}
+    while True:
+        found, _ = await kube.list_all(BATCH_JOB)
+        for each in found:
+            name, uid = each["metadata"]["name"], each["metadata"]["uid"]
+            if uid in seen or each["spec"].get("suspend"):
+                continue
+            status = {"active": 1, "ready": 1, "startTime": each["metadata"]["creationTimestamp"]}
+            told = body | {"metadata": {"name": name, "namespace": NAMESPACE}, "status": status}
+            try:
+                await kube.apply(told, "status", "bench")
+            except KubeError:
+                continue
+            seen.add(uid)
+        await asyncio.sleep(5.0)
