@@ -9,6 +9,7 @@ from coserve_operator.decide.job import is_final
 from coserve_operator.decide.observed import RedisView, Unreadable
 from coserve_operator.queue import KeyedQueue
 from coserve_operator.redis.store import OperatorStore, StoreError
+from coserve_operator.redis.stores import Stores
 from coserve_operator.watch.cache import Cache, Name
 
 logger = logging.getLogger(__name__)
@@ -44,48 +45,80 @@ def figures_of(view: RedisView) -> Any:
 
 
 class Poller:
-    """Compares what Redis holds with what it held, and asks for reconciles."""
+    """Compares what each tenant's Redis holds with what it held, and asks for reconciles. Tenants are polled apart: one
+    whose Redis does not answer is waited for alone.
+    """
 
-    def __init__(self, cache: Cache, store: OperatorStore, queue: KeyedQueue[Name]) -> None:
+    def __init__(self, cache: Cache, stores: Stores, queue: KeyedQueue[Name]) -> None:
         self._cache = cache
-        self._store = store
+        self._stores = stores
         self._queue = queue
         self._seen: dict[str, tuple[Any, Any]] = {}
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        """The last of each tenant."""
+        self._troubled: dict[str, str] = {}
+        """Reasons by tenant."""
 
     async def run(self, every_s: float, tick: Callable[[bool], None]) -> None:
-        """Poll for ever; `tick` hears after each round whether Redis could be read."""
-        readable = True
-        while True:
-            try:
-                await self.poll()
-                if not readable:
-                    logger.info("Redis can be read again")
-                readable = True
-            except StoreError as error:
-                if readable:
-                    logger.error("%s; what runs goes on, and nothing new is bound until it is back", error)
-                readable = False
-            tick(readable)
-            await asyncio.sleep(every_s)
+        """Poll for ever; `tick` hears after each round whether every Redis could be read."""
+        try:
+            while True:
+                self._begin()
+                tick(not self._troubled)
+                await asyncio.sleep(every_s)
+        finally:
+            for task in self._polls.values():
+                task.cancel()
+            await asyncio.gather(*self._polls.values(), return_exceptions=True)
 
-    async def poll(self) -> None:
-        """Read everything once."""
-        if await self._store.check():
-            self._seen.clear()
-            for group in self._cache.groups():
-                self._queue.add(group)
+    def _begin(self) -> None:
+        """Begin with all tenants whose last poll is over."""
         names = {each.metadata.uid: (each.metadata.namespace, each.metadata.name) for each in self._cache.endpoints()}
         for uid in self._seen.keys() - names.keys():
             del self._seen[uid]
-        uids = list(names)
-        for start in range(0, len(uids), BATCH):
-            await self._poll(uids[start : start + BATCH], names)
+        tenants: dict[str, dict[str, Name]] = {}
+        for uid, name in names.items():
+            tenants.setdefault(self._stores.tenant(name[0]), {})[uid] = name
+        for gone in [each for each, task in self._polls.items() if each not in tenants and task.done()]:
+            del self._polls[gone]
+            self._troubled.pop(gone, None)
+        for tenant, theirs in tenants.items():
+            if tenant not in self._polls or self._polls[tenant].done():
+                self._polls[tenant] = asyncio.create_task(self._poll_tenant(tenant, theirs))
 
-    async def _poll(self, uids: Iterable[str], names: dict[str, Name]) -> None:
+    async def _poll_tenant(self, tenant: str, names: dict[str, Name]) -> None:
+        """Read all of one tenant once; a fault of ours is logged, and is no other tenant's."""
+        store = self._stores.of(next(iter(names.values()))[0])
+        whose = f"Redis of namespace {tenant}" if tenant else "Redis"
+        try:
+            renewed, trouble = await store.check(), None
+            uids = list(names)
+            for start in range(0, len(uids), BATCH):
+                await self._poll(store, uids[start : start + BATCH], names)
+        except StoreError as error:
+            renewed, trouble = False, error
+        except Exception:
+            logger.exception("%s: a fault of the operator", whose)
+            return
+        reason, before = "" if trouble is None else trouble.reason, self._troubled.get(tenant, "")
+        if trouble is None:
+            self._troubled.pop(tenant, None)
+        else:
+            self._troubled[tenant] = reason
+        if trouble is not None and reason != before:
+            logger.error("%s: %s; what runs goes on, and nothing new is bound until it is back", whose, trouble)
+        elif trouble is None and before:
+            logger.info("%s can be read again", whose)
+        if renewed or reason != before:
+            for uid, name in names.items():
+                self._seen.pop(uid, None)
+                self._queue.add(name)
+
+    async def _poll(self, store: OperatorStore, uids: Iterable[str], names: dict[str, Name]) -> None:
         wants = {
             uid: [job.metadata.uid for job in self._cache.group(names[uid]).jobs if not is_final(job)] for uid in uids
         }
-        for uid, view in (await self._store.read(wants)).items():
+        for uid, view in (await store.read(wants)).items():
             state, figures = (view, None) if isinstance(view, Unreadable) else (state_of(view), figures_of(view))
             before = self._seen.get(uid)
             if before is None or before[0] != state:

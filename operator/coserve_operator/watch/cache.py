@@ -143,8 +143,12 @@ class Cache:
         found = self._shelves[ENDPOINT].objects.values()
         return [each for each in found if not isinstance(each, UnreadableObject)]
 
+    def namespaces(self) -> set[str]:
+        """Return those with endpoints, also ones that cannot be read."""
+        return {namespace for namespace, _ in self._shelves[ENDPOINT].objects}
+
     def deployments(self) -> Iterable[Manifest]:
-        """Return the agents' Deployments of all endpoints."""
+        """Return all Deployments of ours: the agents' of all endpoints, and those of tenants' Redis."""
         return self._shelves[DEPLOYMENT].objects.values()
 
     def feeders(self) -> Iterable[Manifest]:
