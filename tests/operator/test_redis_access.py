@@ -39,6 +39,16 @@ from coserve_operator.watch.cache import Cache
 UID = "e-1"
 
 
+class Leads(NoLeadership):
+    """One operator after another."""
+
+    def __init__(self, token: int = 1) -> None:
+        self._token = token
+
+    def token(self) -> int:
+        return self._token
+
+
 async def logs_in(redis_server: Any, username: str, password: str) -> bool:
     client = redis_server.connect(username, password)
     try:
@@ -53,15 +63,15 @@ async def logs_in(redis_server: Any, username: str, password: str) -> bool:
 
 
 async def test_until_the_key_before_is_taken_away_both_passwords_do(redis: Redis, redis_server: Any) -> None:
-    before = OperatorStore(redis, b"old", lambda: 0.0)
+    before = OperatorStore(redis, b"old", lambda: 0.0, "", Leads())
     old = before.credentials(UID)
     await before.assert_user(UID)
-    during = OperatorStore(redis, b"new", lambda: 0.0, previous_key=b"old")
+    during = OperatorStore(redis, b"new", lambda: 0.0, "", Leads(2), b"old")
     await during.assert_user(UID)
     new = during.credentials(UID)
     assert new != old
     assert [await logs_in(redis_server, *each) for each in (old, new)] == [True, True]
-    await OperatorStore(redis, b"new", lambda: 0.0).assert_user(UID)
+    await OperatorStore(redis, b"new", lambda: 0.0, "", Leads(3)).assert_user(UID)
     assert [await logs_in(redis_server, *each) for each in (old, new)] == [False, True]
 
 
@@ -193,11 +203,11 @@ async def without_acl(redis: Redis, redis_server: Any) -> AsyncIterator[Redis]:
 
 
 async def test_where_users_cannot_be_made_all_have_the_given_one(without_acl: Redis) -> None:
-    refused = OperatorStore(without_acl, b"key", lambda: 0.0)
+    refused = OperatorStore(without_acl, b"key", lambda: 0.0, "", Leads())
     with pytest.raises(StoreError, match=r"set redis\.external\.endpointUsers to Shared") as error:
         await refused.assert_user(UID)
     assert error.value.reason == "AccessDenied"
-    shared = OperatorStore(without_acl, b"key", lambda: 0.0, "metrics", shared_user=("given", "given"))
+    shared = OperatorStore(without_acl, b"key", lambda: 0.0, "metrics", Leads(2), shared_user=("given", "given"))
     assert await shared.check()
     await shared.assert_user(UID)
     await shared.begin(UID)
@@ -233,7 +243,7 @@ async def test_a_redis_in_trouble_is_not_asked_until_it_is_well(fault: str, serv
         servers.wait_until(at.socket.exists, process, tmp_path / "log")
         client, tenant = connect(at.url), connect(at.url)
         now = [0.0]
-        store = OperatorStore(client, b"key", lambda: now[0])
+        store = OperatorStore(client, b"key", lambda: now[0], "", Leads())
         assert await store.check()
         others: list[Any] = []
         if fault == "Busy":

@@ -134,7 +134,8 @@ async def test_the_script_starts_it_and_a_frozen_one_is_found_dead(servers: Any,
     made = manifests.deployment(parts(), ACCOUNT)
     with started(made, servers, tmp_path) as server:
         admin = connect(server.url, None, "secret")
-        told = await command(admin, "CONFIG", "GET", "*")
+        flat = [each.decode() for each in await command(admin, "CONFIG", "GET", "*")]
+        told = dict(zip(flat[::2], flat[1::2], strict=True))
         assert told["maxmemory"] == str(192 << 20)
         assert (told["appendonly"], told["save"], told["maxclients"]) == ("no", "", "1000")
         assert is_alive(made, server.port)

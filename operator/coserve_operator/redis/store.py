@@ -224,7 +224,7 @@ class OperatorStore:
                 self._readable_since = None
             if away and self.obstacle is not None:
                 raise StoreError(self.obstacle.message, self.obstacle.reason) from error
-            raise StoreError(f"Redis: {error or type(error).__name__}", reason) from error
+            raise StoreError(f"Redis: {str(error) or type(error).__name__}", reason) from error
 
     def _settled(self, uid: str, emptied: bool) -> bool:
         now = self.clock()
