@@ -33,6 +33,7 @@ BUSY, DENIED, FULL_MEMORY, FULL_CLIENTS = "Busy", "AccessDenied", "OutOfMemory",
 """Reasons of RedisReady."""
 
 
+KEEPS = "noeviction"
 FULL = 0.98
 """Share of maxmemory at which a Redis is full: what is below comes and goes with heartbeats."""
 
@@ -111,13 +112,14 @@ class OperatorStore:
             if trouble is not None:
                 self._readable_since = None
                 raise StoreError(trouble.message, trouble.reason)
-            if self._readable_since is not None and info["run_id"] == self._server:
+            server = info.get("run_id", "")
+            if self._readable_since is not None and server == self._server:
                 self.trouble = None
                 return False
             self._users.clear()
             if self.metrics_password and self.shared_user is None:
                 await self._set_user(_metrics_user(self.metrics_password))
-            self._server, self._readable_since, self.trouble = info["run_id"], self.clock(), None
+            self._server, self._readable_since, self.trouble = server, self.clock(), None
         except StoreError as error:
             self.trouble = Unreadable(error.reason, str(error))
             raise
@@ -250,10 +252,11 @@ def _password(key: bytes, uid: str) -> str:
 def _trouble(info: Mapping[str, Any]) -> Unreadable | None:
     """Return why heartbeats may be missing of agents that live, by what Redis says of itself."""
     most, clients = info.get("maxmemory", 0), info.get("maxclients", 0)
-    if most and info["used_memory"] >= FULL * most:
+    evicts = info.get("maxmemory_policy", KEEPS) != KEEPS
+    if most and not evicts and info.get("used_memory", 0) >= FULL * most:
         remedy = "delete what is not coserve's, or raise redis.resources.limits.memory"
         return Unreadable(FULL_MEMORY, f"Redis has no memory left of {most} bytes: {remedy}")
-    if clients and info["connected_clients"] >= clients:
+    if clients and info.get("connected_clients", 0) >= clients:
         remedy = "find the pods that open so many, or raise redis.maxClients"
         return Unreadable(FULL_CLIENTS, f"Redis has no connection left of {clients}: {remedy}")
     return None
