@@ -39,13 +39,13 @@ def acl_username(endpoint_uid: str) -> str:
     return f"cs-{Keys(endpoint_uid).endpoint_uid}"
 
 
-def acl_setuser(endpoint_uid: str, password: str) -> tuple[str, ...]:
-    """The whole command ACL SETUSER, which replaces what the user was; the password goes as its hash.
+def acl_setuser(endpoint_uid: str, *passwords: str) -> tuple[str, ...]:
+    """The whole command ACL SETUSER, which replaces what the user was; passwords, of which any will do, go as hashes.
 
     Send it at every reconnect: users are lost when Redis restarts.
     """
-    digest = hashlib.sha256(password.encode()).hexdigest()
-    rules = ("reset", "on", f"#{digest}", f"~{Keys(endpoint_uid).prefix}*", *(f"+{name}" for name in COMMANDS))
+    hashes = (f"#{hashlib.sha256(password.encode()).hexdigest()}" for password in passwords)
+    rules = ("reset", "on", *hashes, f"~{Keys(endpoint_uid).prefix}*", *(f"+{name}" for name in COMMANDS))
     return ("ACL", "SETUSER", acl_username(endpoint_uid), *rules)
 
 

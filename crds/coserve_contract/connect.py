@@ -13,18 +13,24 @@ from redis.exceptions import NoScriptError
 COMMAND_S = 5.0
 
 
-def connect(url: str, username: str | None = None, password: str | None = None, **connection: Any) -> Redis:
+def connect(
+    url: str, username: str | None = None, password: str | None = None, ca: str = "", **connection: Any
+) -> Redis:
     """A client that returns bytes and reconnects by itself; use it through `command`. No connection is made yet.
 
+    `ca` in PEM verifies a rediss:// server, by default the system's do; its name has to be that of the URL.
     `connection`: further arguments of redis.asyncio.Connection.
     """
+    if url.startswith("rediss:"):
+        connection |= {"ssl_check_hostname": True, **({"ssl_ca_data": ca} if ca else {})}
+    if not url.startswith("unix:"):
+        connection["socket_keepalive"] = True
     client: Redis = Redis.from_url(
         url,
         username=username,
         password=password,
         decode_responses=False,
         socket_connect_timeout=5.0,
-        socket_keepalive=True,
         health_check_interval=15,
         **connection,
     )

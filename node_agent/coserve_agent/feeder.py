@@ -205,7 +205,12 @@ async def say_error(store: Store, job: str, error: DatasetError) -> None:
 async def feed(settings: FeederSettings, material: Material | DatasetError) -> None:
     """Push `material` or say what it is, by the mode; or say what is wrong with it."""
     password = settings.redis_password
-    redis = connect(settings.redis_url, settings.redis_username, password.get_secret_value() if password else None)
+    redis = connect(
+        settings.redis_url,
+        settings.redis_username,
+        password.get_secret_value() if password else None,
+        settings.redis_ca,
+    )
     store = Store(redis, Keys(settings.endpoint_uid))
     try:
         if isinstance(material, DatasetError):

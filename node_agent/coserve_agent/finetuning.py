@@ -52,7 +52,9 @@ class Finetuning:
         meter: SloMeter,
     ) -> None:
         password = settings.redis_password
-        self._redis = connect(redis_url, settings.redis_username, password.get_secret_value() if password else None)
+        self._redis = connect(
+            redis_url, settings.redis_username, password.get_secret_value() if password else None, settings.redis_ca
+        )
         keys = Keys(settings.endpoint_uid)
         self.agent = agent_id(settings.pod_uid, boot_id)
         self._settings = settings

@@ -80,11 +80,12 @@ class _Settings(BaseSettings):
 
 
 class RedisSettings(_Settings):
-    """How to reach Redis; the password comes from the endpoint's Secret."""
+    """How to reach Redis; the password comes from the endpoint's Secret, as does the CA (PEM) of a rediss:// one."""
 
     redis_url: Annotated[str | None, OrBlank] = None
     redis_username: Annotated[str | None, OrBlank] = None
     redis_password: Annotated[SecretStr | None, OrBlank] = None
+    redis_ca: str = ""
 
     @model_validator(mode="after")
     def _check_url(self) -> RedisSettings:

@@ -33,7 +33,8 @@ from coserve_operator.decide.published import Publication, Versions, last_number
 from coserve_operator.decide.sources import checkpoint_left, continued_from
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, ConflictError, Kube, KubeError
 from coserve_operator.manifests.feeder import inputs_digest
-from coserve_operator.redis.store import OperatorStore, StoreError
+from coserve_operator.redis.store import StoreError
+from coserve_operator.redis.stores import Stores
 from coserve_operator.settings import Settings
 from coserve_operator.watch.cache import Cache, Group, Name
 from coserve_operator.watch.views import feeder_view
@@ -55,7 +56,7 @@ class Controller:
 
     settings: Settings
     kube: Kube
-    store: OperatorStore
+    stores: Stores
     cache: Cache
     applier: Applier
     budget: StatusBudget
@@ -67,14 +68,14 @@ class Controller:
         self._endpoints = EndpointApplier(
             self.settings,
             self.kube,
-            self.store,
+            self.stores,
             self.cache,
             self.applier,
             self.budget,
             self.recorder,
             self.metrics_slot,
         )
-        self._feeders = FeederApplier(self.settings, self.kube, self.cache)
+        self._feeders = FeederApplier(self.settings, self.kube, self.stores, self.cache)
         self._obstacles: dict[Name, dict[str, Obstacle]] = {}
         """What keeps feeders from being made, by group and by the job's uid, as of the last pass."""
 
@@ -134,13 +135,13 @@ class Controller:
 
     async def _read_redis(self, run: Reconciliation, group: Group, faults: "_Faults") -> None:
         assert group.endpoint is not None
-        uid = group.endpoint.metadata.uid
+        uid, store = group.endpoint.metadata.uid, self.stores.of(group.endpoint.metadata.namespace)
         with faults.of("Redis"):
             try:
-                await self.store.assert_user(uid)
-                found = (await self.store.read({uid: [job.metadata.uid for job in group.jobs]}))[uid]
+                await store.assert_user(uid)
+                found = (await store.read({uid: [job.metadata.uid for job in group.jobs]}))[uid]
             except StoreError as error:
-                run.unreadable = Unreadable("Unreachable", str(error))
+                run.unreadable = Unreadable(error.reason, str(error))
                 raise
             if isinstance(found, Unreadable):
                 run.unreadable = found
@@ -173,6 +174,7 @@ class Controller:
                 redis=run.redis,
                 feeder=feeder_view(feeder, group.feeder_pods.get(name, ())) if feeder is not None else None,
                 feeder_inputs=inputs_digest(job, endpoint) if endpoint is not None else "",
+                feeder_secret=self._feeders.secret(endpoint) if endpoint is not None else "",
                 leaving=run.leaving_agents,
                 adapter_number=numbers.get(job.spec.adapter.name, 0) + 1,
                 source=continued_from(job, endpoint, sources, left) if endpoint is not None else None,
@@ -218,7 +220,8 @@ class Controller:
             run.requeue_after(delay_s)
         if observed.endpoint is not None and observed.redis is not None:
             for action in decision.actions:
-                answer = await self.store.do(observed.endpoint.metadata.uid, action)
+                meta = observed.endpoint.metadata
+                answer = await self.stores.of(meta.namespace).do(meta.uid, action)
                 if answer is not None:
                     logger.info("%s %s: %s %s", job.metadata.name, type(action).__name__, decision.reason, answer)
                     run.requeue_after(RETRY_S)
@@ -259,28 +262,28 @@ class Controller:
         assert endpoint is not None
         if view is None:
             return
-        uid = endpoint.metadata.uid
+        uid, store = endpoint.metadata.uid, self.stores.of(endpoint.metadata.namespace)
         fed = {job for job, observed in observations.items() if not is_final(observed.job)}
         if fed - view.known_jobs:
-            await self.store.register(uid, sorted(fed - view.known_jobs))
+            await store.register(uid, sorted(fed - view.known_jobs))
         unreadable = {each.metadata.uid for each in run.group.unreadable}
         for stray in view.known_jobs - observations.keys() - unreadable:
-            await self.store.do(uid, Forget(stray))
+            await store.do(uid, Forget(stray))
             if self.cache.is_fed(stray):  # its feeder may write a little longer: delete again
-                await self.store.register(uid, [stray])
+                await store.register(uid, [stray])
                 run.requeue_after(STRAY_S)
         if view.lost_agents and view.settled:
-            await self.store.sweep_agents(uid)
+            await store.sweep_agents(uid)
         by_jobs = _publications(run.group, lambda job: decisions[job.metadata.uid].adapter)
         run.published = published(endpoint, by_jobs, view.adapters)
         run.adapters = served(endpoint, run.published)
         if run.adapters != view.adapters:
-            await self.store.set_adapters(uid, run.adapters.values())
+            await store.set_adapters(uid, run.adapters.values())
         unsure = any(
             not decision.settled and not is_final(observations[job].job) for job, decision in decisions.items()
         )
         if view.incarnation is None and not unsure:
-            await self.store.begin(uid)
+            await store.begin(uid)
         elif view.incarnation is None:
             run.requeue_after(RETRY_S)
 

@@ -16,16 +16,18 @@ from coserve_operator.apply.events import Recorder
 from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.apply.own_secrets import ServingCertificate, with_access
+from coserve_operator.apply.tenant_redis import TenantRedisKeeper
 from coserve_operator.controller import Controller, ReconcileError
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, KubeError, Manifest
 from coserve_operator.leader import Leader, LeadershipLostError
 from coserve_operator.process import first_of
 from coserve_operator.queue import BackOff, KeyedQueue
-from coserve_operator.redis.bounded import connect_bounded
-from coserve_operator.redis.poller import Poller
+from coserve_operator.redis.polling import Polling
 from coserve_operator.redis.store import OperatorStore, StoreError
+from coserve_operator.redis.stores import Stores
 from coserve_operator.settings import Settings
 from coserve_operator.telemetry import Telemetry
+from coserve_operator.tls import RedisTls, read_tls, until_renewed
 from coserve_operator.watch.cache import WATCHED, Cache, Name
 from coserve_operator.watch.handlers import SELECTORS, operate, registry
 
@@ -36,8 +38,8 @@ AGAIN_S = 1.0
 class Operator:
     """The parts of a leading operator, and the loops that drive them."""
 
-    def __init__(self, settings: Settings, kube: Kube, store: OperatorStore, telemetry: Telemetry) -> None:
-        self._settings, self._kube, self._store, self._telemetry = settings, kube, store, telemetry
+    def __init__(self, settings: Settings, kube: Kube, stores: Stores, telemetry: Telemetry, tls: RedisTls) -> None:
+        self._settings, self._kube, self._stores, self._telemetry, self._tls = settings, kube, stores, telemetry, tls
         self._rng = random.Random()
         self.cache = Cache()
         self.queue: KeyedQueue[Name] = KeyedQueue(time.monotonic, BackOff(self._rng))
@@ -49,11 +51,13 @@ class Operator:
         self._metrics_slot = MetricsSlotKeeper(kube, ours, time.monotonic, partial(self._reconcile_all, 5.0))
         self._certificate = ServingCertificate(kube, settings.namespace, secret, f"{service}.{settings.namespace}.svc")
         self.controller = Controller(
-            settings, kube, store, self.cache, self._applier, self._budget, recorder, self._metrics_slot
+            settings, kube, stores, self.cache, self._applier, self._budget, recorder, self._metrics_slot
         )
-        self.poller = Poller(
-            self.cache, store, self.queue, settings.poll_seconds, settings.full_poll_seconds, self._budget
-        )
+        self.polling = Polling(self.cache, stores, self.queue, settings.full_poll_seconds, self._budget)
+        how = settings.tenant_redis
+        self._tenant_redis = None
+        if how is not None:
+            self._tenant_redis = TenantRedisKeeper(kube, settings, how, tls, self.cache, stores, time.monotonic)
         self._sweep = asyncio.Event()
 
     async def list_all(self) -> None:
@@ -75,6 +79,8 @@ class Operator:
         if kind in WATCHED:
             gone = type_ == "DELETED"
             self._touch(self.cache.remove(kind, name, metadata["uid"]) if gone else self.cache.put(kind, body))
+        if self._tenant_redis is not None:
+            self._tenant_redis.on_event(kind, type_, body)
         if type_ != "DELETED":
             owner = self._applier.observe(kind.name, body)
             if owner is not None:
@@ -130,18 +136,25 @@ class Operator:
         while True:
             await self._sweep.wait()
             self._sweep.clear()
-            try:
-                gone = await self._store.endpoints() - {each.metadata.uid for each in self.cache.endpoints()}
-                if not gone:
-                    continue
-                listed, _ = await self._kube.list_all(ENDPOINT)  # the watch may be behind: ask again before deleting
-                for uid in gone - {each["metadata"]["uid"] for each in listed}:
-                    await self._store.delete_endpoint(uid)
-                    logger.info("deleted what Redis held of endpoint %s", uid)
-            except (KubeError, StoreError) as error:
-                logger.warning("sweeping is put off: %s", error)
+            done = await asyncio.gather(*map(self._sweep_tenant, self._stores.all()))
+            if not all(done):
                 await asyncio.sleep(30)
                 self._sweep.set()
+
+    async def _sweep_tenant(self, store: OperatorStore) -> bool:
+        """Return whether it could be done."""
+        try:
+            gone = await store.endpoints() - {each.metadata.uid for each in self.cache.endpoints()}
+            if not gone:
+                return True
+            listed, _ = await self._kube.list_all(ENDPOINT)  # the watch may be behind: ask again before deleting
+            for uid in gone - {each["metadata"]["uid"] for each in listed}:
+                await store.delete_endpoint(uid)
+                logger.info("deleted what Redis held of endpoint %s", uid)
+        except (KubeError, StoreError) as error:
+            logger.warning("sweeping is put off: %s", error)
+            return False
+        return True
 
     async def run(self) -> None:
         """Do everything that has to be done while this replica leads, until something of it ends."""
@@ -154,13 +167,16 @@ class Operator:
                 logger.warning("nothing can be listed yet: %s", error)
                 await asyncio.sleep(2)
         workers = [self._for_ever("work", self.work) for _ in range(self._settings.workers)]
-        polling = partial(self.poller.run, self._tick)
+        polling = partial(self.polling.run, self._settings.poll_seconds, self._tick)
         loops: list[tuple[str, Callable[[], Awaitable[None]]]]
         loops = [("poll", polling), ("resync", self.resync), ("sweep", self.sweep)]
         loops.append(("metrics slot", self._metrics_slot.run))
         if self._settings.metrics_api_certificate:
             loops.append(("certificate", self._certificate.run))
-        await first_of(*(self._for_ever(*loop) for loop in loops), *workers)
+        if self._tenant_redis is not None:
+            loops.append(("tenants' Redis", self._tenant_redis.run))
+        renewed = [until_renewed(self._settings.redis_tls, self._tls)] if self._settings.redis_tls else []
+        await first_of(*(self._for_ever(*loop) for loop in loops), *workers, *renewed)
 
     async def _for_ever(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
         """Begin a loop again that ends by a fault of ours: those of one tenant would else end it for all."""
@@ -229,15 +245,11 @@ async def run(settings: Settings) -> None:
     telemetry = Telemetry(time.monotonic)
     kube = await kubernetes.connect()
     settings = await with_access(settings, kube)
-    redis = connect_bounded(settings.redis_url, settings.redis_username, settings.password)
-    key = settings.endpoint_key.get_secret_value() or settings.password or ""
-    if not key:
-        logger.warning("COSERVE_ENDPOINT_KEY is empty: the endpoints' Redis passwords can be guessed")
+    tls = read_tls(settings.redis_tls)
     leader = Leader(kube, settings.namespace, settings.lease, settings.identity)
     telemetry.trouble = lambda: leader.trouble
-    metrics_password = settings.metrics_password.get_secret_value()
-    store = OperatorStore(redis, key.encode(), time.monotonic, metrics_password, leader)
-    operator = Operator(settings, kube.guarded(leader.token), store, telemetry)
+    stores = Stores(settings, leader, time.monotonic, tls)
+    operator = Operator(settings, kube.guarded(leader.token), stores, telemetry, tls)
     lifetime = Lifetime(operator, leader, telemetry, settings.health_port)
     try:
         handlers = registry(operator.on_event, lifetime.start, lifetime.end)
@@ -245,7 +257,7 @@ async def run(settings: Settings) -> None:
         if lifetime.error is not None:
             raise lifetime.error
     finally:
-        await redis.aclose()
+        await stores.aclose()
         await kube.close()
 
 

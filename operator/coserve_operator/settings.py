@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic.alias_generators import to_camel
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -30,14 +30,43 @@ class PodDefaults(BaseModel):
 NO_DEFAULTS = PodDefaults()
 
 
+class TenantRedis(BaseModel):
+    """How the operator runs the Redis of each namespace, in its own."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
+
+    image: str
+    """With sh, redis-server >= 7.0 and redis-cli."""
+    image_pull_policy: str = "IfNotPresent"
+    max_clients: int = Field(default=1000, ge=10)
+    resources: dict[str, dict[str, str | int | float]]
+    labels: dict[str, str] = {}
+    """Of every object."""
+    pod: PodDefaults = NO_DEFAULTS
+    network_policy: bool = True
+    """Whether to keep everybody else out."""
+    tls_secret: str = ""
+    """Secret with tls.crt, tls.key and ca.crt; empty: no TLS."""
+
+    @field_validator("resources")
+    @classmethod
+    def _bounded(cls, resources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not resources.get("limits", {}).get("memory"):
+            raise ValueError("limits.memory is missing: three quarters of it are Redis' maxmemory; set it")
+        return resources
+
+
 class RedisSettings(BaseSettings):
     """How a program of the operator's namespace reaches Redis."""
 
     model_config = SettingsConfigDict(env_prefix="COSERVE_", cli_parse_args=False, cli_kebab_case=True)
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    """{redis} stands for the name of a namespace's own Redis, whose passwords derive from `redis_password`."""
     redis_username: str | None = None
     redis_password: SecretStr | None = None
+    redis_tls: Path | None = None
+    """Folder of ca.crt, which verifies Redis' certificate, and of tls.crt where Redis is ours."""
 
     @property
     def password(self) -> str | None:
@@ -60,6 +89,14 @@ class Settings(RedisSettings):
     """Secret of the operator's namespace with the keys, made where there is none; empty: they come by variables."""
     endpoint_key: SecretStr = SecretStr("")
     """Secret from which the endpoints' Redis passwords are derived."""
+    endpoint_key_previous: SecretStr = SecretStr("")
+    """The one before: its passwords are taken, too, until all pods have those of the new one."""
+    shared_user: bool = False
+    """Endpoints have the operator's own Redis user, where others cannot be made."""
+    tenant_redis: TenantRedis | None = None
+    """How the Redis of a namespace is run; without it somebody else runs it."""
+    owner: str = "coserve-operator"
+    """ServiceAccount of the operator's namespace that the tenants' Redis go with."""
     metrics_password: SecretStr = SecretStr("")
     """Password of the metrics API's Redis user; empty: there is no such user."""
     metrics_api_service: str = "coserve-metrics-api"

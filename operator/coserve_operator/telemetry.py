@@ -19,7 +19,7 @@ class Telemetry:
 
     def __post_init__(self) -> None:
         self.leading = Gauge("coserve_operator_leading", "1 in the replica that works", registry=self.registry)
-        self.redis_up = Gauge("coserve_operator_redis_up", "1 while Redis can be read", registry=self.registry)
+        self.redis_up = Gauge("coserve_operator_redis_up", "1 while every Redis can be read", registry=self.registry)
         self.queue = Gauge("coserve_operator_queue_length", "Groups that wait", registry=self.registry)
         self.reconciles = Counter(
             "coserve_operator_reconciles_total", "Passes over a group", ["outcome"], registry=self.registry

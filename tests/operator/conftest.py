@@ -5,7 +5,6 @@ on a real API server and a real Redis.
 from __future__ import annotations
 
 import contextlib
-from base64 import b64decode
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,11 +163,10 @@ def operator(tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any) 
 async def served(operator: Operator, cluster: Cluster, redis_server: Any, make: Any) -> AsyncIterator[Any]:
     """An endpoint with its Redis user, and `agent(pod)` to add an agent."""
     cluster.apply(make.endpoint_body(), replicas=2)
-    secret = await eventually(lambda: cluster.get("secret", "tiny-redis"))
+    secret = await eventually(lambda: cluster.redis_secret("tiny"))
     assert secret is not None
-    username, password = (b64decode(secret["data"][key]).decode() for key in ("username", "password"))
     uid = (cluster.get("iep", "tiny") or {})["metadata"]["uid"]
-    client = redis_server.connect(username, password)
+    client = redis_server.connect(secret["username"], secret["password"])
     agents: list[Agent] = []
 
     class Served:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ class Cluster:
     def condition(self, kind: str, name: str, wanted: str) -> dict[str, str]:
         found = self.status(kind, name).get("conditions", [])
         return next((each for each in found if each["type"] == wanted), {"status": "absent", "reason": ""})
+
+    def redis_secret(self, endpoint: str) -> dict[str, str] | None:
+        """The newest Secret with the endpoint's Redis user, decoded, and its name."""
+        wanted = ("-l", f"coserve.dev/endpoint={endpoint}", "--sort-by=.metadata.creationTimestamp", "-o", "json")
+        found = json.loads(self.kubectl("get", "secrets", *wanted))["items"]
+        if not found:
+            return None
+        data = {key: b64decode(value).decode() for key, value in found[-1]["data"].items()}
+        return data | {"name": found[-1]["metadata"]["name"]}
 
     def events(self, name: str) -> list[str]:
         found = json.loads(self.kubectl("get", "events", "-o", "json"))["items"]

@@ -13,6 +13,7 @@ from coserve_operator.decide.actions import Bind, Forget, Unbind
 from coserve_operator.decide.observed import RedisView
 from coserve_operator.kube import KINDS, ConflictError, NotFoundError, UnavailableError
 from coserve_operator.redis.store import StoreError
+from coserve_operator.tenants import RedisAccess
 from coserve_operator.watch.cache import WATCHED, Cache
 
 NAMESPACE = "ml"
@@ -104,8 +105,14 @@ class FakeStore:
         self.incarnation, self.fences, self.bindings = None, {}, {}
         self.results, self.feeds, self.checkpoints, self.known, self.published = {}, {}, {}, set(), {}
 
-    def credentials(self, uid: str) -> tuple[str, str]:
-        return f"cs-{uid}", "password"
+    def of(self, _: str) -> FakeStore:
+        return self
+
+    def access(self, _: str, uid: str) -> RedisAccess:
+        return RedisAccess("redis://r:6379/0", f"cs-{uid}", "password", digest="digest")
+
+    def reference(self) -> RedisAccess:
+        return self.access("", "reference")
 
     def _step(self) -> None:
         if self.fail_after is not None:

@@ -14,6 +14,7 @@ from coserve_operator.decide import endpoint_status, job_status
 from coserve_operator.decide.observed import RedisView
 from coserve_operator.decide.published import greatest_rank, last_numbers, published, served, trained_rank
 from coserve_operator.manifests import agents
+from coserve_operator.tenants import RedisAccess
 
 SHA = "0123456789abcdef" * 4
 
@@ -187,7 +188,8 @@ def test_an_adapter_that_does_not_load_is_a_condition_with_the_agents_words(worl
 def test_agents_keep_room_for_the_greatest_rank_that_was_published(world: World, make: Any) -> None:
     def told(endpoint: Any) -> str:
         known = published(endpoint, [], {})
-        made = agents.deployment(endpoint, 1, "image", "redis://r:1/0", "x", least_rank=greatest_rank(known))
+        access = RedisAccess("redis://r:1/0", "u", "p")
+        made = agents.deployment(endpoint, 1, "image", access, least_rank=greatest_rank(known))
         env = made["spec"]["template"]["spec"]["containers"][0]["env"]
         return str(next(each["value"] for each in env if each["name"] == "COSERVE_MAX_RANK"))
 

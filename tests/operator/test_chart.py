@@ -36,10 +36,23 @@ SETS: dict[str, dict[str, Any]] = {
     "external-redis": {
         "redis": {
             "mode": "External",
-            "external": {"url": "rediss://redis.example:6380/0", "username": "root", "existingSecret": "redis"},
+            "external": {
+                "url": "rediss://redis.example:6380/0",
+                "username": "root",
+                "existingSecret": "redis",
+                "caSecret": "redis-ca",
+            },
         },
+        "operator": {"agentRedisUrl": "redis://redis.example:6379/0"},
         "access": {"existingSecret": "keys"},
     },
+    "shared-redis-user": {
+        "redis": {
+            "mode": "External",
+            "external": {"url": "redis://r:1/0", "username": "me", "existingSecret": "r", "endpointUsers": "Shared"},
+        },
+    },
+    "redis-tls": {"redis": {"tls": {"existingSecret": "from-cert-manager"}}},
     "no-metrics-api": {
         "metricsApi": {"mode": "None"},
         "networkPolicies": {"enabled": False},
@@ -66,7 +79,6 @@ SETS: dict[str, dict[str, Any]] = {
             "priorityClassName": "system-cluster-critical",
             "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
             "serviceAccountAnnotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"},
-            "agentRedisUrl": "redis://redis.example:6379/0",
             "workers": 16,
             "pollSeconds": 0.5,
             "fullPollSeconds": 20,
@@ -83,7 +95,7 @@ SETS: dict[str, dict[str, Any]] = {
             "nodeSelector": {"pool": "system"},
             "tolerations": [{"key": "system", "operator": "Exists"}],
         },
-        "redis": {"size": "10Gi", "storageClassName": "fast"},
+        "redis": {"resources": {"limits": {"memory": "2Gi"}}},
     },
 }
 
@@ -204,7 +216,6 @@ def test_every_knob_of_the_platform_reaches_pods(render) -> None:
     for kind, name in (
         ("Deployment", "coserve-operator"),
         ("Deployment", "coserve-metrics-api"),
-        ("StatefulSet", "coserve-redis"),
     ):
         template = found[kind, name]["spec"]["template"]
         pod, labels = template["spec"], template["metadata"]["labels"]
@@ -224,7 +235,19 @@ def test_every_knob_of_the_platform_reaches_pods(render) -> None:
         {"imagePullSecrets": [{"name": "registry"}], **SETS["everything"]["agents"]}
     )
     assert (settings.workers, settings.poll_seconds, settings.full_poll_seconds) == (16, 0.5, 20)
-    assert settings.redis_url_of_agents == "redis://redis.example:6379/0"
+    assert settings.redis_url == "redis://{redis}.coserve-system.svc:6379/0"
+    redis = settings.tenant_redis
+    assert redis is not None
+    assert redis.pod == PodDefaults.model_validate(
+        {
+            "imagePullSecrets": [{"name": "registry"}],
+            "priorityClassName": "system-cluster-critical",
+            "labels": POD["podLabels"],
+            "annotations": POD["podAnnotations"],
+            **PLACEMENT,
+        }
+    )
+    assert (redis.labels["team"], redis.network_policy) == ("ml", True)
     assert {"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"} in operator["env"]
 
 
@@ -275,12 +298,68 @@ def test_parts_that_are_turned_off_are_absent(render) -> None:
     assert not {kind for kind, _ in found} & {"APIService", "NetworkPolicy", "CustomResourceDefinition"}
     assert "coserve-metrics-api" not in {name for _, name in found}
     found = objects(render(SETS["external-redis"]))
-    assert ("StatefulSet", "coserve-redis") not in found
     operator = found["Deployment", "coserve-operator"]["spec"]["template"]["spec"]["containers"][0]
     assert "--redis-url=rediss://redis.example:6380/0" in operator["args"]
     env = {each["name"]: each for each in operator["env"]}
     assert env["COSERVE_REDIS_USERNAME"]["value"] == "root"
     assert env["COSERVE_REDIS_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "password"}
+    settings = Settings(_cli_parse_args=operator["args"])
+    assert (settings.tenant_redis, settings.shared_user) == (None, False)
+    assert settings.redis_url_of_agents == "redis://redis.example:6379/0"
+
+
+def volumes(workload: dict[str, Any]) -> dict[str, Any]:
+    return {each["name"]: each.get("secret") for each in workload["spec"]["template"]["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "secret", "files"),
+    [("external-redis", "redis-ca", ["ca.crt"]), ("redis-tls", "from-cert-manager", ["ca.crt", "tls.crt"])],
+)
+def test_the_ca_of_redis_reaches_those_who_connect(render, name, secret, files) -> None:
+    found = objects(render(SETS[name]))
+    for deployment, wanted in (("coserve-operator", files), ("coserve-metrics-api", ["ca.crt"])):
+        workload = found["Deployment", deployment]
+        mounted = volumes(workload)["redis-tls"]
+        assert mounted["secretName"] == secret
+        assert [each["key"] for each in mounted["items"]] == wanted
+        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        assert "--redis-tls=/redis-tls" in container["args"]
+        assert {"name": "redis-tls", "mountPath": "/redis-tls", "readOnly": True} in container["volumeMounts"]
+    assert "redis-tls" not in volumes(objects(render({}))["Deployment", "coserve-operator"])
+
+
+def test_with_a_certificate_everybody_uses_tls(render) -> None:
+    operator = objects(render(SETS["redis-tls"]))["Deployment", "coserve-operator"]
+    settings = Settings(_cli_parse_args=operator["spec"]["template"]["spec"]["containers"][0]["args"])
+    assert settings.redis_url == "rediss://{redis}.coserve-system.svc:6379/0"
+    assert settings.tenant_redis is not None
+    assert settings.tenant_redis.tls_secret == "from-cert-manager"
+
+
+def test_without_users_of_their_own_all_have_the_given_one(render) -> None:
+    found = objects(render(SETS["shared-redis-user"]))
+    operator, metrics = (
+        found["Deployment", name]["spec"]["template"]["spec"]["containers"][0]
+        for name in ("coserve-operator", "coserve-metrics-api")
+    )
+    assert Settings(_cli_parse_args=operator["args"]).shared_user
+    env = {each["name"]: each for each in metrics["env"]}
+    assert env["COSERVE_REDIS_USERNAME"]["value"] == "me"
+    assert env["COSERVE_REDIS_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "r", "key": "password"}
+
+
+def test_redis_is_run_by_the_operator_which_deletes_what_it_made_in_its_own_namespace_alone(render) -> None:
+    found = objects(render({}))
+    assert not [name for _, name in found if "redis" in name]
+    kinds = {
+        kind
+        for (kind, name), body in found.items()
+        if name == "coserve-operator" and kind in ("Role", "ClusterRole")
+        for rule in body["rules"]
+        if "deployments" in rule["resources"] and "delete" in rule["verbs"]
+    }
+    assert kinds == {"Role"}
 
 
 @pytest.mark.parametrize(
@@ -292,6 +371,8 @@ def test_parts_that_are_turned_off_are_absent(render) -> None:
         ({"operator": {"affinity": {"nodeAfinity": {}}}}, "'nodeAfinity' not allowed"),
         ({"redis": {"mode": "External"}}, "/redis/external"),
         ({"operator": {"replica": 2}}, "'replica' not allowed"),
+        ({"redis": {"ephemeral": True}}, "'ephemeral' not allowed"),
+        ({"redis": {"resources": {"limits": {"memory": None}}}}, "memory"),
         ({"redis": {"mode": "External", "external": {"url": "redis://me:secret@x:1", "existingSecret": "x"}}}, "url"),
     ],
 )

@@ -18,8 +18,9 @@ from coserve_contract.keys import Keys
 from coserve_contract.scripts import Fencing
 from coserve_operator.kube import NotFoundError, UnavailableError
 from coserve_operator.metrics_api.front_proxy import Trust, read_trust, server_context
-from coserve_operator.metrics_api.server import MetricsApi
+from coserve_operator.metrics_api.server import Connections, MetricsApi
 from coserve_operator.redis.store import METRICS_USER, OperatorStore
+from coserve_operator.settings import MetricsApiSettings
 
 ROOT = "/apis/custom.metrics.k8s.io/v1beta2"
 METRIC = f"{ROOT}/namespaces/ml/inferenceendpoints.coserve.dev/tiny/slo_saturation_percent"
@@ -68,10 +69,13 @@ class Endpoints:
 async def api(certificates, redis, redis_server, make):
     """The server, and `ask(path, certificate)`; it reads Redis as the user that the operator makes for it."""
     await OperatorStore(redis, b"key", lambda: 0.0, "metrics-password").check()
-    as_metrics = redis_server.connect(METRICS_USER, "metrics-password")
+    as_metrics = {
+        "redis_url": redis_server.url, "redis_username": METRICS_USER, "redis_password": "metrics-password",
+    }  # fmt: skip
     kube = Endpoints(make.endpoint_body())
     trust = Trust((certificates / "proxy-ca.crt").read_text(), frozenset({"front-proxy"}))
-    application = MetricsApi(kube, as_metrics, trust, lambda: datetime(2026, 11, 21, tzinfo=UTC)).application()
+    connections = Connections(MetricsApiSettings(**as_metrics))
+    application = MetricsApi(kube, connections, trust, lambda: datetime(2026, 11, 21, tzinfo=UTC)).application()
     runner = web.AppRunner(application)
     await runner.setup()
     context = server_context(trust, certificates)
@@ -94,7 +98,7 @@ async def api(certificates, redis, redis_server, make):
 
     yield Client()
     await runner.cleanup()
-    await as_metrics.aclose()
+    await connections.aclose()
 
 
 async def beat(redis, make, pod: str, saturation: float, **more: Any) -> None:

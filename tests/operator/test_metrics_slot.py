@@ -25,7 +25,7 @@ CHART = ROOT / "helm" / "coserve"
 SYSTEM = "coserve-system"
 API_SERVICE = "v1beta2.custom.metrics.k8s.io"
 VALUES = {
-    "operator": {"workers": 2, "agentRedisUrl": "redis://redis.example:6379/0"},
+    "operator": {"workers": 2},
     "agents": {"priorityClassName": "gpu", "tolerations": [{"key": "gpu", "operator": "Exists"}]},
 }
 
@@ -228,7 +228,11 @@ async def test_the_chart_gives_the_operator_all_the_rights_it_needs_and_an_upgra
         assert pod["priorityClassName"] == "gpu"
         assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
         redis = next(each["value"] for each in pod["containers"][0]["env"] if each["name"] == "COSERVE_REDIS_URL")
-        assert redis == "redis://redis.example:6379/0"
+        assert redis == release.redis_server.url
+        tenant = await eventually(lambda: release.get("deployment", "coserve-redis-ml"))
+        assert tenant["metadata"]["ownerReferences"][0]["kind"] == "ServiceAccount"
+        for kind in ("service", "networkpolicy"):
+            await eventually(lambda kind=kind: release.get(kind, "coserve-redis-ml"))
         await eventually(lambda: release.get("hpa", "tiny", "ml"))
         feeder = await eventually(lambda: release.get("job", "job-1-feeder", "ml"))
         assert feeder["spec"]["template"]["spec"]["priorityClassName"] == "gpu"
@@ -251,6 +255,8 @@ async def test_the_chart_gives_the_operator_all_the_rights_it_needs_and_an_upgra
     assert release.get("secret", "coserve-access")["data"] == before  # type: ignore[index]
     release.helm("uninstall", "coserve", "-n", SYSTEM)
     assert release.get("iep", "tiny", "ml"), "definitions and objects stay"
+    for kind in ("deployment", "service", "networkpolicy"):
+        await eventually(lambda kind=kind: release.get(kind, "coserve-redis-ml") is None, 60)
     release.helm("install", "coserve", str(CHART), "-n", "elsewhere", "--create-namespace", "--take-ownership")
     rendered = release.helm(
         "template", "coserve", str(CHART), "-n", "elsewhere", "--skip-tests", "--kube-version=1.34.0"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 async def test_an_endpoint_gets_everything_that_it_owns(served: Any, cluster: Cluster) -> None:
     kinds = {
         "deployment": "tiny", "service": "tiny", "pdb": "tiny", "networkpolicy": "tiny", "serviceaccount": "tiny-agent",
-        "secret": "tiny-redis",
+        "secret": cluster.redis_secret("tiny")["name"],
     }  # fmt: skip
     for kind, name in kinds.items():
         found = cluster.get(kind, name)
@@ -284,9 +283,8 @@ async def test_a_tenant_who_writes_rubbish_is_told_and_disturbs_nobody(
 ) -> None:
     cluster.apply(make.endpoint_body("bad"))
     uid = await eventually(lambda: (cluster.get("iep", "bad") or {}).get("metadata", {}).get("uid"))
-    secret = await eventually(lambda: cluster.get("secret", "bad-redis"))
-    username, password = (b64decode(secret["data"][key]).decode() for key in ("username", "password"))
-    tenant = redis_server.connect(username, password)
+    secret = await eventually(lambda: cluster.redis_secret("bad"))
+    tenant = redis_server.connect(secret["username"], secret["password"])
 
     def told() -> str:
         condition = cluster.condition("iep", "bad", "RedisReady")

@@ -15,6 +15,7 @@ from coserve_operator.decide.observed import RedisView
 from coserve_operator.kube import BATCH_JOB, ENDPOINT, FINETUNE_JOB, POD, ConflictError, NotFoundError
 from coserve_operator.manifests import endpoint as owned
 from coserve_operator.process import first_of
+from coserve_operator.tenants import RedisAccess
 from coserve_operator.watch.cache import Cache
 from coserve_operator.watch.views import autoscaler_report, feeder_view, pod_trouble, pod_view
 
@@ -270,7 +271,8 @@ async def test_an_object_that_somebody_put_in_the_place_of_ours_is_left_alone(ma
 
 async def test_a_secret_is_created_and_never_read(make) -> None:
     kube = Sent({"metadata": {}})
-    assert await Applier(kube, lambda: 0.0).apply(owned.redis_secret(make.endpoint(), "u", "p"), "e-1") is None
+    secret = owned.redis_secret(make.endpoint(), RedisAccess("redis://r", "u", "p"))
+    assert await Applier(kube, lambda: 0.0).apply(secret, "e-1") is None
 
 
 # ---- status ----

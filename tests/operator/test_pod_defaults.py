@@ -11,6 +11,7 @@ from coserve_operator.manifests import agents
 from coserve_operator.manifests.defaults import with_pod_defaults
 from coserve_operator.manifests.feeder import feeder
 from coserve_operator.settings import NO_DEFAULTS, PodDefaults
+from coserve_operator.tenants import RedisAccess
 
 DEFAULTS = PodDefaults.model_validate(
     {
@@ -31,8 +32,11 @@ DEFAULTS = PodDefaults.model_validate(
 TEMPLATE = {"nodeSelector": {"zone": "b"}, "tolerations": [{"key": "own", "operator": "Exists"}]}
 
 
+REDIS = RedisAccess("redis://r:6379/0", "u", "p")
+
+
 def deployment(make: Any, defaults: PodDefaults = NO_DEFAULTS, **spec: Any) -> Any:
-    return agents.deployment(make.endpoint(**spec), 2, "agent:1", "redis://r:6379/0", "digest", None, defaults)
+    return agents.deployment(make.endpoint(**spec), 2, "agent:1", REDIS, None, defaults)
 
 
 def test_without_defaults_nothing_changes(make) -> None:
@@ -50,7 +54,7 @@ def test_the_endpoints_template_comes_first_and_what_selects_stays(make) -> None
     assert (pod["priorityClassName"], pod["runtimeClassName"]) == ("gpu", "nvidia")
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
     assert template["metadata"]["labels"] == {"team": "ml"} | before["metadata"]["labels"]
-    assert template["metadata"]["annotations"] == {"example.com/a": "b"} | before["metadata"]["annotations"]
+    assert template["metadata"]["annotations"] == {"example.com/a": "b"}
     zone, rack = pod["topologySpreadConstraints"]
     assert zone["labelSelector"] == {"matchLabels": before["metadata"]["labels"]}
     assert rack["labelSelector"] == {}
@@ -66,7 +70,7 @@ def test_a_feeder_has_them_too_but_is_alone(make) -> None:
 
 
 def test_agents_of_all_endpoints_take_new_defaults_in_turns() -> None:
-    assert agents.builder("agent:1", "redis://r", DEFAULTS) != agents.builder("agent:1", "redis://r")
+    assert agents.builder("agent:1", REDIS, DEFAULTS) != agents.builder("agent:1", REDIS)
 
 
 def test_a_default_that_nobody_knows_is_refused() -> None:

@@ -22,7 +22,7 @@ from coserve_operator.redis.poller import Poller
 from coserve_operator.redis.store import SETTLE_S, OperatorStore
 from coserve_operator.watch.cache import Cache
 
-EVERY_S, FULL_S, COUNT = 1.0, 10.0, 3
+FULL_S, COUNT = 10.0, 3
 
 
 class Pace:
@@ -46,7 +46,7 @@ class World:
         self.cache = Cache()
         self.store = OperatorStore(self.redis, b"k", clock)
         self.queue: KeyedQueue[Any] = KeyedQueue(clock, BackOff(random.Random(1)))
-        self.poller = Poller(self.cache, self.store, self.queue, EVERY_S, FULL_S, Pace())
+        self.poller = Poller(self.cache, self.store, self.queue, FULL_S, Pace())
         self.reads: list[list[str]] = []
         read = self.store.read
 
@@ -76,7 +76,7 @@ class World:
 
     async def poll(self) -> list[str]:
         self.reads.append([])
-        await self.poller.poll()
+        await self.poller.poll({f"e-{number}": ("default", f"end-{number}") for number in range(COUNT)})
         return self.reads[-1]
 
     def due(self, within_s: float = 0.0) -> list[str]:

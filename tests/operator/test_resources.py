@@ -9,8 +9,9 @@ import pytest
 from coserve_operator.manifests import agents, feeder
 from coserve_operator.manifests import endpoint as owned
 from coserve_operator.manifests.metadata import is_owned_by, selector, short_name
+from coserve_operator.tenants import RedisAccess
 
-REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
+REDIS = RedisAccess("redis://coserve-redis-ml.coserve-system.svc:6379/0", "cs-e-1", "password", digest="0123456789")
 TEMPLATE = {
     "resources": {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": "1"}},
     "nodeSelector": {"gpu": "h200"},
@@ -31,11 +32,11 @@ def everything(make, **spec):
     autoscaler = owned.autoscaler(endpoint)
     return [
         owned.service_account(endpoint),
-        owned.redis_secret(endpoint, "cs-e-1", "password"),
+        owned.redis_secret(endpoint, REDIS),
         owned.service(endpoint),
         owned.disruption_budget(endpoint),
-        owned.network_policy(endpoint, "coserve-system", REDIS),
-        agents.deployment(endpoint, 2, "agent:1", REDIS, "digest"),
+        owned.network_policy(endpoint, "coserve-system", REDIS.url),
+        agents.deployment(endpoint, 2, "agent:1", REDIS),
         feeder.feeder(make.job(), endpoint, "agent:1", REDIS),
         *([] if autoscaler is None else [autoscaler]),
     ]
@@ -50,7 +51,7 @@ def env_of(manifest):
 
 
 def test_a_roll_out_needs_no_spare_gpu_and_a_pod_has_time_to_drain(make) -> None:
-    deployment = agents.deployment(make.endpoint(), 2, "agent:1", REDIS, "digest")
+    deployment = agents.deployment(make.endpoint(), 2, "agent:1", REDIS)
     assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
     pod = pod_of(deployment)
     assert pod["terminationGracePeriodSeconds"] == 60
@@ -69,7 +70,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     spec["engine"]["kernelFallback"] = "Allowed"
     spec |= {"finetuning": {"activationMemory": "64Mi"}}
     spec["cors"] = {"allowOrigins": ["https://chat.example.com", "http://localhost:3000"]}
-    env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS, "digest"))
+    env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS))
     expected = {
         "COSERVE_ENDPOINT_UID": "e-1", "COSERVE_ENDPOINT_NAME": "tiny", "COSERVE_NAMESPACE": "ml",
         "COSERVE_MODEL_PATH": "/models/models/tiny", "COSERVE_MODEL_NAME": "tiny", "COSERVE_MAX_MODEL_LENGTH": "1024",
@@ -80,12 +81,12 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_GPU_RESOURCE": "", "COSERVE_NUMERICS_MODE": "Exact", "COSERVE_KERNEL_FALLBACK": "Allowed",
         "COSERVE_MAX_BATCH_TOKENS": "512", "COSERVE_KV_CACHE_BYTES": str(2 * 2**30),
         "COSERVE_THREADS": "1",
-        "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS,
+        "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS.url,
         "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001", "COSERVE_GENERATION_CONFIG": "Model",
         "COSERVE_CORS_ORIGINS": "https://chat.example.com,http://localhost:3000",
     }  # fmt: skip
     assert expected.items() <= env.items()
-    unset = env_of(agents.deployment(make.endpoint(), 1, "agent:1", REDIS, "digest"))
+    unset = env_of(agents.deployment(make.endpoint(), 1, "agent:1", REDIS))
     assert {unset[f"COSERVE_{name}"] for name in ("PASS_BYTES", "CORS_ORIGINS")} == {""}
     assert (unset["COSERVE_DEVICE"], unset["COSERVE_DTYPE"]) == ("auto", "auto")
     assert unset["COSERVE_NUMERICS_MODE"] == "Fast"
@@ -93,7 +94,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     by_device = {"COSERVE_MAX_REQUESTS", "COSERVE_MAX_BATCH_TOKENS", "COSERVE_KV_CACHE_BYTES"}
     assert not by_device & unset.keys(), "an agent's image from before takes no blank"
     assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
-    assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis", "key": "password"}}
+    assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis-0123456789", "key": "password"}}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     ],
 )
 def test_an_agent_is_told_by_which_resource_its_pod_gets_a_gpu(make, resources, asked) -> None:
-    deployment = agents.deployment(make.endpoint(template={"resources": resources}), 1, "agent:1", REDIS, "digest")
+    deployment = agents.deployment(make.endpoint(template={"resources": resources}), 1, "agent:1", REDIS)
     assert env_of(deployment)["COSERVE_GPU_RESOURCE"] == asked
 
 
@@ -118,7 +119,7 @@ def test_model_and_data_are_read_only_and_the_artifact_store_is_not(make) -> Non
     endpoint = make.endpoint()
     mounts = {
         each["mountPath"]: each
-        for each in pod_of(agents.deployment(endpoint, 1, "a", REDIS, ""))["containers"][0]["volumeMounts"]
+        for each in pod_of(agents.deployment(endpoint, 1, "a", REDIS))["containers"][0]["volumeMounts"]
     }
     assert mounts["/models/models"]["readOnly"] is True
     assert mounts["/artifacts"]["readOnly"] is False
@@ -132,7 +133,7 @@ def test_model_and_data_are_read_only_and_the_artifact_store_is_not(make) -> Non
 
 def test_a_claim_with_two_uses_is_one_volume(make) -> None:
     endpoint = make.endpoint(model={"uri": "pvc://all/model"}, artifactStore={"uri": "pvc://all/artifacts"})
-    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"))
+    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS))
     claims = [each["persistentVolumeClaim"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
     assert claims == [{"claimName": "all", "readOnly": False}]
     assert [each["mountPath"] for each in pod["containers"][0]["volumeMounts"]] == ["/tmp", "/models/all", "/artifacts"]
@@ -140,7 +141,7 @@ def test_a_claim_with_two_uses_is_one_volume(make) -> None:
 
 def test_file_uris_need_no_volume_of_ours(make) -> None:
     endpoint = make.endpoint(model={"uri": "file:///models/x"}, artifactStore={"uri": "file:///artifacts"})
-    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"))
+    pod = pod_of(agents.deployment(endpoint, 1, "agent:1", REDIS))
     assert [each["name"] for each in pod["volumes"]] == ["coserve-tmp"]
 
 
@@ -159,7 +160,7 @@ def test_the_feeder_gets_what_the_endpoint_gives_to_feeders(make) -> None:
         0
     ]
     assert {"name": "packages", "mountPath": "/packages", "readOnly": True} in container["volumeMounts"]
-    agent = pod_of(agents.deployment(make.endpoint(finetuning={"feeder": own}), 1, "a", REDIS, ""))["containers"][0]
+    agent = pod_of(agents.deployment(make.endpoint(finetuning={"feeder": own}), 1, "a", REDIS))["containers"][0]
     assert "packages" not in [each["name"] for each in agent["volumeMounts"]]
 
 

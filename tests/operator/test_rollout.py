@@ -12,6 +12,7 @@ from coserve_operator.decide.observed import RolloutView
 from coserve_operator.decide.placement import Bound, Waiting, place, surplus
 from coserve_operator.decide.rollout import jobs_at_start, needs_turn
 from coserve_operator.manifests import agents
+from coserve_operator.tenants import RedisAccess
 from coserve_operator.watch.views import rollout_view
 
 SERVING = RolloutView(made_from="t-1", builder="b-1", jobs=4, serves=True)
@@ -51,7 +52,7 @@ def test_only_what_we_change_has_its_turn(template, builder, before, turn) -> No
 
 def test_another_slowdown_is_no_other_pod(make) -> None:
     def template(finetuning: dict[str, Any]) -> Any:
-        made = agents.deployment(make.endpoint(finetuning=finetuning), 1, "agent:1", "redis://a", "")
+        made = agents.deployment(make.endpoint(finetuning=finetuning), 1, "agent:1", RedisAccess("redis://a", "u", "p"))
         return made["spec"]["template"]
 
     assert template({"maxSlowdownPercent": 20}) == template({"maxSlowdownPercent": 0}) == template({})
@@ -59,9 +60,10 @@ def test_another_slowdown_is_no_other_pod(make) -> None:
 
 
 def test_another_image_or_redis_is_another_builder() -> None:
-    digests = {agents.builder(image, redis) for image in ("agent:1", "agent:2") for redis in ("redis://a", "redis://b")}
+    a, b = (RedisAccess("redis://r", "u", "p", digest=digest) for digest in "ab")
+    digests = {agents.builder(image, redis) for image in ("agent:1", "agent:2") for redis in (a, b)}
     assert len(digests) == 4
-    assert agents.builder("agent:1", "redis://a") in digests
+    assert agents.builder("agent:1", a) in digests
 
 
 def test_an_agent_with_too_many_jobs_keeps_the_important_then_the_oldest() -> None:

@@ -34,9 +34,10 @@ from coserve_operator.decide.binding import binding_of
 from coserve_operator.decide.sources import continued_from, is_uri
 from coserve_operator.manifests import agents, feeder
 from coserve_operator.manifests.feeder import sequence_length
+from coserve_operator.tenants import RedisAccess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-REDIS = "redis://coserve-redis.coserve-system.svc:6379/0"
+REDIS = RedisAccess("redis://coserve-redis-ml.coserve-system.svc:6379/0", "cs-e-1", "password", digest="0123456789")
 UIDS = st.uuids().map(str)
 ENDPOINTS = objects("inferenceendpoints.yaml", UIDS)
 JOBS = objects("finetunejobs.yaml", UIDS)
@@ -88,7 +89,7 @@ def settings_of(kind: Any, manifest: dict[str, Any], pod: str) -> Any:
 @given(ENDPOINTS)
 def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
     endpoint = accepted(InferenceEndpoint, body)
-    manifest = agents.deployment(endpoint, 1, "agent:1", REDIS, "digest")
+    manifest = agents.deployment(endpoint, 1, "agent:1", REDIS)
     got = settings_of(AgentSettings, manifest, f"{endpoint.metadata.name}-5d9c7b9f6b-x2x4z")
     spec = endpoint.spec
     assert (got.endpoint_uid, got.endpoint_name) == (endpoint.metadata.uid, endpoint.metadata.name)
@@ -136,7 +137,7 @@ def test_the_example_for_a_gpu_fits_its_cards(free_gb: int) -> None:
     """An H200 and a card of 80 GB: Llama-3.1-8B by its config.json, with more than one long request in the cache."""
     body = yaml.safe_load((EXAMPLES / "endpoint-gpu.yaml").read_text())
     endpoint = InferenceEndpoint.from_dict(body | {"metadata": {"name": "llama", "uid": "u-1"}})
-    got = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"), "pod-1")
+    got = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS), "pod-1")
     choice = device_choice(got)
     assert (choice.device, choice.gpu_resource, choice.kv_cache_bytes) == ("cuda", "nvidia.com/gpu", None)
     config = replace(engine_config(got, ()), dtype="bfloat16", max_requests=256, max_batch_tokens=8192)
@@ -154,7 +155,7 @@ def test_a_template_variable_is_what_its_author_wrote(make) -> None:
     endpoint = make.endpoint(engine={"templateVariables": said})
     job = make.job(dataset={"uri": "pvc://data/x.jsonl", "templateVariables": said})
     fed = settings_of(FeederSettings, feeder.feeder(job, endpoint, "agent:1", REDIS), "feeder-1")
-    agent = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS, "digest"), "pod-1")
+    agent = settings_of(AgentSettings, agents.deployment(endpoint, 1, "agent:1", REDIS), "pod-1")
     assert fed.template_variables == agent.template_variables == said
 
 
@@ -172,7 +173,7 @@ def test_a_narrower_setting_would_be_found() -> None:
     @settings(MANY, database=None, phases=(Phase.generate,))
     @given(ENDPOINTS)
     def every(body: dict[str, Any]) -> None:
-        manifest = agents.deployment(accepted(InferenceEndpoint, body), 1, "agent:1", REDIS, "digest")
+        manifest = agents.deployment(accepted(InferenceEndpoint, body), 1, "agent:1", REDIS)
         settings_of(Narrow, manifest, "pod-1")
 
     with pytest.raises(StartError, match="no slash"):

@@ -45,10 +45,32 @@ annotations: {{- toYaml . | nindent 2 }}
 
 {{- define "coserve.redisUrl" -}}
 {{- if eq .Values.redis.mode "Own" -}}
-redis://coserve-redis.{{ .Release.Namespace }}.svc:6379/0
+{{ ternary "rediss" "redis" (ne .Values.redis.tls.existingSecret "") }}://{redis}.{{ .Release.Namespace }}.svc:6379/0
 {{- else -}}
 {{ .Values.redis.external.url }}
 {{- end -}}
+{{- end }}
+
+{{/* Secret with the CA of Redis' certificate; empty where there is none of ours, or no TLS */}}
+{{- define "coserve.redisCaSecret" -}}
+{{ ternary .Values.redis.tls.existingSecret .Values.redis.external.caSecret (eq .Values.redis.mode "Own") }}
+{{- end }}
+
+{{/* How the operator runs a Redis for each namespace, as it takes it */}}
+{{- define "coserve.tenantRedis" -}}
+{{- $redis := .Values.redis }}
+{{- $pod := dict "imagePullSecrets" .Values.imagePullSecrets "labels" $redis.podLabels "annotations" $redis.podAnnotations }}
+{{- range $key := list "priorityClassName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" }}
+{{- $_ := set $pod $key (index $redis $key) }}
+{{- end }}
+{{- $labels := merge (dict "app.kubernetes.io/part-of" "coserve" "app.kubernetes.io/instance" .Release.Name) .Values.commonLabels }}
+{{- $how := dict "image" $redis.image "imagePullPolicy" $redis.imagePullPolicy "maxClients" (int $redis.maxClients) }}
+{{- $_ := set $how "resources" $redis.resources }}
+{{- $_ := set $how "labels" $labels }}
+{{- $_ := set $how "pod" $pod }}
+{{- $_ := set $how "networkPolicy" .Values.networkPolicies.enabled }}
+{{- $_ := set $how "tlsSecret" $redis.tls.existingSecret }}
+{{- toJson $how }}
 {{- end }}
 
 {{/* What agents' and feeders' pods get from the platform, as the operator takes it */}}

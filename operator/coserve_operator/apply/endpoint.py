@@ -1,5 +1,6 @@
 """The endpoint's part of a pass: which agents are to go, the objects that it owns, and its status."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -19,7 +20,7 @@ from coserve_operator.decide.published import Versions, greatest_rank, trained_r
 from coserve_operator.decide.rollout import jobs_at_start, needs_turn
 from coserve_operator.decide.scale import Held, ScalePlan, plan_scale
 from coserve_operator.decide.stores import TAKEN, overlap
-from coserve_operator.kube import AUTOSCALER, DEPLOYMENT, ENDPOINT, POD, Kube, Manifest, NotFoundError
+from coserve_operator.kube import AUTOSCALER, DEPLOYMENT, ENDPOINT, POD, SECRET, Kube, Manifest, NotFoundError
 from coserve_operator.manifests import agents
 from coserve_operator.manifests import endpoint as owned
 from coserve_operator.manifests.metadata import (
@@ -31,14 +32,18 @@ from coserve_operator.manifests.metadata import (
     MADE_FROM,
     digest_of,
     is_owned_by,
+    secret_name,
     stamp,
 )
-from coserve_operator.redis.store import OperatorStore
+from coserve_operator.redis.stores import Stores
 from coserve_operator.settings import Settings
+from coserve_operator.tenants import RedisAccess
 from coserve_operator.watch import views
 from coserve_operator.watch.cache import Cache, Group
 
 LEAST_COST = str(-(2**31))
+CONFIG_ERROR = "CreateContainerConfigError"
+"""What a kubelet says of a container that names a Secret which is not there."""
 TURN_S = 5.0
 """How often an endpoint looks whether it is its turn."""
 
@@ -74,7 +79,7 @@ class EndpointApplier:
 
     settings: Settings
     kube: Kube
-    store: OperatorStore
+    stores: Stores
     cache: Cache
     applier: Applier
     budget: StatusBudget
@@ -82,9 +87,7 @@ class EndpointApplier:
     metrics_slot: MetricsSlotKeeper
 
     def __post_init__(self) -> None:
-        self._builder = agents.builder(
-            self.settings.agent_image, self.settings.redis_url_of_agents, self.settings.pod_defaults
-        )
+        self._builder = agents.builder(self.settings.agent_image, self.stores.reference(), self.settings.pod_defaults)
         self._listener = Listener(self.kube)
         self._taking: set[str] = set()
         """Uids of the endpoints whose turn began, and is not yet seen in the cache."""
@@ -160,14 +163,14 @@ class EndpointApplier:
 
         The Deployment is not lowered before its pods are marked, nor made before what its pods need and are kept by.
         """
-        uid, group, redis_url = endpoint.metadata.uid, run.group, self.settings.redis_url_of_agents
-        username, password = self.store.credentials(uid)
+        uid, group, access = endpoint.metadata.uid, run.group, self._access(endpoint)
+        self._look_for_secret(run, endpoint.metadata.namespace, secret_name(endpoint.metadata.name, access))
         manifests: list[Manifest] = [
             owned.service_account(endpoint),
-            owned.redis_secret(endpoint, username, password),
+            owned.redis_secret(endpoint, access),
             owned.service(endpoint),
             owned.disruption_budget(endpoint),
-            owned.network_policy(endpoint, self.settings.namespace, redis_url),
+            owned.network_policy(endpoint, self.settings.namespace, access.url),
         ]
         marked = not hindrances
         for manifest in manifests:
@@ -231,10 +234,19 @@ class EndpointApplier:
         return len(self._taking) + self.cache.rolling()
 
     def _agents(self, endpoint: InferenceEndpoint, replicas: int, jobs: int, least_rank: int) -> Manifest:
-        _, password = self.store.credentials(endpoint.metadata.uid)
-        image, redis_url = self.settings.agent_image, self.settings.redis_url_of_agents
-        secret, defaults = digest_of(password), self.settings.pod_defaults
-        return agents.deployment(endpoint, replicas, image, redis_url, secret, jobs, defaults, least_rank)
+        image, defaults = self.settings.agent_image, self.settings.pod_defaults
+        return agents.deployment(endpoint, replicas, image, self._access(endpoint), jobs, defaults, least_rank)
+
+    def _access(self, endpoint: InferenceEndpoint) -> RedisAccess:
+        return self.stores.access(endpoint.metadata.namespace, endpoint.metadata.uid)
+
+    def _look_for_secret(self, run: Reconciliation, namespace: str, name: str) -> None:
+        """Where a pod is not made for want of something that it names, the Secret may have been deleted: we may not
+        read it, and so it is created again.
+        """
+        found = itertools.chain(run.group.pods, *run.group.feeder_pods.values())
+        if any(trouble is not None and trouble[0] == CONFIG_ERROR for trouble in map(views.pod_trouble, found)):
+            self.applier.forget(SECRET.name, namespace, name)
 
     async def _write_status(
         self,

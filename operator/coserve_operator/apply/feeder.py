@@ -5,6 +5,7 @@ check the data of others.
 from datetime import datetime
 from typing import Any
 
+from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_operator.apply.events import Listener
 from coserve_operator.apply.hindrances import ForeignObjectError
@@ -15,7 +16,8 @@ from coserve_operator.decide.obstacles import foreign
 from coserve_operator.kube import BATCH_JOB, ConflictError, Kube, Manifest, NotFoundError
 from coserve_operator.manifests.defaults import with_pod_defaults
 from coserve_operator.manifests.feeder import feeder, feeder_name
-from coserve_operator.manifests.metadata import is_leaving, is_owned_by
+from coserve_operator.manifests.metadata import is_leaving, is_owned_by, secret_name
+from coserve_operator.redis.stores import Stores
 from coserve_operator.settings import Settings
 from coserve_operator.watch.cache import Cache
 
@@ -26,15 +28,21 @@ ASK_AGAIN_S, MOST_S = 2.0, 60.0
 class FeederApplier:
     """Carries out what a decision wishes for the feeder."""
 
-    def __init__(self, settings: Settings, kube: Kube, cache: Cache) -> None:
+    def __init__(self, settings: Settings, kube: Kube, stores: Stores, cache: Cache) -> None:
         self._settings = settings
         self._kube = kube
+        self._stores = stores
         self._cache = cache
         self._listener = Listener(kube)
         self._making: set[str] = set()
         """Uids of jobs whose check is being made."""
         self._refused: set[str] = set()
         """Uids of jobs for whose check there was no room."""
+
+    def secret(self, endpoint: InferenceEndpoint) -> str:
+        """Return the name of the Secret that a feeder is to have."""
+        access = self._stores.access(endpoint.metadata.namespace, endpoint.metadata.uid)
+        return secret_name(endpoint.metadata.name, access)
 
     @staticmethod
     def owns(job: FinetuneJob, found: Manifest) -> bool:
@@ -83,8 +91,8 @@ class FeederApplier:
             if observed.feeder is not None:
                 await self._pause(job.metadata.namespace, feeder_name(job.metadata.name), False)
             elif endpoint is not None:
-                redis_url = self._settings.redis_url_of_agents
-                manifest = feeder(job, endpoint, self._settings.agent_image, redis_url, check)
+                access = self._stores.access(endpoint.metadata.namespace, endpoint.metadata.uid)
+                manifest = feeder(job, endpoint, self._settings.agent_image, access, check)
                 manifest = with_pod_defaults(manifest, self._settings.pod_defaults)
                 self._cache.put(BATCH_JOB, await self._kube.create(manifest))
         except ConflictError:

@@ -15,6 +15,9 @@ from coserve_operator.manifests.metadata import digest_of, is_leaving, is_owned_
 REFRESH_S = 1800.0
 """An object that nobody seems to have changed is applied again after this time, against what no watch has shown."""
 
+LOOK_S = 300.0
+"""A Secret is created again after this time: nobody may have deleted it, but we may not look."""
+
 Address = tuple[str, str, str]
 """Kind, namespace, name."""
 
@@ -106,7 +109,8 @@ class Applier:
     def _due(self, known: _Applied, address: Address) -> bool:
         """Return whether to apply the same again: what others took is to be taken back, or it was long ago."""
         taken_back = known.taken and not self._drifts.wait_s(known.owner_uid, _what(address))
-        return taken_back or self._clock() - known.at >= REFRESH_S
+        refresh_s = LOOK_S if address[0] == SECRET.name else REFRESH_S
+        return taken_back or self._clock() - known.at >= refresh_s
 
     async def _create(self, manifest: Manifest) -> Manifest | None:
         """Create a Secret. Its content never changes, and we have no right to read it."""

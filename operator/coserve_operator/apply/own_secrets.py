@@ -17,6 +17,8 @@ from coserve_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+PREVIOUS_KEY = "endpoint-key-previous"
+"""Optional: the endpoint-key before, while it is being changed."""
 ENDPOINT_KEY, METRICS_PASSWORD, REDIS_PASSWORD = "endpoint-key", "metrics-password", "redis-password"
 LOOK_EVERY_S, AGAIN_S = 60.0, 2.0
 CA_DAYS, DAYS, RENEW_DAYS = 3650, 365, 120
@@ -48,6 +50,7 @@ async def with_access(settings: Settings, kube: Kube) -> Settings:
             "endpoint_key": known[ENDPOINT_KEY],
             "metrics_password": known[METRICS_PASSWORD],
             "redis_password": settings.redis_password or known[REDIS_PASSWORD],
+            "endpoint_key_previous": known.get(PREVIOUS_KEY, settings.endpoint_key_previous),
         }
     )
 

@@ -9,6 +9,7 @@ from coserve_api.conditions import find_condition
 from coserve_api.job_status import JobCondition, JobState, PendingReason
 from coserve_operator.decide.actions import ClearStreams, FeederAction
 from coserve_operator.decide.job import Decision, ObservedJob
+from coserve_operator.decide.observed import FeederView
 from coserve_operator.decide.placement import created
 
 MORE = 1
@@ -78,12 +79,16 @@ def _behind(observed: ObservedJob, decision: Decision, check: bool) -> Decision:
         decision = replace(decision, feeder=FeederAction.KEEP if feeder is None else FeederAction.REMOVE)
     elif feeder is None or feeder.suspended:
         decision = replace(decision, feeder=FeederAction.CHECK)
-    elif feeder.inputs == observed.feeder_inputs and not feeder.finished:
+    elif _is_as_made_now(feeder, observed) and not feeder.finished:
         decision = replace(decision, feeder=FeederAction.KEEP)
     if decision.reason is PendingReason.WAITING_FOR_DATA and is_checked(observed):
         message = "its data are read again when its turn comes"
         return replace(decision, reason=PendingReason.NO_CAPACITY, message=message)
     return decision
+
+
+def _is_as_made_now(feeder: FeederView, observed: ObservedJob) -> bool:
+    return (feeder.inputs, feeder.secret) == (observed.feeder_inputs, observed.feeder_secret)
 
 
 def _say_reading(observed: ObservedJob, decision: Decision) -> Decision:

@@ -61,6 +61,8 @@ class ObservedJob:
     obstacle: Obstacle | None = None
     endpoint_goes: bool = False
     """It is being deleted."""
+    feeder_secret: str = ""
+    """That with the Redis user which a feeder is to have."""
 
     @property
     def record(self) -> JobRecord:
@@ -436,7 +438,8 @@ def _feeder_action(observed: ObservedJob, now: datetime) -> FeederAction:
     if observed.job.spec.suspend:
         return FeederAction.SUSPEND
     feeder = observed.feeder
-    if feeder is not None and (feeder.checks or feeder.inputs != observed.feeder_inputs):
+    stale = feeder is not None and feeder.secret != observed.feeder_secret and not feeder.finished
+    if feeder is not None and (feeder.checks or feeder.inputs != observed.feeder_inputs or stale):
         return FeederAction.RENEW
     if feeder is not None and feeder.finished and feeder.failure is None:
         feed = observed.record.feed

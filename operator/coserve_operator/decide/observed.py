@@ -109,6 +109,8 @@ class FeederView:
     """It runs and has no pod: its controller may be refused them."""
     creating: PodView | None = None
     """Its pod, while its containers are being made."""
+    secret: str = ""
+    """That with its Redis user: another one means another password, or another Redis."""
 
 
 @dataclass(frozen=True, slots=True)

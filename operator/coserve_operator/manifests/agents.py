@@ -12,6 +12,7 @@ from coserve_operator.manifests import pods
 from coserve_operator.manifests.defaults import with_pod_defaults
 from coserve_operator.manifests.metadata import agent_labels, digest_of, manifest
 from coserve_operator.settings import NO_DEFAULTS, PodDefaults
+from coserve_operator.tenants import RedisAccess
 
 HTTP_PORT, ADMIN_PORT = 8000, 8001
 GRACE_S, PRE_STOP_S = 60, 3
@@ -22,22 +23,21 @@ def deployment(
     endpoint: InferenceEndpoint,
     replicas: int,
     default_image: str,
-    redis_url: str,
-    password_digest: str,
+    access: RedisAccess,
     jobs: int | None = None,
     defaults: PodDefaults = NO_DEFAULTS,
     least_rank: int = 0,
 ) -> Manifest:
-    """Return the agents, started for `jobs` jobs at once, else for as many as the endpoint allows; `password_digest`
-    makes a new password a new rollout; `defaults` are the platform's; `least_rank` is what agents must have room for,
-    whatever spec.finetuning.maxRank is by now.
+    """Return the agents, started for `jobs` jobs at once, else for as many as the endpoint allows;
+    `defaults` are the platform's; `least_rank` is what agents must have room for, whatever spec.finetuning.maxRank is
+    by now.
     """
     spec, labels = endpoint.spec, agent_labels(endpoint.metadata.name)
     container: dict[str, Any] = {
         "name": "agent",
         "image": spec.image or default_image,
         "command": ["python3", "-m", "coserve_agent.main"],
-        "env": _environment(endpoint, redis_url, spec.finetuning.jobs if jobs is None else jobs, least_rank),
+        "env": _environment(endpoint, access, spec.finetuning.jobs if jobs is None else jobs, least_rank),
         "ports": [{"name": "http", "containerPort": HTTP_PORT}, {"name": "admin", "containerPort": ADMIN_PORT}],
         "startupProbe": _probe("/health", period_s=2, failures=START_S // 2),
         "livenessProbe": _probe("/health", period_s=10, failures=6),
@@ -56,7 +56,6 @@ def deployment(
         }
     ]
     rolling = {"maxSurge": spec.rollout.max_surge, "maxUnavailable": spec.rollout.max_unavailable}
-    annotations = {"coserve.dev/redis-password": password_digest}
     made = manifest(
         DEPLOYMENT,
         endpoint.metadata.name,
@@ -68,17 +67,17 @@ def deployment(
             "revisionHistoryLimit": 2,
             "progressDeadlineSeconds": START_S + 60,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling},
-            "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     )
     return with_pod_defaults(made, defaults, spread=True)
 
 
-def builder(default_image: str, redis_url: str, defaults: PodDefaults = NO_DEFAULTS) -> str:
+def builder(default_image: str, access: RedisAccess, defaults: PodDefaults = NO_DEFAULTS) -> str:
     """Return a digest of how agents are made of an endpoint: another version of the operator, or other settings of it,
-    have another.
+    have another. `access` is of an endpoint that never was.
     """
-    made = [deployment(each, 0, default_image, redis_url, "", 1, defaults) for each in _REFERENCES]
+    made = [deployment(each, 0, default_image, access, 1, defaults) for each in _REFERENCES]
     return digest_of(made)
 
 
@@ -98,7 +97,7 @@ _REFERENCES = (
 )
 
 
-def _environment(endpoint: InferenceEndpoint, redis_url: str, jobs: int, least_rank: int) -> list[dict[str, Any]]:
+def _environment(endpoint: InferenceEndpoint, access: RedisAccess, jobs: int, least_rank: int) -> list[dict[str, Any]]:
     spec, meta = endpoint.spec, endpoint.metadata
     kept, cache = spec.finetuning.activation_memory, spec.engine.kv_cache_memory
     by_device = {
@@ -140,7 +139,7 @@ def _environment(endpoint: InferenceEndpoint, redis_url: str, jobs: int, least_r
     fields = [
         {"name": f"COSERVE_{name}", "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in downward.items()
     ]
-    return [*pods.environment(settings), *fields, *pods.redis_environment(meta.name, redis_url)]
+    return [*pods.environment(settings), *fields, *pods.redis_environment(meta.name, access)]
 
 
 def _probe(path: str, period_s: int, failures: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from coserve_operator.manifests.metadata import (
     secret_name,
     service_account_name,
 )
+from coserve_operator.tenants import RedisAccess
 
 METRIC = "slo_saturation_percent"
 METRICS_LABEL = "coserve.dev/metrics"
@@ -52,11 +53,12 @@ def service_account(endpoint: InferenceEndpoint) -> Manifest:
     return manifest(SERVICE_ACCOUNT, name, endpoint, labels, automountServiceAccountToken=False)
 
 
-def redis_secret(endpoint: InferenceEndpoint, username: str, password: str) -> Manifest:
-    """Return the endpoint's own Redis user; the master password never comes here."""
-    labels = agent_labels(endpoint.metadata.name)
-    data = {"username": username, "password": password}
-    return manifest(SECRET, secret_name(endpoint.metadata.name), endpoint, labels, type="Opaque", stringData=data)
+def redis_secret(endpoint: InferenceEndpoint, access: RedisAccess) -> Manifest:
+    """Return the endpoint's own Redis user. It never changes: what does is another Secret."""
+    name, labels = secret_name(endpoint.metadata.name, access), agent_labels(endpoint.metadata.name)
+    data = {"username": access.username, "password": access.password}
+    data |= {"ca.crt": access.ca} if access.ca else {}
+    return manifest(SECRET, name, endpoint, labels, immutable=True, type="Opaque", stringData=data)
 
 
 def disruption_budget(endpoint: InferenceEndpoint) -> Manifest:

@@ -17,11 +17,15 @@ from coserve_operator.manifests.metadata import (
     JOB_UID_LABEL,
     digest_of,
     manifest,
+    secret_name,
     short_name,
 )
+from coserve_operator.tenants import RedisAccess
 
 INPUTS = "coserve.dev/inputs"
 """Annotation: digest of what the feeder reads. Another one needs another feeder; another image does not."""
+REDIS_SECRET = "coserve.dev/redis-secret"
+"""Annotation: the Secret with the Redis user that it has."""
 PURPOSE, CHECK = "coserve.dev/purpose", "Check"
 """Annotation of a feeder that reads the data and ends."""
 RETRIES = 6
@@ -57,7 +61,7 @@ def inputs_digest(job: FinetuneJob, endpoint: InferenceEndpoint) -> str:
 
 
 def feeder(
-    job: FinetuneJob, endpoint: InferenceEndpoint, default_image: str, redis_url: str, check: bool = False
+    job: FinetuneJob, endpoint: InferenceEndpoint, default_image: str, access: RedisAccess, check: bool = False
 ) -> Manifest:
     """Return the Job. It parses what a job's author chose, so it gets of the template its place alone, and the model
     where the template holds it. It pushes no shard where it is to `check`.
@@ -70,7 +74,7 @@ def feeder(
         "command": ["python3", "-m", "coserve_agent.feeder"],
         "env": [
             *pods.environment(_settings(job, endpoint) | ({"MODE": CHECK} if check else {})),
-            *pods.redis_environment(endpoint.metadata.name, redis_url),
+            *pods.redis_environment(endpoint.metadata.name, access),
         ],
     }
     files = filter(None, (job.spec.dataset.uri, job.spec.evaluation.uri))
@@ -78,12 +82,13 @@ def feeder(
     own = endpoint.spec.finetuning.feeder
     pod = pods.pod_spec(endpoint, container, mounts, RESOURCES, own, _beside(own, pods.model_volumes(endpoint)))
     pod["restartPolicy"] = "Never"
+    annotations = {INPUTS: inputs_digest(job, endpoint), REDIS_SECRET: secret_name(endpoint.metadata.name, access)}
     return manifest(
         BATCH_JOB,
         feeder_name(job.metadata.name),
         job,
         labels,
-        annotations={INPUTS: inputs_digest(job, endpoint)} | ({PURPOSE: CHECK} if check else {}),
+        annotations=annotations | ({PURPOSE: CHECK} if check else {}),
         spec={
             "backoffLimit": RETRIES,
             "podFailurePolicy": {

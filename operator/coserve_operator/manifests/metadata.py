@@ -7,6 +7,7 @@ from typing import Any
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Manifest
+from coserve_operator.tenants import RedisAccess
 
 APP, ENDPOINT_LABEL = "app.kubernetes.io/name", "coserve.dev/endpoint"
 JOB_LABEL, JOB_UID_LABEL = "coserve.dev/job", "coserve.dev/job-uid"
@@ -45,9 +46,9 @@ def short_name(name: str, suffix: str) -> str:
     return f"{name[: LONGEST_LABEL - len(suffix) - len(digest) - 2].rstrip('-.')}-{digest}-{suffix}"
 
 
-def secret_name(endpoint: str) -> str:
-    """Return the name of the Secret with the endpoint's Redis user and password."""
-    return f"{endpoint}-redis"
+def secret_name(endpoint: str, access: RedisAccess) -> str:
+    """Return the name of the Secret with the endpoint's Redis user and password: of other content, another one."""
+    return short_name(endpoint, f"redis-{access.digest}")
 
 
 def service_account_name(endpoint: str) -> str:

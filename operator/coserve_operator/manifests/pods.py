@@ -10,6 +10,7 @@ from coserve_api.pods import FeederTemplate, PodTemplate
 from coserve_api.quantities import quantity
 from coserve_api.uris import ARTIFACTS_ROOT, DATA_ROOT, MODELS_ROOT, parse_uri
 from coserve_operator.manifests.metadata import secret_name, service_account_name
+from coserve_operator.tenants import RedisAccess
 
 USER = 65532
 TMP = "coserve-tmp"
@@ -94,17 +95,18 @@ def environment(values: dict[str, str | int]) -> list[dict[str, Any]]:
     return [{"name": f"COSERVE_{name}", "value": str(value).replace("$", "$$")} for name, value in values.items()]
 
 
-def redis_environment(endpoint: str, redis_url: str) -> list[dict[str, Any]]:
+def redis_environment(endpoint: str, access: RedisAccess) -> list[dict[str, Any]]:
     """Return how the pod reaches Redis: as the endpoint's own user."""
 
     def from_secret(name: str, key: str) -> dict[str, Any]:
         return {
             "name": f"COSERVE_REDIS_{name}",
-            "valueFrom": {"secretKeyRef": {"name": secret_name(endpoint), "key": key}},
+            "valueFrom": {"secretKeyRef": {"name": secret_name(endpoint, access), "key": key}},
         }
 
-    url = {"name": "COSERVE_REDIS_URL", "value": redis_url}
-    return [url, from_secret("USERNAME", "username"), from_secret("PASSWORD", "password")]
+    url = {"name": "COSERVE_REDIS_URL", "value": access.url}
+    ca = [from_secret("CA", "ca.crt")] if access.ca else []
+    return [url, from_secret("USERNAME", "username"), from_secret("PASSWORD", "password"), *ca]
 
 
 def pod_spec(

@@ -28,6 +28,8 @@ from coserve_operator.metrics_api.front_proxy import Trust, load_certificate, re
 from coserve_operator.metrics_api.registration import Registration
 from coserve_operator.process import first_of, stop_on_signals
 from coserve_operator.settings import MetricsApiSettings
+from coserve_operator.tenants import redis_url
+from coserve_operator.tls import NO_TLS, RedisTls, read_tls, until_renewed
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,27 @@ ROOT = f"/apis/{custom_metrics.GROUP_VERSION}"
 METRIC_PATH = f"{ROOT}/namespaces/{{namespace}}/{ENDPOINT.plural}.{ENDPOINT.group}/{{name}}/{METRIC}"
 TRUST_EVERY_S, CERTIFICATE_EVERY_S = 300.0, 60.0
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Connections:
+    """To the Redis of each namespace that was asked for."""
+
+    def __init__(self, settings: MetricsApiSettings, tls: RedisTls = NO_TLS) -> None:
+        self._settings, self._tls = settings, tls
+        self._made: dict[str, Redis] = {}
+
+    def of(self, namespace: str) -> Redis:
+        """Return that of a namespace."""
+        url = redis_url(self._settings.redis_url, namespace)
+        if url not in self._made:
+            username, password = self._settings.redis_username, self._settings.password
+            self._made[url] = connect_redis(url, username, password, self._tls.ca)
+        return self._made[url]
+
+    async def aclose(self) -> None:
+        """Close all."""
+        for redis in self._made.values():
+            await redis.aclose()
 
 
 class TrustChangedError(Exception):
@@ -45,9 +68,13 @@ class MetricsApi:
     """The handlers. `now` is the time of day."""
 
     def __init__(
-        self, kube: Kube, redis: Redis, trust: Trust, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        kube: Kube,
+        connections: Connections,
+        trust: Trust,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._kube, self._redis, self._trust, self._now = kube, redis, trust, now
+        self._kube, self._connections, self._trust, self._now = kube, connections, trust, now
 
     def application(self) -> web.Application:
         """Return the HTTP server."""
@@ -82,7 +109,8 @@ class MetricsApi:
             endpoint = await self._kube.get(ENDPOINT, namespace, name)
         except NotFoundError:
             return _status(404, "NotFound", f"there is no InferenceEndpoint {name} in namespace {namespace}")
-        fleet = await Store(self._redis, Keys(endpoint["metadata"]["uid"])).fleet()
+        redis = self._connections.of(namespace)
+        fleet = await Store(redis, Keys(endpoint["metadata"]["uid"])).fleet()
         percent = custom_metrics.saturation_percent(fleet.agents.values())
         if percent is None:
             return _status(404, "NotFound", f"no ready agent of InferenceEndpoint {name} has reported {METRIC}")
@@ -120,11 +148,12 @@ async def _renew(context: ssl.SSLContext, certificates: Path) -> None:
 async def run(settings: MetricsApiSettings) -> None:
     """Serve until told to stop."""
     kube = await kubernetes.connect()
-    redis = connect_redis(settings.redis_url, settings.redis_username, settings.password)
+    tls = read_tls(settings.redis_tls)
+    connections = Connections(settings, tls)
     try:
         trust = await read_trust(kube)
         context: ssl.SSLContext = server_context(trust, settings.certificates)
-        runner = web.AppRunner(MetricsApi(kube, redis, trust).application(), access_log=None)
+        runner = web.AppRunner(MetricsApi(kube, connections, trust).application(), access_log=None)
         await runner.setup()
         try:
             await web.TCPSite(runner, port=settings.port, ssl_context=context).start()
@@ -135,12 +164,13 @@ async def run(settings: MetricsApiSettings) -> None:
                     _watch_trust(kube, trust),
                     _renew(context, settings.certificates),
                     registration.run(),
+                    *([until_renewed(settings.redis_tls, tls)] if settings.redis_tls else []),
                     stopped.wait(),
                 )
         finally:
             await runner.cleanup()
     finally:
-        await redis.aclose()
+        await connections.aclose()
         await kube.close()
 
 

@@ -35,6 +35,6 @@ class BoundedParser(_AsyncHiredisParser):
         return await super().read_from_socket()  # type: ignore[no-untyped-call]
 
 
-def connect_bounded(url: str, username: str | None, password: str | None) -> Redis:
+def connect_bounded(url: str, username: str | None, password: str | None, ca: str = "") -> Redis:
     """A client as `connect` makes it, whose replies are bounded."""
-    return connect(url, username, password, parser_class=BoundedParser)
+    return connect(url, username, password, ca, parser_class=BoundedParser)

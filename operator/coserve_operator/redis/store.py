@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from coserve_contract.acl import acl_deluser, acl_setuser, acl_username
@@ -23,16 +23,27 @@ from coserve_contract.messages import AdapterRecord
 from coserve_contract.scripts import HEARTBEAT_TTL_MS, Binder, Reason, Refused
 from coserve_contract.store import Store, changes, endpoint_uids
 from coserve_operator.decide.actions import Bind, ClearStreams, Forget, RedisAction, Unbind
-from coserve_operator.decide.observed import RedisView, Unreadable
+from coserve_operator.decide.observed import Obstacle, RedisView, Unreadable
 from coserve_operator.redis.reader import read
 
 SETTLE_S = HEARTBEAT_TTL_MS / 1000 + 1.5
 """From the first reading after a gap until a missing heartbeat counts."""
 METRICS_USER = "cs-metrics"
+BUSY, DENIED, FULL_MEMORY, FULL_CLIENTS = "Busy", "AccessDenied", "OutOfMemory", "TooManyConnections"
+"""Reasons of RedisReady."""
+
+
+KEEPS = "noeviction"
+FULL = 0.98
+"""Share of maxmemory at which a Redis is full: what is below comes and goes with heartbeats."""
 
 
 class StoreError(Exception):
-    """Redis cannot be read or written at the moment."""
+    """Redis cannot be read or written at the moment; `reason` is a condition's."""
+
+    def __init__(self, message: str, reason: str = "Unreachable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Leadership(Protocol):
@@ -61,13 +72,22 @@ class NoLeadership:
 
 @dataclass
 class OperatorStore:
-    """All that the operator does with Redis. `clock` is monotonic; the endpoints' passwords derive from `key`."""
+    """All that the operator does with one Redis. `clock` is monotonic; the endpoints' passwords derive from `key`, and
+    are taken by `previous_key` too. `shared_user` is a name and a password: that of all endpoints, where there can be
+    no other users.
+    """
 
     redis: Redis
     key: bytes
     clock: Callable[[], float]
     metrics_password: str = ""
     leadership: Leadership = field(default_factory=NoLeadership)
+    previous_key: bytes = b""
+    shared_user: tuple[str, str] | None = None
+    trouble: Unreadable | None = field(default=None, init=False)
+    """What was the matter at the last check. Until the next one nothing is asked: it would hold up other tenants."""
+    obstacle: Obstacle | None = field(default=None, init=False)
+    """Why there may be no such Redis."""
     written: set[str] = field(default_factory=set, init=False)
     """Endpoints written to, and not read since."""
     _readable_since: float | None = field(default=None, init=False)
@@ -81,19 +101,30 @@ class OperatorStore:
 
         The password is derived, not stored, so that the operator needs no right to read Secrets.
         """
-        return acl_username(uid), hmac.new(self.key, uid.encode(), hashlib.sha256).hexdigest()
+        return self.shared_user or (acl_username(uid), _password(self.key, uid))
 
     async def check(self) -> bool:
-        """Return whether this is another Redis than at the last call (a restart, a fail-over), which knows no users."""
-        info = await self._run(command(self.redis, "INFO", "server"))
-        text = info.decode() if isinstance(info, bytes) else ""
-        server = info.get("run_id", "") if isinstance(info, dict) else _run_id(text)
-        if self._readable_since is not None and server == self._server:
-            return False
-        self._server, self._readable_since = server, self.clock()
-        self._users.clear()
-        if self.metrics_password:
-            await self._run(command(self.redis, *_metrics_user(self.metrics_password)))
+        """Return whether this is another Redis than at the last call (a restart, a fail-over), which knows no users.
+
+        StoreError: it does not answer, or is so full that what is missing there proves nothing.
+        """
+        try:
+            info = await self._run(command(self.redis, "INFO"))
+            trouble = _trouble(info)
+            if trouble is not None:
+                self._readable_since = None
+                raise StoreError(trouble.message, trouble.reason)
+            server = info.get("run_id", "")
+            if self._readable_since is not None and server == self._server:
+                self.trouble = None
+                return False
+            self._users.clear()
+            if self.metrics_password and self.shared_user is None:
+                await self._set_user(_metrics_user(self.metrics_password))
+            self._server, self._readable_since, self.trouble = server, self.clock(), None
+        except StoreError as error:
+            self.trouble = Unreadable(error.reason, str(error))
+            raise
         return True
 
     async def assert_user(self, uid: str) -> None:
@@ -101,15 +132,18 @@ class OperatorStore:
 
         First of all an earlier leader's writes are refused from now on: what is read after this is not changed by it.
         """
+        self._ask()
         if uid not in self._claimed:
             await self._write(uid, Binder.claim)
             self._claimed.add(uid)
-        if uid not in self._users:
-            await self._run(command(self.redis, *acl_setuser(uid, self.credentials(uid)[1])))
+        if uid not in self._users and self.shared_user is None:
+            keys = filter(None, (self.key, self.previous_key))
+            await self._set_user(acl_setuser(uid, *(_password(key, uid) for key in keys)))
             self._users.add(uid)
 
     async def read(self, wants: Mapping[str, Sequence[str]]) -> dict[str, RedisView | Unreadable]:
         """Return what Redis holds of each endpoint uid and of the job uids given for it."""
+        self._ask()
         found: dict[str, RedisView | Unreadable] = await self._run(read(self.redis, wants, self._settled))
         return found
 
@@ -150,13 +184,15 @@ class OperatorStore:
 
     async def endpoints(self) -> frozenset[str]:
         """Return the uids of endpoints with keys."""
+        self._ask()
         found: frozenset[str] = await self._run(endpoint_uids(self.redis))
         return found
 
     async def delete_endpoint(self, uid: str) -> None:
         """Delete the user first, which ends its connections, then the keys."""
         await self._write(uid, Binder.confirm)
-        await self._run(command(self.redis, *acl_deluser(uid)))
+        if self.shared_user is None:
+            await self._run(command(self.redis, *acl_deluser(uid)))
         await self._write(uid, lambda binder: self._store(binder).delete_endpoint())
         self._users.discard(uid)
         self._claimed.discard(uid)
@@ -175,13 +211,30 @@ class OperatorStore:
                 return refused
             await self.leadership.raise_above(int(refused.detail))
 
+    async def _set_user(self, words: Sequence[str]) -> None:
+        try:
+            await self._run(command(self.redis, *words))
+        except StoreError as error:
+            if error.reason != DENIED:
+                raise
+            remedy = "grant ACL SETUSER to the operator's user, or set redis.external.endpointUsers to Shared"
+            raise StoreError(f"{error}; {remedy}", DENIED) from error
+
+    def _ask(self) -> None:
+        """Refuse to ask a Redis that the last check found in trouble."""
+        if self.trouble is not None:
+            raise StoreError(self.trouble.message, self.trouble.reason)
+
     async def _run(self, awaitable: Any) -> Any:
         try:
             return await awaitable
         except (RedisError, OSError) as error:
-            if isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError)):
+            reason, away = _reason(error), isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError))
+            if away or reason in (BUSY, FULL_MEMORY):
                 self._readable_since = None
-            raise StoreError(f"Redis: {error or type(error).__name__}") from error
+            if away and self.obstacle is not None:
+                raise StoreError(self.obstacle.message, self.obstacle.reason) from error
+            raise StoreError(f"Redis: {str(error) or type(error).__name__}", reason) from error
 
     def _settled(self, uid: str, emptied: bool) -> bool:
         now = self.clock()
@@ -200,5 +253,29 @@ def _metrics_user(password: str) -> tuple[str, ...]:
     return ("ACL", "SETUSER", METRICS_USER, *rules)
 
 
-def _run_id(info: str) -> str:
-    return next((line.removeprefix("run_id:") for line in info.splitlines() if line.startswith("run_id:")), "")
+def _password(key: bytes, uid: str) -> str:
+    return hmac.new(key, uid.encode(), hashlib.sha256).hexdigest()
+
+
+def _trouble(info: Mapping[str, Any]) -> Unreadable | None:
+    """Return why heartbeats may be missing of agents that live, by what Redis says of itself."""
+    most, clients = info.get("maxmemory", 0), info.get("maxclients", 0)
+    evicts = info.get("maxmemory_policy", KEEPS) != KEEPS
+    if most and not evicts and info.get("used_memory", 0) >= FULL * most:
+        remedy = "delete what is not coserve's, or raise redis.resources.limits.memory"
+        return Unreadable(FULL_MEMORY, f"Redis has no memory left of {most} bytes: {remedy}")
+    if clients and info.get("connected_clients", 0) >= clients:
+        remedy = "find the pods that open so many, or raise redis.maxClients"
+        return Unreadable(FULL_CLIENTS, f"Redis has no connection left of {clients}: {remedy}")
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OutOfMemoryError):
+        return FULL_MEMORY
+    if isinstance(error, (NoPermissionError, AuthenticationError)):
+        return DENIED
+    text = str(error)
+    if text.startswith("BUSY"):
+        return BUSY
+    return FULL_CLIENTS if "max number of clients reached" in text else "Unreachable"

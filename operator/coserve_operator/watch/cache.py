@@ -171,6 +171,14 @@ class Cache:
         """Return the endpoints whose artifact store may lie inside this one's, or around it."""
         return self._folders.around(endpoint)
 
+    def namespaces(self) -> set[str]:
+        """Return those with endpoints, also ones that cannot be read."""
+        return {namespace for namespace, _ in self._shelves[ENDPOINT].objects}
+
+    def deployments(self) -> Iterable[Manifest]:
+        """Return all Deployments of ours: the agents' of all endpoints, and those of tenants' Redis."""
+        return self._shelves[DEPLOYMENT].objects.values()
+
     def rolling(self) -> int:
         """Return how many Deployments replace their agents for a new version of ours."""
         return len(self._rolling)

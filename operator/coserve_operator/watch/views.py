@@ -8,7 +8,7 @@ from typing import Any
 from coserve_operator.decide.observed import FeederView, Obstacle, PodView, RolloutView
 from coserve_operator.decide.obstacles import LONGEST_MESSAGE, pods_refused
 from coserve_operator.kube import Manifest
-from coserve_operator.manifests.feeder import CHECK, INPUTS, PURPOSE
+from coserve_operator.manifests.feeder import CHECK, INPUTS, PURPOSE, REDIS_SECRET
 from coserve_operator.manifests.metadata import BUILDER, IN_TURN, JOBS, LEAVING, MADE_FROM, TEMPLATE
 
 _REASONED = re.compile(r"\s*([A-Z][A-Za-z]{2,62}): (.*)", re.DOTALL)
@@ -83,6 +83,7 @@ def feeder_view(job: Manifest, pods: Iterable[Manifest]) -> FeederView:
     return FeederView(
         uid=metadata["uid"],
         inputs=annotations.get(INPUTS, ""),
+        secret=annotations.get(REDIS_SECRET, ""),
         checks=annotations.get(PURPOSE) == CHECK,
         suspended=bool(job.get("spec", {}).get("suspend")),
         finished=bool(ends.keys() & {"Complete", "Failed"}),
