@@ -146,6 +146,17 @@ class Kube:
             if not more:
                 return found, int(answer.get("metadata", {}).get("resourceVersion") or 0)
 
+    async def missing(self, *kinds: Kind) -> list[str]:
+        """Return the kinds that discovery does not name, as PLURAL.GROUP: their CRDs are not there yet."""
+        served: set[tuple[str, str, str]] = set()
+        groups = {each["name"] for each in (await self._call("GET", "/apis")).get("groups") or []}
+        for group, version in {(kind.group, kind.version) for kind in kinds if kind.group in groups}:
+            found = (await self._call("GET", f"/apis/{group}/{version}")).get("resources") or []
+            served |= {(group, version, each["name"]) for each in found}
+        return [
+            f"{each.plural}.{each.group}" for each in kinds if (each.group, each.version, each.plural) not in served
+        ]
+
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the events about one object, oldest first."""
         query = [("fieldSelector", f"involvedObject.uid={uid}"), ("limit", str(PAGE))]

@@ -15,6 +15,7 @@ from coserve_operator.watch.cache import Cache, UnreadableObject
 
 logger = logging.getLogger(__name__)
 
+
 async def write_status(
     kube: Kube, cache: Cache, budget: StatusBudget, kind: Kind, meta: ObjectMeta, status: dict[str, Any]
 ) -> bool:
