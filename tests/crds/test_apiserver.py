@@ -10,7 +10,8 @@ from api_objects import EXAMPLES, ROOT, get, patch, with_value
 
 from coserve_api.common import timestamp
 from coserve_api.conditions import condition
-from coserve_api.endpoint import EndpointSpec, EndpointStatus, SloStatus
+from coserve_api.endpoint import EndpointSpec
+from coserve_api.endpoint_status import EndpointStatus, SloStatus
 from coserve_api.job import JobSpec
 from coserve_api.job_status import (
     BackoffStatus,
