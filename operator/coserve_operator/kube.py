@@ -152,6 +152,17 @@ class Kube:
             if not more:
                 return
 
+    async def missing(self, *kinds: Kind) -> list[str]:
+        """Return the kinds that discovery does not name, as PLURAL.GROUP: their CRDs are not there yet."""
+        served: set[tuple[str, str, str]] = set()
+        groups = {each["name"] for each in (await self._call("GET", "/apis")).get("groups") or []}
+        for group, version in {(kind.group, kind.version) for kind in kinds if kind.group in groups}:
+            found = (await self._call("GET", f"/apis/{group}/{version}")).get("resources") or []
+            served |= {(group, version, each["name"]) for each in found}
+        return [
+            f"{each.plural}.{each.group}" for each in kinds if (each.group, each.version, each.plural) not in served
+        ]
+
     async def events_of(self, namespace: str, uid: str) -> list[Manifest]:
         """Return the events about one object, oldest first."""
         query = [("fieldSelector", f"involvedObject.uid={uid}"), ("limit", str(PAGE))]
@@ -184,6 +195,17 @@ class Kube:
         kind, namespace, name = _address(manifest)
         return await self._call("PUT", kind.path(namespace, name), manifest)
 
+    async def replace_status(self, kind: Kind, namespace: str, name: str, version: str, status: Manifest) -> Manifest:
+        """Put `status` in the place of the whole one, whoever wrote that; ConflictError when the object is not of this
+        resourceVersion any more.
+        """
+        patch: list[Manifest] = [
+            {"op": "replace", "path": "/metadata/resourceVersion", "value": version},
+            {"op": "add", "path": "/status", "value": status},
+        ]
+        path, query = kind.path(namespace, name, "status"), [("fieldManager", FIELD_MANAGER)]
+        return await self._call("PATCH", path, patch, "application/json-patch+json", query)
+
     async def delete(
         self, kind: Kind, namespace: str | None, name: str, uid: str | None = None, version: str | None = None
     ) -> None:
@@ -202,7 +224,7 @@ class Kube:
         self,
         method: str,
         path: str,
-        body: Manifest | None = None,
+        body: Manifest | list[Manifest] | None = None,
         content_type: str = "application/json",
         query: list[tuple[str, str]] | None = None,
     ) -> Manifest:
@@ -220,7 +242,12 @@ class Kube:
         raise _error_type(status, in_words)(status, f"{method} {path}: {answer.get('message', '')}")
 
     async def _call_once(
-        self, method: str, path: str, body: Manifest | None, content_type: str, query: list[tuple[str, str]]
+        self,
+        method: str,
+        path: str,
+        body: Manifest | list[Manifest] | None,
+        content_type: str,
+        query: list[tuple[str, str]],
     ) -> tuple[int, Manifest, float]:
         """Return HTTP status, the answer, and after how many seconds to ask again."""
         headers = {"Content-Type": content_type, "Accept": "application/json"}

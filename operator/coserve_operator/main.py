@@ -59,6 +59,8 @@ class Operator:
         if how is not None:
             self._tenant_redis = TenantRedisKeeper(kube, settings, how, tls, self.cache, stores, time.monotonic)
         self._sweep = asyncio.Event()
+        self.listed = asyncio.Event()
+        """Set once everything was listed for the first time."""
 
     async def list_all(self) -> None:
         """Read all that matters, so that nothing known to the API server is taken for deleted."""
@@ -161,11 +163,15 @@ class Operator:
         while True:
             try:
                 await self._metrics_slot.look()  # first: an autoscaler that can stay must not go
-                await self.list_all()
-                break
+                missing = await self._kube.missing(ENDPOINT, FINETUNE_JOB)
+                if not missing:
+                    await self.list_all()
+                    break
+                logger.warning("no CRD %s: apply it", " and ".join(missing))
             except KubeError as error:
                 logger.warning("nothing can be listed yet: %s", error)
-                await asyncio.sleep(2)
+            await asyncio.sleep(2)
+        self.listed.set()
         workers = [self._for_ever("work", self.work) for _ in range(self._settings.workers)]
         polling = partial(self.polling.run, self._settings.poll_seconds, self._tick)
         loops: list[tuple[str, Callable[[], Awaitable[None]]]]
@@ -210,7 +216,9 @@ class Lifetime:
         """What ended the work."""
 
     async def start(self) -> None:
-        """Wait until this replica is to work, and begin."""
+        """Wait until this replica is to work, and begin; return when there is something to watch, since kopf looks only
+        once which kinds there are.
+        """
         await self._health.setup()
         await web.TCPSite(self._health, port=self._port).start()
         try:
@@ -220,6 +228,14 @@ class Lifetime:
             raise
         self._telemetry.leading.set(1)
         self._leading = asyncio.create_task(self._lead())
+        listed = asyncio.create_task(self._operator.listed.wait())
+        try:
+            await asyncio.wait({listed, self._leading}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self.end()
+            raise
+        finally:
+            listed.cancel()
 
     async def _lead(self) -> None:
         try:

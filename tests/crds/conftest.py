@@ -1,13 +1,16 @@
-"""One endpoint with two agents and a job, for the tests that talk to Redis."""
+"""One endpoint with two agents and a job, for the tests that talk to Redis; and an API server with the CRDs."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from api_objects import EXAMPLES, ROOT
 from redis.asyncio import Redis
 
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
@@ -112,3 +115,31 @@ async def world(redis: Redis) -> World:
 def now() -> datetime:
     """A time."""
     return datetime(2026, 11, 21, 4, 0, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def api(api_server):
+    """The API server with the CRDs of the repository, and no object at the end."""
+    for name in ("inferenceendpoints", "finetunejobs"):
+        applied = api_server.kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / f"{name}.yaml"))
+        assert applied.returncode == 0, applied.stderr
+        crd = f"crd/{name}.coserve.dev"
+        established = api_server.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
+        assert established.returncode == 0, established.stderr
+    deadline = time.monotonic() + 30
+    while api_server.kubectl("get", "coserve").returncode:  # discovery follows a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    yield api_server
+    api_server.kubectl("delete", "inferenceendpoints,finetunejobs", "--all", "--wait=true")
+
+
+@pytest.fixture
+def objects(api):
+    """The two examples, created anew."""
+    kinds = "inferenceendpoints,finetunejobs"
+    api.kubectl("delete", kinds, "--all", "--wait=true")
+    for body in EXAMPLES.values():
+        done = api.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+        assert done.returncode == 0, done.stderr
+    return api

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.job import FinetuneJob
 from coserve_operator.manifests import agents, feeder
 from coserve_operator.manifests import endpoint as owned
 from coserve_operator.manifests.metadata import is_owned_by, selector, short_name
@@ -246,11 +249,39 @@ def test_the_autoscaler_aims_at_saturation_through_the_endpoints_own_scale(make)
     assert spec["behavior"]["scaleDown"] == {"stabilizationWindowSeconds": 120}
 
 
+def test_a_pause_of_somebody_elses_is_a_field_of_ours(make) -> None:
+    """Of a Deployment that is paused no agent is ever replaced, and nothing tells."""
+    assert agents.deployment(make.endpoint(), 2, "agent:1", REDIS, "digest")["spec"]["paused"] is False
+
+
 def test_everything_is_owned_so_that_deletion_needs_no_operator(make) -> None:
     for manifest in everything(make, autoscaling={"maxReplicas": 2}):
         uid = "j-1" if manifest["kind"] == "Job" else "e-1"
         assert is_owned_by(manifest, uid)
         assert not is_owned_by(manifest, "another")
+
+
+def test_nothing_of_the_parents_metadata_is_handed_on(make) -> None:
+    """An owned object with the label by which Argo CD or Flux tracks its owner is one that they prune."""
+    tracked = {"labels": {"app.kubernetes.io/instance": "x"}, "annotations": {"argocd.argoproj.io/tracking-id": "x"}}
+
+    def endpoint(**spec):
+        body = make.endpoint_body(**spec)
+        return InferenceEndpoint.from_dict(body | {"metadata": body["metadata"] | tracked})
+
+    def job():
+        body = make.job_body()
+        return FinetuneJob.from_dict(body | {"metadata": body["metadata"] | tracked})
+
+    scaled = {"autoscaling": {"maxReplicas": 2}}
+    assert everything(SimpleNamespace(endpoint=endpoint, job=job), **scaled) == everything(make, **scaled)
+
+
+def test_an_owner_is_not_kept_from_being_deleted(make) -> None:
+    """blockOwnerDeletion needs rights on the owner's finalizers where OwnerReferencesPermissionEnforcement is on."""
+    for manifest in everything(make, autoscaling={"maxReplicas": 2}):
+        (reference,) = manifest["metadata"]["ownerReferences"]
+        assert "blockOwnerDeletion" not in reference
 
 
 def test_long_names_stay_labels_and_apart() -> None:

@@ -1,5 +1,6 @@
 """Writing the status of an object of ours: over the version that was decided on, and then into the cache."""
 
+import logging
 from datetime import datetime
 from typing import Any
 
@@ -10,8 +11,10 @@ from coserve_api.endpoint_status import EndpointCondition, EndpointStatus
 from coserve_api.job import FinetuneJob
 from coserve_api.job_status import JobCondition, JobState, JobStatus
 from coserve_operator.apply.budget import StatusBudget
-from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, NotFoundError
+from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, InvalidError, Kind, Kube, Manifest, NotFoundError
 from coserve_operator.watch.cache import Cache, UnreadableObject
+
+logger = logging.getLogger(__name__)
 
 
 async def write_status(
@@ -28,13 +31,29 @@ async def write_status(
         "status": status,
     }
     try:
-        written = await kube.apply(manifest, "status")
+        written = await _write(kube, kind, manifest)
     except NotFoundError:
         cache.remove(kind, (meta.namespace, meta.name), meta.uid)
         return False
     budget.written(meta.uid)
     cache.put(kind, written)
     return True
+
+
+async def _write(kube: Kube, kind: Kind, manifest: Manifest) -> Manifest:
+    """Apply the status. Fields that we leave out stay where somebody else has written them too, such as a restore from
+    a backup or `kubectl edit`, and may make the rest invalid: then the whole is replaced.
+    """
+    meta, status = manifest["metadata"], manifest["status"]
+    version = meta["resourceVersion"]
+    try:
+        written = await kube.apply(manifest, "status")
+        if written.get("status") == status:
+            return written
+        version = written["metadata"]["resourceVersion"]
+    except InvalidError as error:
+        logger.warning("%s %s/%s: its status is replaced: %s", kind.name, meta["namespace"], meta["name"], error)
+    return await kube.replace_status(kind, meta["namespace"], meta["name"], version, status)
 
 
 async def greet(

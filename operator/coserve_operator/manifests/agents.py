@@ -63,6 +63,7 @@ def deployment(
         labels,
         spec={
             "replicas": replicas,
+            "paused": False,  # ours, so that a pause of somebody else's is taken back: nothing would be replaced
             "selector": {"matchLabels": labels},
             "revisionHistoryLimit": 2,
             "progressDeadlineSeconds": START_S + 60,

@@ -6,12 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import pty
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,48 +15,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from data_rows import GOOD, TURNS, write
+from previewing import FIT, UNFIT, look, look_here
 
-from coserve_agent.data.arguments import parser
-from coserve_agent.data.formats import detect
 from coserve_agent.data.material import Material
-from coserve_agent.data.preview import preview
 from coserve_agent.data.problems import Reason
 from coserve_agent.data.vocabulary import vocab_size
 from coserve_agent.end_tokens import end_tokens
 from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.job import DatasetFormat
 
-COMMAND = [sys.executable, "-m", "coserve_agent.data"]
-ROOT = Path(__file__).parents[3]
-FIT, UNFIT, WRONG = 0, 1, 2
 FORGETFUL = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'shorter' }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}{{ '' if enable_thinking is defined else '' }}"
 )
 """Writes earlier answers differently later, so that each needs a sequence of its own."""
-
-
-def look(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Its output, which must hold no traceback."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        env=_environment(environment), capture_output=True, text=True, encoding="utf-8", check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def look_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The same without a process of its own: exit status, output, errors."""
-    status = preview(parser().parse_args([*map(str, arguments)]))
-    return status, *capsys.readouterr()
-
-
-def _environment(more: dict[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
-    return kept | {"TERM": "xterm"} | more
 
 
 def shards(path: Path, model: Path, **changes: Any) -> list[tuple[int, tuple[int, ...], tuple[bool, ...]]]:
@@ -105,8 +73,6 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> P
         (folder / name).write_bytes((model_folder / name).read_bytes())
     return folder
 
-
-# ---- what is shown is what is learned ----
 
 ROWS = [
     GOOD,
@@ -194,8 +160,6 @@ def test_a_file_may_be_whatever_a_job_may_name(
     assert "2 lines, 2 sequences" in output
 
 
-# ---- what cannot be learned ----
-
 REFUSED: list[tuple[object, Reason]] = [
     ({"question": "a", "answer": "b"}, Reason.NO_FORMAT),
     ({"messages": [TURNS[0], {"role": "assistant", "content": "LAST"}]}, Reason.VOCABULARY),
@@ -263,171 +227,3 @@ def test_data_without_a_usable_line_is_unfit(
     assert (status, errors) == (UNFIT, "")
     assert output.splitlines()[-1].startswith("not fit: ")
     assert words in output.splitlines()[-1]
-
-
-# ---- arguments ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["FILE", "--model"]),
-        (["--max-length", "7"], ["--max-length", "'7'", "8"]),
-        (["--format", "csv"], ["--format", "'csv'", "sharegpt"]),
-        (["--learn", "Some"], ["--learn", "All or Last"]),
-        (["--date", "2026-02-30"], ["--date", "'2026-02-30'", "calendar"]),
-        (["--lines", "-1"], ["--lines", "-1"]),
-        (["--line", "0"], ["--line", "'0'"]),
-        (["--epochs", "many"], ["--epochs", "integer"]),
-        (["--template-variables", "{"], ["--template-variables", "no JSON"]),
-        (["--template-variables", "[1]"], ["--template-variables", "object"]),
-        (["--template-variables", '{"a": NaN}'], ["--template-variables", "NaN"]),
-        (["pvc://data/x.jsonl"], ["FILE", "'pvc://data/x.jsonl' is a URI", "path"]),
-        (["--verbose"], ["--verbose"]),
-    ],
-)
-def test_a_wrong_argument_is_named_in_one_line(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parser().parse_args([*arguments, "data.jsonl", "--model", "x"] if arguments else [])
-    assert ended.value.code == WRONG
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["{data}", "--model", "Qwen/Qwen3-0.6B"], "--model is 'Qwen/Qwen3-0.6B': no such folder"),
-        (["{data}", "--model", "{folder}"], "tokenizer.json: no such file"),
-        (["{data}x", "--model", "{model}"], "data.jsonlx: no such file"),
-        (["{folder}/*.csv", "--model", "{model}"], "*.csv: matches no file"),
-        (["{model}", "--model", "{model}"], "is a folder without .jsonl"),
-        (
-            ["{data}", "--model", "{model}", "--template-variables", '{{"thinking": 1}}'],
-            "templateVariables has 'thinking'",
-        ),
-        (["{data}", "--model", "{model}", "--line", "2"], "--line 2: there is no such line"),
-    ],
-)
-def test_wrong_names_are_said_in_one_line(
-    tmp_path: Path, model_folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, GOOD)
-    status, _, errors = look_here(
-        capsys, *(one.format(data=path, folder=tmp_path, model=model_folder) for one in arguments)
-    )
-    assert status == WRONG
-    (line,) = errors.splitlines()
-    assert line.startswith("error: ") and words in line
-
-
-# ---- terminals and pipes ----
-
-
-def in_a_terminal(*arguments: object, **environment: str) -> str:
-    """What is written to a terminal."""
-    ours, theirs = pty.openpty()
-    command = [*COMMAND, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=_environment(environment)) as process:
-        os.close(theirs)
-        output = b""
-        while True:
-            try:
-                more = os.read(ours, 1 << 16)
-            except OSError:  # the other side is closed
-                break
-            if not more:
-                break
-            output += more
-    os.close(ours)
-    assert process.returncode == UNFIT
-    return output.decode().replace("\r\n", "\n")
-
-
-def test_a_terminal_gets_colours_unless_it_says_no(tmp_path: Path, model_folder: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "\u001b[31m"}, {"role": "assistant", "content": "one\ntwo"}]}
-    arguments = (write(tmp_path, row, b"{"), "--model", model_folder)
-    coloured = in_a_terminal(*arguments)
-    learned = "".join(re.findall(r"\x1b\[30;(?:42|102|46)m(.*?)\x1b\[0m", coloured.partition("│")[2]))
-    assert learned == "one↵two<|end|>"
-    assert "\x1b[36m<|user|>\x1b[0m⟨U+001B⟩[31m" in coloured
-    assert "\x1b[1;31mnot fit\x1b[0m" in coloured
-    assert all(line.count("\x1b[0m") * 2 == line.count("\x1b[") for line in coloured.split("\n"))
-    plain = look(*arguments).stdout
-    assert "\x1b" not in plain and "«one↵" in plain
-    assert in_a_terminal(*arguments, NO_COLOR="1") == in_a_terminal(*arguments, TERM="dumb") == plain
-    assert in_a_terminal(*arguments, NO_COLOR="") == coloured
-
-
-def test_a_terminal_sees_how_far_it_is(tmp_path: Path, model_folder: Path) -> None:
-    path = write(tmp_path, *[GOOD] * 600, b"{")
-    written = in_a_terminal(path, "--model", model_folder, "--lines", 0)
-    assert "\r500 lines read\r\x1b[K\n\x1b[1mline 601" in written
-    assert "read" not in look(path, "--model", model_folder, "--lines", 0).stderr
-
-
-@pytest.mark.parametrize("how", [signal.SIGPIPE, signal.SIGINT])
-def test_it_ends_quietly_when_nobody_reads_on(tmp_path: Path, model_folder: Path, how: signal.Signals) -> None:
-    path = write(tmp_path, *[{"messages": TURNS}] * 3000)  # more than a pipe holds
-    command = [*COMMAND, str(path), "--model", str(model_folder), "--lines", "3000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline()
-        if how is signal.SIGPIPE:
-            process.stdout.close()
-        else:
-            process.send_signal(how)
-        assert process.stderr.read() == b""
-        assert process.wait() == -how
-
-
-def test_another_encoding_loses_nothing(tmp_path: Path, model_folder: Path) -> None:
-    done = look(write(tmp_path, GOOD), "--model", model_folder, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert done.returncode == FIT
-    assert r"\xabtwo" in done.stdout
-
-
-def test_it_needs_no_torch(tmp_path: Path, model_folder: Path) -> None:
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['data', {str(write(tmp_path, GOOD))!r}, '--model', {str(model_folder)!r}]\n"
-        "try:\n    runpy.run_module('coserve_agent.data', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "fit: every line" in done.stdout
-
-
-# ---- docs/data.md ----
-
-
-def test_the_page_shows_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    rows = re.search(r"(?s)<<'END'\n(.*?)END\n", page)
-    printed = re.search(r"(?s)\nprints\n```\n(.*?)```\n", page)
-    assert rows is not None and printed is not None
-    path = tmp_path / "rows.jsonl"
-    path.write_text(rows[1])
-    status, output, _ = look_here(capsys, path, "--model", ROOT / "examples" / "base-model")
-    assert (status, output.replace(str(path), "/tmp/rows.jsonl")) == (UNFIT, printed[1])
-
-
-def test_the_page_lists_formats_in_the_order_of_detection() -> None:
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    listed = re.findall(r"(?m)^\| `([a-z-]+)` \| `(\{.*?\})`(?: \||,)", page)
-    assert {name for name, _ in listed} == set(DatasetFormat) - {DatasetFormat.AUTO}
-    together = {name: value for _, row in reversed(listed) for name, value in json.loads(row).items()}
-    for name, row in listed:
-        assert detect(json.loads(row)) == detect(together) == name
-        together = {field: value for field, value in together.items() if field not in json.loads(row)}
-
-
-def test_the_page_names_every_reason() -> None:
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    table = page.split("| reason | |")[1].split("\n\n")[0]
-    assert set(re.findall(r"\b[A-Z]\w+", " ".join(re.findall(r"(?m)^\| (.*?) \|", table)))) == set(Reason)
