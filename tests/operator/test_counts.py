@@ -26,7 +26,8 @@ from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.controller import Controller
 from coserve_operator.kube import FINETUNE_JOB
-from coserve_operator.redis.store import SETTLE_S, OperatorStore
+from coserve_operator.redis.store import SETTLE_S
+from coserve_operator.redis.stores import Stores
 from coserve_operator.settings import Settings
 from coserve_operator.watch.cache import Cache
 
@@ -72,9 +73,10 @@ class World:
         self.cache = Cache()
         self.kube = CountingKube(self.cache)
         clock = lambda: self.clock[0]  # noqa: E731
-        self.store = OperatorStore(redis, b"k", clock, leadership=Leads())
+        stores = Stores(Settings(), Leads(), clock)
+        stores.of(GROUP[0]).redis = redis
         self.controller = Controller(
-            Settings(), self.kube, self.store, self.cache, Applier(self.kube, clock), StatusBudget(clock),
+            Settings(), self.kube, stores, self.cache, Applier(self.kube, clock), StatusBudget(clock),
             Recorder(self.kube, "test"), MetricsSlotKeeper(self.kube, ("ns", "metrics"), clock, lambda: None),
             lambda: make.NOW,
         )  # fmt: skip

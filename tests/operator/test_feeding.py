@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from live_operator import SHA, Cluster, bound, eventually, feed
-from operator_fakes import FakeKube
+from operator_fakes import FakeKube, FakeStore
 
 from coserve_api.conditions import condition, find_condition
 from coserve_contract.connect import command
@@ -25,6 +25,7 @@ from coserve_operator.decide.job import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView, RedisView
 from coserve_operator.manifests.feeder import feeder
 from coserve_operator.settings import Settings
+from coserve_operator.tenants import RedisAccess
 from coserve_operator.watch.cache import Cache
 
 RUN, CHECK, KEEP, REMOVE, RENEW, SUSPEND = (
@@ -152,7 +153,7 @@ def kube() -> FakeKube:
 
 async def test_the_cluster_has_a_bound_on_checks(make: Any, kube: FakeKube) -> None:
     """Also where several begin at once, before a watch tells of any of them."""
-    applier = FeederApplier(Settings(checks=3), kube, kube.cache)  # type: ignore[arg-type]
+    applier = FeederApplier(Settings(checks=3), kube, FakeStore(make), kube.cache)  # type: ignore[arg-type]
     decision = Decision("Pending", "WaitingForData", feeder=CHECK)  # type: ignore[arg-type]
     observed = [
         ObservedJob(make.job(f"job-{n}", number=n), make.endpoint(), Claims(), None, None, "inputs")
@@ -175,7 +176,10 @@ async def test_the_cluster_has_a_bound_on_checks(make: Any, kube: FakeKube) -> N
 
 
 def test_a_check_is_told_to_a_program_that_reads_the_same(make: Any) -> None:
-    fed, checked = (feeder(make.job(), make.endpoint(), "agent:1", "redis://r", check) for check in (False, True))
+    fed, checked = (
+        feeder(make.job(), make.endpoint(), "agent:1", RedisAccess("redis://r", "u", "p"), check)
+        for check in (False, True)
+    )
     env, more = (each["spec"]["template"]["spec"]["containers"][0]["env"] for each in (fed, checked))
     assert [one for one in more if one not in env] == [{"name": "COSERVE_MODE", "value": "Check"}]
     annotations = checked["metadata"]["annotations"]

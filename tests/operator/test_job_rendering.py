@@ -13,6 +13,7 @@ from coserve_contract.store import JobRecord
 from coserve_operator.decide.actions import FeederAction
 from coserve_operator.decide.binding import binding_of
 from coserve_operator.manifests.feeder import feeder, inputs_digest
+from coserve_operator.tenants import RedisAccess
 
 BEFORE = {"enable_thinking": False, "half": 0.5, "nothing": None, "deep": {"list": [1, None], "é": ""}}
 AFTER = [{"enable_thinking": True}, {}, {**BEFORE, "more": 1}]
@@ -31,7 +32,8 @@ def fed(it: Any, make: Any, variables: dict[str, Any]) -> tuple[str, dict[str, A
     """What a feeder, and an agent, are told of a job when the endpoint has these variables: inputs, and variables."""
     job, where = stored(it), endpoint(make, variables)
     told = binding_of(job, where, 1, Desired.RUN, 1, 0, JobRecord()).spec.template_variables
-    (container,) = feeder(job, where, "image", "redis://r:6379/0")["spec"]["template"]["spec"]["containers"]
+    made = feeder(job, where, "image", RedisAccess("redis://r:6379/0", "u", "p"))
+    (container,) = made["spec"]["template"]["spec"]["containers"]
     (given,) = (one["value"] for one in container["env"] if one["name"] == "COSERVE_TEMPLATE_VARIABLES")
     assert json.loads(given) == told
     return inputs_digest(job, where), told

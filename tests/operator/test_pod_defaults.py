@@ -19,7 +19,7 @@ DEFAULTS = PodDefaults.model_validate(
         "priorityClassName": "gpu",
         "runtimeClassName": "nvidia",
         "labels": {"team": "ml", "coserve.dev/endpoint": "another"},
-        "annotations": {"example.com/a": "b", "coserve.dev/redis-password": "x"},
+        "annotations": {"example.com/a": "b"},
         "nodeSelector": {"pool": "gpu", "zone": "a"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "own", "operator": "Exists"}],
         "affinity": {"nodeAffinity": {}},
@@ -30,8 +30,6 @@ DEFAULTS = PodDefaults.model_validate(
     }
 )
 TEMPLATE = {"nodeSelector": {"zone": "b"}, "tolerations": [{"key": "own", "operator": "Exists"}]}
-
-
 REDIS = RedisAccess("redis://r:6379/0", "u", "p")
 
 
@@ -62,7 +60,7 @@ def test_the_endpoints_template_comes_first_and_what_selects_stays(make) -> None
 
 
 def test_a_feeder_has_them_too_but_is_alone(make) -> None:
-    made = feeder(make.job(), make.endpoint(), "agent:1", "redis://r:6379/0")
+    made = feeder(make.job(), make.endpoint(), "agent:1", REDIS)
     pod = with_pod_defaults(made, DEFAULTS)["spec"]["template"]["spec"]
     assert pod["priorityClassName"] == "gpu"
     assert pod["affinity"] == {"nodeAffinity": {}}

@@ -76,7 +76,7 @@ class World:
 
     async def poll(self) -> list[str]:
         self.reads.append([])
-        await self.poller.poll({f"e-{number}": ("default", f"end-{number}") for number in range(COUNT)})
+        await self.poller.poll({f"e-{number}": (self.make.NAMESPACE, f"end-{number}") for number in range(COUNT)})
         return self.reads[-1]
 
     def due(self, within_s: float = 0.0) -> list[str]:

@@ -251,7 +251,7 @@ def test_the_autoscaler_aims_at_saturation_through_the_endpoints_own_scale(make)
 
 def test_a_pause_of_somebody_elses_is_a_field_of_ours(make) -> None:
     """Of a Deployment that is paused no agent is ever replaced, and nothing tells."""
-    assert agents.deployment(make.endpoint(), 2, "agent:1", REDIS, "digest")["spec"]["paused"] is False
+    assert agents.deployment(make.endpoint(), 2, "agent:1", REDIS)["spec"]["paused"] is False
 
 
 def test_everything_is_owned_so_that_deletion_needs_no_operator(make) -> None:
