@@ -125,4 +125,4 @@ def test_every_command_of_the_agents_scripts_is_allowed() -> None:
     scripts = "".join(text for text in texts if "stale_token" not in text)
     called = {name.lower() for name in re.findall(r"redis\.call\('(\w+)'", scripts)}
     assert called <= set(COMMANDS)
-    assert set(COMMANDS) - called == {"ping", "client|setname", "eval", "evalsha", "hgetall", "zrem"}
+    assert set(COMMANDS) - called == {"ping", "client|setname", "eval", "evalsha", "hgetall"}
