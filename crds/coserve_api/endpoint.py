@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
-from coserve_api.adapters import MAX_ADAPTERS, AdapterOverride, AdapterStatus
+from coserve_api.adapters import MAX_ADAPTERS, AdapterOverride
 from coserve_api.common import (
     BatchTokens,
     ConcurrentJobs,
@@ -22,36 +22,15 @@ from coserve_api.common import (
     Requests,
     SlowdownPercent,
     SpecModel,
-    StatusModel,
     Subdomain,
     TemplateVariables,
     Threads,
     Window,
 )
-from coserve_api.conditions import Condition
+from coserve_api.endpoint_status import MAX_AGENTS, EndpointStatus
 from coserve_api.pods import FeederTemplate, PodTemplate
 from coserve_api.quantities import Memory
 from coserve_api.uris import ARTIFACTS_ROOT, MODELS_ROOT, ArtifactsUri, ModelUri
-
-MAX_AGENTS = 512
-
-
-class EndpointCondition(StrEnum):
-    ACCEPTED = "Accepted"
-    """False where this version of the operator cannot read the object."""
-    READY = "Ready"
-    MODEL_LOADED = "ModelLoaded"
-    SLO_MET = "SLOMet"
-    SCALING_READY = "ScalingReady"
-    REDIS_READY = "RedisReady"
-    DRIFTED = "Drifted"
-    """Only where somebody else has changed fields of what the endpoint owns again and again, at some time."""
-    AVAILABLE = "Available"
-    """Agents serve, be they of the newest spec or of an older one."""
-    RECONCILING = "Reconciling"
-    STALLED = "Stalled"
-    """These two are kstatus's: True only while something is under way, or cannot go on."""
-    ADAPTERS_READY = "AdaptersReady"
 
 
 class FinetuningPolicy(StrEnum):
@@ -321,75 +300,6 @@ class EndpointSpec(SpecModel):
     """The agent's image. Default: that of the operator's --agent-image."""
     template: PodTemplate = Field(default_factory=PodTemplate)
     """What the agents' pods need besides."""
-
-
-class SloStatus(StatusModel):
-    """Latency of the last minute, over all agents."""
-
-    ttft_millis: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """P99 of the time to the first token."""
-    tpot_millis: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """P99 of the time per output token."""
-    attainment_percent: Annotated[int, Field(ge=0, le=100)] | None = None
-    """Share of requests that attained the promise."""
-
-
-class AgentStatus(StatusModel):
-    """An agent."""
-
-    name: Annotated[str, Field(max_length=253)]
-    """Its pod."""
-    node: Annotated[str, Field(max_length=253)] = ""
-    """Its node."""
-    device: Annotated[str, Field(max_length=253)] = ""
-    """What its engine computes on; empty while it loads."""
-    jobs: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=64)] = ()
-    """Names of the FinetuneJobs it runs."""
-
-
-class EndpointStatus(StatusModel):
-    """What the endpoint is."""
-
-    observed_generation: Annotated[int, Field(ge=0)] = 0
-    """The metadata.generation this status is based on."""
-    replicas: Annotated[int, Field(ge=0)] = 0
-    """Agents that exist."""
-    ready_replicas: Annotated[int, Field(ge=0)] = 0
-    """Agents that serve."""
-    selector: Annotated[str, Field(max_length=512)] = ""
-    """Label selector of the agents' pods, for the autoscaler."""
-    url: Annotated[str, Field(max_length=512)] | None = None
-    """Base URL of the OpenAI API inside the cluster, without /v1."""
-    saturation_percent: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """How much of the promise inference alone would use up, averaged over the ready agents."""
-    slo: SloStatus | None = None
-    """Measured latency."""
-    adapters: Annotated[
-        tuple[AdapterStatus, ...],
-        Field(
-            max_length=MAX_ADAPTERS,
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-        ),
-    ] = ()
-    """Published adapters."""
-    agents: Annotated[
-        tuple[AgentStatus, ...],
-        Field(
-            max_length=MAX_AGENTS,
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-        ),
-    ] = ()
-    """Live agents."""
-    jobs: Annotated[int, Field(ge=0)] = 0
-    """FinetuneJobs bound to an agent of this endpoint."""
-    conditions: Annotated[
-        tuple[Condition, ...],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-        ),
-    ] = ()
-    """Accepted, Ready, Available, Reconciling, Stalled, ModelLoaded, SLOMet, ScalingReady, RedisReady, AdaptersReady;
-    Drifted where it was True once."""
 
 
 class InferenceEndpoint(BaseModel):

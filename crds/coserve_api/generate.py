@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel
 
 from coserve_api.common import GROUP, VERSION
-from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint
+from coserve_api.endpoint import EndpointSpec, InferenceEndpoint
+from coserve_api.endpoint_status import EndpointStatus
 from coserve_api.job import FROZEN, FinetuneJob, JobSpec
 from coserve_api.job_status import JobStatus
 

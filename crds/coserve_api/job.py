@@ -45,40 +45,6 @@ FROZEN = ("endpointRef", "dataset", "adapter", "resumeFrom", "training", "evalua
 MAX_SECONDS = 2**31 - 1
 
 
-class FailedReason(StrEnum):
-    """Why a job ended without an adapter; each is final."""
-
-    DATASET_NOT_FOUND = "DatasetNotFound"
-    INVALID_DATASET = "InvalidDataset"
-    INVALID_ADAPTER = "InvalidAdapter"
-    INVALID_CHECKPOINT = "InvalidCheckpoint"
-    ENDPOINT_REJECTED = "EndpointRejected"
-    RANK_TOO_LARGE = "RankTooLarge"
-    TRAINING_DIVERGED = "TrainingDiverged"
-    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
-    ARTIFACT_STORE_ERROR = "ArtifactStoreError"
-    INTERNAL_ERROR = "InternalError"
-    DEADLINE_EXCEEDED = "DeadlineExceeded"
-
-
-class PendingReason(StrEnum):
-    """What a job waits for."""
-
-    ENDPOINT_NOT_FOUND = "EndpointNotFound"
-    ENDPOINT_REJECTED = "EndpointRejected"
-    RANK_TOO_LARGE = "RankTooLarge"
-    NAME_TAKEN = "NameTaken"
-    DATASET_NOT_ALLOWED = "DatasetNotAllowed"
-    TOO_MANY_ADAPTERS = "TooManyAdapters"
-    ADAPTER_NOT_FOUND = "AdapterNotFound"
-    CHECKPOINT_NOT_FOUND = "CheckpointNotFound"
-    NO_CAPACITY = "NoCapacity"
-    WAITING_FOR_DATA = "WaitingForData"
-    FINETUNING_DISABLED = "FinetuningDisabled"
-    BACKING_OFF = "BackingOff"
-    REDIS_UNAVAILABLE = "RedisUnavailable"
-
-
 class DatasetFormat(StrEnum):
     AUTO = "auto"
     MESSAGES = "messages"

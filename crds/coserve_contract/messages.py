@@ -16,8 +16,8 @@ from pydantic_core import from_json
 from coserve_api.adapters import MAX_ADAPTERS
 from coserve_api.common import BatchSize, Rank, Seed, Sha256, SlowdownPercent, TemplateVariables, Uid
 from coserve_api.errors import MessageError
-from coserve_api.job import FailedReason, PublishPolicy, Schedule, TargetModule
-from coserve_api.job_status import MAX_EVALUATIONS
+from coserve_api.job import PublishPolicy, Schedule, TargetModule
+from coserve_api.job_status import MAX_EVALUATIONS, FailedReason
 from coserve_api.uris import FolderPath, RelativePath
 
 MESSAGE_BYTES = 128 << 10

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coserve_agent.errors import JobFailedError
 from coserve_agent.trainlog import STATE_FILE
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Checkpoint
 from coserve_engine.errors import CheckpointError
 from coserve_engine.formats.folders import restore_folder, verify_folder

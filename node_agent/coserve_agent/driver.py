@@ -23,7 +23,7 @@ from coserve_agent.lora import lora_of
 from coserve_agent.passes import PassBounds, check_length, passes_of, to_seqs
 from coserve_agent.template_variables import FILE as RENDERING_FILE
 from coserve_agent.trainlog import DriverState, StepRecord, TrainingLog
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import BindingSpec
 from coserve_contract.shards import Sample, Shard, shard_bytes
 from coserve_engine.messages import (

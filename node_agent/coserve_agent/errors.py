@@ -1,6 +1,6 @@
 """The agent's error tree: what stops the process, what fails a job, what refuses a request."""
 
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 
 
 class AgentError(Exception):

@@ -29,7 +29,7 @@ from coserve_agent.settings import FeederMode, FeederSettings, read
 from coserve_agent.template_variables import TemplateVariableError
 from coserve_agent.tokenizer import Tokenizer
 from coserve_api.errors import MessageError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys
 from coserve_contract.messages import Completed, Failed, FeedError, FeedStatus

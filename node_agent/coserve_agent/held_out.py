@@ -15,7 +15,7 @@ from typing import IO
 
 from coserve_agent.errors import JobFailedError
 from coserve_api.errors import ShardError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedStatus
 from coserve_contract.shards import MAX_SHARD_BYTES, Sample, Shard, decode_shard, encode_shard
 

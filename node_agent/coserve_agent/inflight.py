@@ -11,7 +11,7 @@ from coserve_agent.evaluations import EvalRecord
 from coserve_agent.passes import PassBounds, split_passes, to_seqs, weight_sum
 from coserve_agent.schedule import learning_rate
 from coserve_agent.trainlog import StepRecord, finite
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import BindingSpec
 from coserve_contract.shards import Shard
 from coserve_engine.messages import Command, ForwardBackward, OptimStep, Pass, PassDone, StepDone

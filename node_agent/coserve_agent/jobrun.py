@@ -27,7 +27,8 @@ from coserve_agent.shard_reader import ShardReader
 from coserve_agent.template_variables import rendering_file
 from coserve_agent.trainlog import DriverState, StepRecord
 from coserve_api.errors import MessageError
-from coserve_api.job import FailedReason, PublishPolicy
+from coserve_api.job import PublishPolicy
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
 from coserve_contract.scripts import Fencing, Refused
 from coserve_contract.store import Store

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from coserve_agent.errors import JobFailedError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample
 from coserve_engine.messages import TrainSeq
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from coserve_agent.errors import JobFailedError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Start
 from coserve_engine.formats.adapter_config import ADAPTER_CONFIG
 from coserve_engine.formats.opened import read_text

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from coserve_agent.errors import JobFailedError
 from coserve_agent.held_out import HeldOut
 from coserve_api.errors import ShardError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample, Shard
 from coserve_contract.store import Store
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from coserve_agent.errors import JobFailedError
 from coserve_agent.evaluations import EVALUATIONS_FILE, EvalLog, EvalRecord
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 
 LOG_FILE = "training_log.jsonl"
 STATE_FILE = "driver.json"

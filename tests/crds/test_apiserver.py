@@ -13,7 +13,8 @@ import yaml
 
 from coserve_api.common import timestamp
 from coserve_api.conditions import condition
-from coserve_api.endpoint import EndpointSpec, EndpointStatus, InferenceEndpoint, SloStatus
+from coserve_api.endpoint import EndpointSpec, InferenceEndpoint
+from coserve_api.endpoint_status import EndpointStatus, SloStatus
 from coserve_api.job import FROZEN, JobSpec
 from coserve_api.job_status import (
     BackoffStatus,

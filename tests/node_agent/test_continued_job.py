@@ -12,7 +12,7 @@ import pytest
 from driver_rig import TOTAL, MakeRig, running
 
 from coserve_agent.errors import JobFailedError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Start
 
 WEIGHTS = "adapter_model.safetensors"

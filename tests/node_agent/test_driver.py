@@ -23,7 +23,8 @@ from coserve_agent.errors import JobFailedError
 from coserve_agent.inflight import OpenSteps
 from coserve_agent.passes import PassBounds
 from coserve_agent.trainlog import DriverState, StepRecord
-from coserve_api.job import FailedReason, Schedule
+from coserve_api.job import Schedule
+from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample, Shard
 from coserve_engine.messages import ForwardBackward, OptimStep, PassMode, SetPriority, SetSlowdown, StartJob
 

@@ -17,7 +17,8 @@ from coserve_agent.errors import JobFailedError
 from coserve_agent.evaluations import EvalLog, EvalRecord
 from coserve_agent.inflight import Evaluation
 from coserve_agent.trainlog import StepRecord, TrainingLog
-from coserve_api.job import FailedReason, PublishPolicy
+from coserve_api.job import PublishPolicy
+from coserve_api.job_status import FailedReason
 from coserve_engine.formats.folders import verify_folder
 from coserve_engine.messages import ForwardBackward, KeepBest, PassDone, PassMode, SaveCheckpoint
 

@@ -10,7 +10,8 @@ import pytest
 
 from coserve_agent.errors import JobFailedError
 from coserve_agent.resumed import check_resumed
-from coserve_api.job import FailedReason, TargetModule
+from coserve_api.job import TargetModule
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Start
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0, "targets": ["up_proj", "q_proj"], "dropout": 0.1, "use_rslora": False}

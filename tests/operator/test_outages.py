@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_simulation import Machine
 
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Released
 
 HALF_AN_HOUR_S = 1800

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from operator_fakes import FakeKube, FakeStore
 
-from coserve_api.job import FailedReason, PendingReason
+from coserve_api.job_status import FailedReason, PendingReason
 from coserve_contract.messages import Completed, Failed, FeedStatus, Released
 from coserve_contract.scripts import Fence
 from coserve_operator.apply.budget import StatusBudget

@@ -54,9 +54,12 @@ class Predictor:
         return seconds if self._steps is None else seconds * self._steps.factor(x[1])
 
     def learn(self, samples: Iterable[tuple[Features, Sequence[float]]]) -> None:
-        """(features, seconds of each time) of one iteration."""
+        """(features, seconds of each time) of one iteration. A time of nothing is left out: a pause hid it all."""
+        known = [(x, seen) for x, times in samples if (seen := [seconds for seconds in times if seconds > 0.0])]
+        if not known:
+            return
         new, ratios, warm = self._new, [], self._fit.warm
-        for x, times in samples:
+        for x, times in known:
             predicted = self.seconds(x)
             most = OUTLIER * predicted if warm and predicted > 0 else math.inf
             believed = [seconds if seconds < most else most for seconds in times]

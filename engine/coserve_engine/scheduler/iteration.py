@@ -47,6 +47,13 @@ class Units(NamedTuple):
     clock_paused_s: float
 
 
+def less_pauses(span_s: float, paused_s: float) -> float:
+    """Seconds that were computed of a span. The two clocks are read one after the other, so that a pause between the
+    reads can be longer than what is left of the span: never below 0.
+    """
+    return max(0.0, span_s - paused_s)
+
+
 def run_units(
     plan: Plan,
     view: View,
@@ -77,7 +84,7 @@ def run_units(
         work = shape.backward(layer, first, stop)
         backward(unit, work)
         ended, paused_until_s = clock.now(), clock.paused()
-        ran.append((work, ended - started - (paused_until_s - paused_s)))
+        ran.append((work, less_pauses(ended - started, paused_until_s - paused_s)))
         started, paused_s = ended, paused_until_s
         if unit is not planned:
             break
@@ -128,7 +135,7 @@ class Accounts:
         """An iteration has ended with `units`."""
         cost = self._cost
         times, end_s, paused_s = units
-        forward_s = forwarded.end_s - forwarded.start_s - forwarded.paused_s
+        forward_s = less_pauses(forwarded.end_s - forwarded.start_s, forwarded.paused_s)
         unit_s, units_expected_s, backward_rows = 0.0, 0.0, 0
         for work, seconds in times:
             unit_s += seconds
@@ -138,7 +145,7 @@ class Accounts:
         if self._last_end is not None:
             last_s, last_paused_s = self._last_end
             pause_s = paused_s - last_paused_s
-            turnaround_s = forwarded.start_s - last_s - (self._paused_s - last_paused_s)
+            turnaround_s = less_pauses(forwarded.start_s - last_s, self._paused_s - last_paused_s)
         total_s, serving_s = cost.forward_s(plan.work), cost.forward_s(plan.serving)
         prefill_s = serving_s - cost.forward_s(plan.serving._replace(prefill=0)) if plan.serving.prefill else 0.0
         per_s = forward_s / total_s if total_s > 0 else 0.0

@@ -19,7 +19,8 @@ from coserve_agent.data.problems import LineError, Problems, Refusal
 from coserve_agent.data.reader import Reader, Reading
 from coserve_agent.data.rows import is_blank
 from coserve_agent.errors import DatasetError
-from coserve_api.job import FailedReason, OnInvalid
+from coserve_api.job import OnInvalid
+from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample
 
 INVALID = FailedReason.INVALID_DATASET

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from coserve_agent.errors import DatasetError
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 
 MAX_LINE_BYTES = 16 << 20
 KNOWN = (".jsonl", ".jsonl.gz", ".parquet")

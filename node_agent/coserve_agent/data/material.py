@@ -19,7 +19,7 @@ from coserve_agent.errors import DatasetError
 from coserve_agent.order import StepOrder, capped, split
 from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
-from coserve_api.job import FailedReason
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedRefusal, FeedStatus
 from coserve_contract.shards import MAX_SHARD_BYTES, Shard, shard_bytes
 

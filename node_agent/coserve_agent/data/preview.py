@@ -24,7 +24,8 @@ from coserve_agent.rendering import Renderer
 from coserve_agent.settings import TerminalSettings
 from coserve_agent.template_variables import TemplateVariableError
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.job import FailedReason, OnInvalid
+from coserve_api.job import OnInvalid
+from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample
 
 FIT, UNFIT, WRONG = 0, 1, 2

@@ -5,7 +5,8 @@ from typing import Any
 
 from coserve_api.common import ObjectMeta
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
-from coserve_api.endpoint import EndpointCondition, EndpointStatus, InferenceEndpoint
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.endpoint_status import EndpointCondition, EndpointStatus
 from coserve_api.job import FinetuneJob
 from coserve_api.job_status import JobCondition, JobState, JobStatus
 from coserve_operator.apply.budget import StatusBudget

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from coserve_api.common import timestamp
-from coserve_api.job import FailedReason, FinetuneJob
-from coserve_api.job_status import BackoffStatus
+from coserve_api.job import FinetuneJob
+from coserve_api.job_status import BackoffStatus, FailedReason
 from coserve_contract.messages import Checkpoint
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 10, 300

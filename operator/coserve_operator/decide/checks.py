@@ -8,8 +8,8 @@ from coserve_api.adapters import MAX_ADAPTERS, AdapterState
 from coserve_api.common import variables_fault
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FailedReason, FinetuneJob, PendingReason, PublishPolicy
-from coserve_api.job_status import ContinuedFrom, PublishedAdapter
+from coserve_api.job import FinetuneJob, PublishPolicy
+from coserve_api.job_status import ContinuedFrom, FailedReason, PendingReason, PublishedAdapter
 from coserve_api.uris import parse_uri, relative_path
 from coserve_contract.messages import Completed, FeedStatus
 from coserve_operator.decide import observed

@@ -6,13 +6,8 @@ from datetime import datetime
 
 from coserve_api.adapters import AdapterStatus
 from coserve_api.conditions import condition, find_condition, merge_conditions
-from coserve_api.endpoint import (
-    AgentStatus,
-    EndpointCondition,
-    EndpointStatus,
-    InferenceEndpoint,
-    SloStatus,
-)
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.endpoint_status import AgentStatus, EndpointCondition, EndpointStatus, SloStatus
 from coserve_contract.messages import AdapterRecord, Heartbeat
 from coserve_operator.decide import adapter_status
 from coserve_operator.decide.observed import Drift, Event, Obstacle, PodView, RedisView, Unreadable

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from coserve_api.conditions import find_condition
-from coserve_api.job import PendingReason
-from coserve_api.job_status import JobCondition, JobState
+from coserve_api.job_status import JobCondition, JobState, PendingReason
 from coserve_operator.decide.actions import ClearStreams, FeederAction
 from coserve_operator.decide.job import Decision, ObservedJob
 from coserve_operator.decide.placement import created

@@ -10,8 +10,16 @@ from datetime import datetime, timedelta
 
 from coserve_api.conditions import find_condition
 from coserve_api.endpoint import FinetuningPolicy, InferenceEndpoint
-from coserve_api.job import FailedReason, FinetuneJob, PendingReason, PublishPolicy
-from coserve_api.job_status import BackoffStatus, ContinuedFrom, JobCondition, JobState, PublishedAdapter
+from coserve_api.job import FinetuneJob, PublishPolicy
+from coserve_api.job_status import (
+    BackoffStatus,
+    ContinuedFrom,
+    FailedReason,
+    JobCondition,
+    JobState,
+    PendingReason,
+    PublishedAdapter,
+)
 from coserve_api.uris import artifact_uri
 from coserve_contract.messages import Binding, Completed, Desired, Failed, Heartbeat, Released
 from coserve_contract.store import JobRecord

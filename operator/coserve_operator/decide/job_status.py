@@ -7,7 +7,6 @@ from typing import Any
 
 from coserve_api.common import format_decimal, format_duration, timestamp, variables_fault
 from coserve_api.conditions import Condition, condition, find_condition, merge_conditions
-from coserve_api.job import PendingReason
 from coserve_api.job_status import (
     BindingStatus,
     CheckpointStatus,
@@ -15,6 +14,7 @@ from coserve_api.job_status import (
     JobCondition,
     JobState,
     JobStatus,
+    PendingReason,
     Progress,
 )
 from coserve_api.uris import artifact_uri

@@ -6,7 +6,8 @@ Two endpoints may have the very same store: below it each writes under UIDs alon
 from collections.abc import Iterable
 
 from coserve_api.conditions import find_condition
-from coserve_api.endpoint import EndpointCondition, InferenceEndpoint
+from coserve_api.endpoint import InferenceEndpoint
+from coserve_api.endpoint_status import EndpointCondition
 from coserve_api.uris import Location, parse_uri
 
 TAKEN = "ArtifactStoreTaken"

@@ -11,6 +11,7 @@ import pytest
 from coserve_engine.latency.cost import LESSON, MISS_RATE, CostModel
 from coserve_engine.latency.errorbound import ErrorBound, Highest
 from coserve_engine.latency.fit import OnlineFit, Prior
+from coserve_engine.latency.regimes import Regime
 from coserve_engine.latency.work import ForwardWork, UnitWork
 
 
@@ -261,3 +262,16 @@ def test_a_fit_that_makes_its_sums_lighter_learns_the_same(monkeypatch: pytest.M
     assert learned() == pytest.approx(plain, rel=1e-6)
     monkeypatch.setattr(OnlineFit, "_lighten", lambda self: setattr(self, "_weight", 1.0))
     assert learned() != pytest.approx(plain, rel=1e-3), "the control: sums that keep their weight"
+
+
+@pytest.mark.parametrize("regime", [None, Regime(knee=128, step=64, full=256)])
+def test_a_time_that_a_pause_hid_teaches_nothing(regime: Regime | None) -> None:
+    """The clocks of time and pauses are read apart: what is left of a span can be nothing, or less."""
+    untouched, hidden = CostModel(regime), CostModel(regime)
+    for model in (untouched, hidden):
+        teach(model, random.Random(0), 100)
+    work, unit = forward_work(random.Random(1)), unit_work(random.Random(1))
+    for seconds in (0.0, -0.2):
+        hidden.observe(work, seconds, [(unit, seconds)], 0.0)
+    assert hidden.forward_s(work) == untouched.forward_s(work)
+    assert hidden.unit_bound_s(unit) == untouched.unit_bound_s(unit)

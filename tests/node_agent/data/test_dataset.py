@@ -11,7 +11,8 @@ from data_rows import GOOD, TURNS, learned, line_of, load, reader_of, samples_of
 from coserve_agent.data.problems import LineError
 from coserve_agent.errors import DatasetError
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.job import DatasetFormat, FailedReason, OnInvalid
+from coserve_api.job import DatasetFormat, OnInvalid
+from coserve_api.job_status import FailedReason
 
 # ---- what is learned ----
 

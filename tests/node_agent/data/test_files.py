@@ -21,7 +21,8 @@ from coserve_agent.data.files import MAX_LINE_BYTES, find
 from coserve_agent.data.problems import Reason
 from coserve_agent.errors import DatasetError
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.job import DatasetFormat, FailedReason, OnInvalid
+from coserve_api.job import DatasetFormat, OnInvalid
+from coserve_api.job_status import FailedReason
 
 parquet = pytest.importorskip("pyarrow.parquet")
 pyarrow = pytest.importorskip("pyarrow")

@@ -18,7 +18,8 @@ from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_agent.tokenizer import Tokenizer
-from coserve_api.job import DatasetFormat, FailedReason, Learn, OnInvalid
+from coserve_api.job import DatasetFormat, Learn, OnInvalid
+from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedStatus
 from coserve_contract.shards import MAX_SHARD_BYTES, Shard, decode_shard, encode_shard, shard_bytes
 
