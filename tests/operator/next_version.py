@@ -20,7 +20,7 @@ _CHANGES = (
     ("crds/coserve_api/job.py", "class JobSpec(SpecModel):\n", _SPEC),
     ("crds/coserve_api/endpoint.py", "class EndpointSpec(SpecModel):\n", _SPEC),
     ("crds/coserve_api/job_status.py", "class JobStatus(StatusModel):\n", _STATUS),
-    ("crds/coserve_api/endpoint.py", "class EndpointStatus(StatusModel):\n", _STATUS),
+    ("crds/coserve_api/endpoint_status.py", "class EndpointStatus(StatusModel):\n", _STATUS),
     ("operator/coserve_operator/decide/job_status.py", "**old.unknown,\n", "seen_later=observed.job.spec.later,\n"),
     ("operator/coserve_operator/decide/endpoint_status.py", "**old.unknown,\n", "seen_later=endpoint.spec.later,\n"),
 )
