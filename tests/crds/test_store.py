@@ -195,13 +195,25 @@ async def test_a_broken_message_is_reported_and_hides_no_other(world, messages) 
 
 @pytest.mark.parametrize(
     ("raw", "field"),
-    [(b"\xff", ""), (b"{", ""), (b"[]", ""), (b'{"version":1}', "agent_id"), (b'{"version":3}', "version")],
+    [
+        (b"\xff", ""),
+        (b"{", ""),
+        (b"[]", ""),
+        (b"[" + b"[1]," * 30_000 + b"1]", ""),
+        (b"[" * 100_000, ""),
+        (b'{"version":1,"max_jobs":' + b"9" * 5000 + b"}", ""),
+        (b'{"version":1,"load":NaN}', ""),
+        (b'{"version":1}', "agent_id"),
+        (b'{"version":3}', "version"),
+    ],
+    ids=["no text", "an object", "a list", "a long list", "a deep one", "a long number", "NaN", "nothing", "version 3"],
 )
 def test_a_message_that_does_not_read_names_key_field_and_remedy(raw, field) -> None:
     with pytest.raises(MessageError) as caught:
         Heartbeat.loads("the:key", raw)
     assert (caught.value.key, caught.value.field) == ("the:key", field)
     assert str(caught.value).startswith("the:key: field ")
+    assert len(str(caught.value)) < 500
     assert caught.value.remedy
 
 

@@ -22,14 +22,14 @@ STATE = ROOT / ".cache" / "test-cluster"
 class Cluster:
     """kubectl, and programs in the cluster's network."""
 
-    volumes = STATE / "volumes"
+    def __init__(self, state: Path = STATE) -> None:
+        self.state, self.volumes = state, state / "volumes"
+        self.environment = os.environ | {"COSERVE_CLUSTER_STATE": str(state)}
 
-    def __init__(self) -> None:
-        self.environment = os.environ | {"COSERVE_CLUSTER_STATE": str(STATE)}
-
-    def script(self, name: str, *arguments: str, seconds: float = 1500) -> None:
-        """Run one of hack/'s scripts; its output goes to this process's."""
-        subprocess.run([str(ROOT / "hack" / name), *arguments], env=self.environment, check=True, timeout=seconds)
+    def script(self, name: str, *arguments: str, seconds: float = 1500, checkout: Path = ROOT) -> None:
+        """Run one of hack/'s scripts, of another checkout where one is given; its output goes to this process's."""
+        command = [str(checkout / "hack" / name), *arguments]
+        subprocess.run(command, env=self.environment, check=True, timeout=seconds)
 
     def run(self, *command: str, stdin: str | None = None, check: bool = True) -> str:
         """Run a command in the cluster's network."""

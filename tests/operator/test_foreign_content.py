@@ -138,6 +138,43 @@ async def test_an_agent_that_is_no_agent_and_a_heartbeat_that_does_not_read_are_
     assert any("uid-p2.b1" in each and "longer than" in each for each in told)
 
 
+PAD = "x" * (reader.MESSAGE_BYTES - 1000)
+
+
+@pytest.mark.parametrize(
+    ("count", "beat", "told"),
+    [
+        (150, lambda make, pod: PAD, f"more than {bounded.ROUND_TRIP_BYTES} bytes together"),
+        (40, lambda make, pod: make.heartbeat(pod).dumps()[:-1] + f', "new": "{PAD}"}}', "bytes together"),
+        (3, lambda make, pod: f'["{PAD}"]', "bytes do not read, the last of them cs:"),
+    ],
+    ids=["more than is read", "more than is parsed", "more that does not read than is looked at"],
+)
+async def test_an_endpoint_that_says_too_much_is_not_looked_at_further(
+    redis: Redis, store: OperatorStore, make: Any, count: int, beat: Any, told: str
+) -> None:
+    await endpoint(redis, make, GOOD)
+    expected = (await store.read({GOOD: [JOB]}))[GOOD]
+    for pod in (f"p{n}" for n in range(count)):
+        await command(redis, "ZADD", KEYS.agents(), 1, make.agent_of(pod))
+        await command(redis, "SET", KEYS.agent(make.agent_of(pod)), beat(make, pod))
+    found = await store.read({BAD: [JOB], GOOD: [JOB], "third": []})
+    assert found[GOOD] == expected
+    assert isinstance(found["third"], RedisView)
+    assert isinstance(found[BAD], Unreadable)
+    assert told in found[BAD].message
+
+
+async def test_as_much_as_is_allowed_is_read(redis: Redis, store: OperatorStore, make: Any) -> None:
+    for pod in (f"p{n}" for n in range(30)):
+        await command(redis, "ZADD", KEYS.agents(), 1, make.agent_of(pod))
+        padded = make.heartbeat(pod).dumps()[:-1] + f', "new": "{PAD}"}}'
+        await command(redis, "SET", KEYS.agent(make.agent_of(pod)), padded)
+    found = (await store.read({BAD: [JOB]}))[BAD]
+    assert isinstance(found, RedisView)
+    assert len(found.agents) == 30
+
+
 def resident_kb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -156,7 +193,7 @@ async def test_memory_stays_where_it_is_whatever_is_there(
     before = resident_kb()
     for key in (KEYS.agent("uid-p1.b1"), KEYS.feed(JOB), KEYS.incarnation()):
         await command(redis, "DEL", key)
-        await command(redis, "SETRANGE", key, (512 << 20) - 1, "x")
+        await redis.setrange(key, (512 << 20) - 1, "x")  # takes longer than a command may, on a busy machine
         assert (await store.read({BAD: [JOB], GOOD: [JOB]}))[GOOD] == expected
         await command(redis, "DEL", key)
     for key, word in ((KEYS.agents(), "ZADD"), (KEYS.jobs(), "SADD")):

@@ -1,9 +1,10 @@
 """What Redis holds of many endpoints, in two round trips. Tenants write it: none of it is trusted.
 
-Strings are read by range, sets and hashes by count, and a reply has a bound of bytes. What does not read is what is not
-known of that endpoint, and is said in its status; no endpoint's content keeps another from being read.
+Strings are read by range, sets and hashes by count; a reply and a round trip have a bound of bytes. What does not read
+is what is not known of that endpoint, and is said in its status; no endpoint's content keeps another from being read.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +23,24 @@ from coserve_contract.messages import (
     Heartbeat,
     Message,
 )
-from coserve_contract.store import STRINGS, job_record
+from coserve_contract.store import STRINGS, JobRecord, job_record
 from coserve_operator.decide.observed import RedisView, Unreadable
-from coserve_operator.redis.bounded import ReplyTooLargeError
+from coserve_operator.redis.bounded import ReplyTooLargeError, round_trip
 
 logger = logging.getLogger(__name__)
 
 MOST_AGENTS, MOST_ADAPTERS, MOST_JOBS = 1024, 1024, 20_000
+MOST_BYTES, MOST_BROKEN_BYTES = 4 << 20, 256 << 10
+"""Of an endpoint's messages together, and of those that do not read: parsing them takes the others' time."""
+TURN_BYTES = MESSAGE_BYTES
+"""Parsed at a stretch, before others of the loop have their turn."""
 INVALID_CONTENT = "InvalidContent"
 _DELETE = "delete the key, and its writer writes it anew"
+
+
+class _TooMuchError(Exception):
+    """An endpoint whose messages are not looked at further."""
+
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -51,10 +61,8 @@ async def read(redis: Redis, wants: Wants, settled: Settled) -> Found:
     except ReplyTooLargeError as error:
         if len(wants) == 1:
             return {uid: _foreign(uid, str(error)) for uid in wants}
-    found: Found = {}
-    for uid, jobs in wants.items():  # it is one of them
-        found |= await read(redis, {uid: jobs}, settled)
-    return found
+    each, middle = list(wants.items()), len(wants) // 2  # it is one of them, or all of them together
+    return await read(redis, dict(each[:middle]), settled) | await read(redis, dict(each[middle:]), settled)
 
 
 async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
@@ -80,7 +88,7 @@ async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
         for job, agent in each.bound:
             second.hget(each.keys.bindings(agent), job)
     answers = iter(await _execute(second))
-    return {uid: each.finish(answers, settled) for uid, each in replies.items()}
+    return {uid: await each.finish(answers, settled) for uid, each in replies.items()}
 
 
 async def _execute(pipeline: Pipeline) -> list[Any]:
@@ -88,7 +96,8 @@ async def _execute(pipeline: Pipeline) -> list[Any]:
     if not len(pipeline):
         return []
     async with command_time():
-        answers = list(await pipeline.execute(raise_on_error=False))
+        with round_trip():
+            answers = list(await pipeline.execute(raise_on_error=False))
     for answer in answers:
         if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
             raise answer  # Redis is busy, or has no memory left
@@ -112,6 +121,9 @@ class _Replies:
     bound: list[tuple[str, str]] = field(default_factory=list)
     broken: list[MessageError] = field(default_factory=list)
     unreadable: str = ""
+    parsed_bytes: int = 0
+    parsed_in_turn: int = 0
+    broken_bytes: int = 0
 
     @classmethod
     def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any]) -> "_Replies":
@@ -131,28 +143,36 @@ class _Replies:
             made.bound += [(job, agent) for agent in made._ids(keys.fence(job), holder, keys.agent)]
         return made
 
-    def finish(self, answers: Iterator[Any], settled: Settled) -> RedisView | Unreadable:
+    async def finish(self, answers: Iterator[Any], settled: Settled) -> RedisView | Unreadable:
         """With the answers of the second."""
         beats = {agent: next(answers) for agent in self.agents}
         told = {bound: next(answers) for bound in self.bound}
         if self.unreadable:
             return Unreadable(INVALID_CONTENT, self.unreadable)
         try:
-            return self._view(beats, told, settled)
+            return await self._view(beats, told, settled)
+        except _TooMuchError as error:
+            return _foreign(self.keys.endpoint_uid, str(error))
         except Exception as error:  # whatever a tenant has thought of: the loop goes on
             logger.exception("endpoint %s: what Redis holds cannot be read", self.keys.endpoint_uid)
             return _foreign(self.keys.endpoint_uid, type(error).__name__)
 
-    def _view(self, beats: Mapping[str, Any], told: Mapping[tuple[str, str], Any], settled: Settled) -> RedisView:
+    async def _view(self, beats: Mapping[str, Any], told: Mapping[tuple[str, str], Any], settled: Settled) -> RedisView:
         keys, agents, bindings = self.keys, dict[str, Heartbeat](), dict[str, Binding]()
         for agent, answer in beats.items():
             beat = self._message(Heartbeat.loads, keys.agent(agent), answer)
             if beat is not None:
                 agents[agent] = beat
+            await self._let_others()
         for (job, agent), answer in told.items():
             binding = self._message(Binding.loads, f"{keys.bindings(agent)}[{job}]", answer)
             if binding is not None:
                 bindings[job] = binding
+            await self._let_others()
+        jobs: dict[str, JobRecord] = {}
+        for job, answer in self.jobs.items():
+            jobs[job] = job_record(self._message, keys, job, *answer)
+            await self._let_others()
         adapters: dict[str, AdapterRecord] = {}
         for name, value in self.adapters.items():
             record = self._message(AdapterRecord.loads, f"{keys.adapters()}[{_text(name)}]", value)
@@ -161,7 +181,7 @@ class _Replies:
         return RedisView(
             incarnation=self.incarnation or None,
             agents=agents,
-            jobs={job: job_record(self._message, keys, job, *answer) for job, answer in self.jobs.items()},
+            jobs=jobs,
             bindings=bindings,
             known_jobs=self.known,
             adapters=adapters,
@@ -169,6 +189,11 @@ class _Replies:
             settled=settled(keys.endpoint_uid, not self.incarnation),
             lost_agents=len(self.agents) - len(agents),
         )
+
+    async def _let_others(self) -> None:
+        if self.parsed_in_turn >= TURN_BYTES:
+            self.parsed_in_turn = 0
+            await asyncio.sleep(0)
 
     def _needed(self, key: str, answer: Any, nothing: T) -> T:
         """An answer without which nothing is known."""
@@ -196,15 +221,26 @@ class _Replies:
 
     def _message(self, load: Callable[[str, Any], T | None], key: str, raw: Any) -> T | None:
         """What an answer says; None where there is nothing, or what does not read."""
+        size = len(raw) if isinstance(raw, bytes) else 0
         try:
             if isinstance(raw, Exception):
                 raise MessageError(key, "", str(raw), _DELETE)
             if isinstance(raw, bytes) and len(raw) > MESSAGE_BYTES:
                 raise MessageError(key, "", f"longer than {MESSAGE_BYTES} bytes", _DELETE)
+            self._count(size)
             return load(key, raw) if raw else None
         except MessageError as error:
             self.broken.append(error)
+            self.broken_bytes += size
+            if self.broken_bytes > MOST_BROKEN_BYTES:
+                problem = f"more than {MOST_BROKEN_BYTES} bytes do not read, the last of them {error}"
+                raise _TooMuchError(problem) from None
             return None
+
+    def _count(self, size: int) -> None:
+        self.parsed_bytes, self.parsed_in_turn = self.parsed_bytes + size, self.parsed_in_turn + size
+        if self.parsed_bytes > MOST_BYTES:
+            raise _TooMuchError(f"messages of more than {MOST_BYTES} bytes together")
 
 
 def _text(raw: bytes) -> str:
