@@ -34,7 +34,7 @@ BUSY, DENIED, FULL_MEMORY, FULL_CLIENTS = "Busy", "AccessDenied", "OutOfMemory",
 
 
 KEEPS = "noeviction"
-FULL = 0.98
+FULL = 0.95
 """Share of maxmemory at which a Redis is full: what is below comes and goes with heartbeats."""
 
 
