@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from redis.asyncio import Redis
 
-from coserve_api.errors import MessageError, ShardError
+from coserve_api.errors import InvalidValueError, MessageError, ShardError
 from coserve_contract import lua
 from coserve_contract.connect import command, run_script
 from coserve_contract.keys import ENDPOINT_INDEX, Keys
@@ -32,6 +32,8 @@ from coserve_contract.shards import Shard, decode_shard, encode_shard
 
 T = TypeVar("T")
 SCAN = 1000
+MOST_AGENTS = 1024
+"""Of an endpoint, those that were lost and not yet swept included."""
 SHARD_BOUND = 32
 """The feeder keeps at most this many shards of each stream ahead of what the agent has read."""
 WINDOW_BYTES = 32 * 2**20
@@ -150,13 +152,18 @@ class Store:
         return await self._led(lua.SET_INCARNATION, [self.keys.incarnation()], [value])
 
     async def fleet(self) -> Fleet:
-        """The agents whose heartbeat has not run out."""
-        ids = [raw.decode() for raw in await command(self.redis, "ZRANGE", self.keys.agents(), 0, -1)]
-        if not ids:
-            return Fleet({})
-        agents, broken = {}, []
-        keys = [self.keys.agent(agent) for agent in ids]
-        for agent, key, raw in zip(ids, keys, await command(self.redis, "MGET", *keys), strict=True):
+        """The agents whose heartbeat has not run out, of the MOST_AGENTS that were heard of last."""
+        agents, keys, broken = {}, {}, []
+        for name in await command(self.redis, "ZRANGE", self.keys.agents(), 0, MOST_AGENTS - 1, "REV"):
+            agent = name[:200].decode(errors="replace")
+            try:
+                keys[agent] = self.keys.agent(agent)
+            except InvalidValueError as error:
+                broken.append(MessageError(self.keys.agents(), "", repr(agent), str(error)))
+        if not keys:
+            return Fleet({}, tuple(broken))
+        answers = await command(self.redis, "MGET", *keys.values())
+        for (agent, key), raw in zip(keys.items(), answers, strict=True):
             if raw is None:
                 continue
             try:

@@ -19,6 +19,7 @@ from coserve_contract.scripts import Fencing
 from coserve_operator.kube import NotFoundError, UnavailableError
 from coserve_operator.metrics_api.front_proxy import Trust, read_trust, server_context
 from coserve_operator.metrics_api.server import Connections, MetricsApi
+from coserve_operator.redis.bounded import REPLY_BYTES
 from coserve_operator.redis.store import METRICS_USER, OperatorStore
 from coserve_operator.settings import MetricsApiSettings
 
@@ -138,6 +139,17 @@ async def test_the_metric_is_the_mean_over_the_ready_agents(api, redis, make) ->
     assert item["value"] == "70500m"
     assert item["metric"] == {"name": "slo_saturation_percent", "selector": None}
     assert item["describedObject"]["name"] == "tiny"
+
+
+async def test_what_a_tenant_writes_hides_no_agent_and_takes_no_memory(api, redis, make) -> None:
+    await beat(redis, make, "p1", 60.0)
+    for name in ("a:b", b"\xff", "x" * 100_000, "gone"):
+        await command(redis, "ZADD", Keys("e-1").agents(), 1, name)
+    status, answer = await api.ask(METRIC)
+    assert (status, answer["items"][0]["value"]) == (200, "60000m")
+    await command(redis, "SET", Keys("e-1").agent("gone"), b"x" * (2 * REPLY_BYTES))
+    status, answer = await api.ask(METRIC)
+    assert (status, answer["reason"]) == (503, "ServiceUnavailable")
 
 
 async def test_no_data_is_not_zero(api, redis, make) -> None:

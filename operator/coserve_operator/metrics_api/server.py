@@ -17,7 +17,6 @@ from pydantic_settings import CliApp
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from coserve_contract.connect import connect as connect_redis
 from coserve_contract.keys import Keys
 from coserve_contract.store import Store
 from coserve_operator import kube as kubernetes
@@ -27,6 +26,7 @@ from coserve_operator.metrics_api import documents as custom_metrics
 from coserve_operator.metrics_api.front_proxy import Trust, load_certificate, read_trust, server_context
 from coserve_operator.metrics_api.registration import Registration
 from coserve_operator.process import first_of, stop_on_signals
+from coserve_operator.redis.bounded import connect_bounded
 from coserve_operator.settings import MetricsApiSettings
 from coserve_operator.tenants import redis_url
 from coserve_operator.tls import NO_TLS, RedisTls, read_tls, until_renewed
@@ -51,7 +51,7 @@ class Connections:
         url = redis_url(self._settings.redis_url, namespace)
         if url not in self._made:
             username, password = self._settings.redis_username, self._settings.password
-            self._made[url] = connect_redis(url, username, password, self._tls.ca)
+            self._made[url] = connect_bounded(url, username, password, self._tls.ca)
         return self._made[url]
 
     async def aclose(self) -> None:

@@ -23,13 +23,13 @@ from coserve_contract.messages import (
     Heartbeat,
     Message,
 )
-from coserve_contract.store import STRINGS, JobRecord, job_record
+from coserve_contract.store import MOST_AGENTS, STRINGS, JobRecord, job_record
 from coserve_operator.decide.observed import RedisView, Unreadable
 from coserve_operator.redis.bounded import ReplyTooLargeError, round_trip
 
 logger = logging.getLogger(__name__)
 
-MOST_AGENTS, MOST_ADAPTERS, MOST_JOBS = 1024, 1024, 20_000
+MOST_ADAPTERS, MOST_JOBS = 1024, 20_000
 MOST_BYTES, MOST_BROKEN_BYTES = 4 << 20, 256 << 10
 """Of an endpoint's messages together, and of those that do not read: parsing them takes the others' time."""
 TURN_BYTES = MESSAGE_BYTES
