@@ -5,7 +5,7 @@ fence's epoch, detail. What a tenant can write is compared, never parsed: where 
 message, the caller reads it and says which message it has read.
 """
 
-from coserve_contract.messages import MESSAGE_BYTES
+from coserve_contract.message import MESSAGE_BYTES
 
 _REFUSE = """
 local function refused(reason, epoch, detail)

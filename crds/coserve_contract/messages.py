@@ -6,26 +6,20 @@ by side during a rolling update. A change of meaning is a new version, which an 
 
 from __future__ import annotations
 
-import reprlib
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from coserve_api.adapters import MAX_ADAPTERS
 from coserve_api.common import BatchSize, Rank, Seed, Sha256, SlowdownPercent, TemplateVariables, Uid
-from coserve_api.errors import MessageError
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_api.job_status import MAX_EVALUATIONS, FailedReason
 from coserve_api.uris import FolderPath, RelativePath
+from coserve_contract.message import Message, Part, message_error, parsed
 
-MESSAGE_BYTES = 128 << 10
-"""A message is at most so long."""
 MOST_FAILURES, MOST_REASON = 32, 500
 """What a heartbeat says of adapters that did not load: of so many, in so many characters."""
-_FOREIGN = "the writer is broken or foreign: delete the key, and its writer writes it anew"
-_SHOWN = 120
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 AgentId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 Prose = Annotated[str, Field(max_length=2048)]
@@ -34,61 +28,6 @@ Epoch = Annotated[int, Field(ge=1, le=2**53)]
 Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Part(BaseModel):
-    """A part of a message."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Message(Part):
-    """A whole message: what one key or hash field holds."""
-
-    version: Literal[1] = 1
-
-    def dumps(self) -> str:
-        """The message as it is stored."""
-        return self.model_dump_json(exclude_none=True)
-
-    @classmethod
-    def loads(cls, key: str, raw: bytes | str) -> Self:
-        """Parse what was found under `key`; MessageError names key, field, value and remedy."""
-        try:
-            return cls.model_validate(_parsed(key, raw))
-        except ValidationError as error:
-            raise message_error(key, error) from None
-
-
-def _parsed(key: str, raw: bytes | str) -> Any:
-    """What is to be validated. By itself: each fault of a text that is validated at once holds a copy of what it is
-    about, and large rubbish takes seconds.
-    """
-    try:
-        return from_json(raw, allow_inf_nan=False)
-    except ValueError as error:
-        raise MessageError(key, "", _shown(raw), f"{error}; {_FOREIGN}") from None
-
-
-def _shown(value: Any) -> str:
-    """A value in at most _SHOWN characters."""
-    try:
-        shown = repr(value[:_SHOWN]) if isinstance(value, (str, bytes)) else reprlib.repr(value)
-    except ValueError:  # a number of thousands of digits
-        shown = f"a {type(value).__name__}"
-    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
-
-
-def message_error(key: str, error: ValidationError) -> MessageError:
-    """The first fault of a message as the typed error."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    value = _shown(first["input"])
-    if field == "version" or field.endswith(".version"):
-        remedy = "this program reads version 1; update it, or wait until the rolling update is through"
-    else:
-        remedy = f"{first['msg']}; {_FOREIGN}"
-    return MessageError(key, field, value, remedy)
 
 
 # ---- heartbeat ----
@@ -370,7 +309,7 @@ _JOB_RESULT: TypeAdapter[Any] = TypeAdapter(JobResult)
 def load_result(key: str, raw: bytes | str) -> Completed | Failed | Released:
     """Parse a JobResult; MessageError as in `Message.loads`."""
     try:
-        result: Completed | Failed | Released = _JOB_RESULT.validate_python(_parsed(key, raw))
+        result: Completed | Failed | Released = _JOB_RESULT.validate_python(parsed(key, raw))
     except ValidationError as error:
         raise message_error(key, error) from None
     return result

@@ -20,17 +20,8 @@ from coserve_api.errors import InvalidValueError, MessageError
 from coserve_contract import lua
 from coserve_contract.connect import command, run_script
 from coserve_contract.keys import Keys
-from coserve_contract.messages import (
-    MESSAGE_BYTES,
-    Binding,
-    Checkpoint,
-    Completed,
-    Failed,
-    Heartbeat,
-    Progress,
-    Released,
-    load_result,
-)
+from coserve_contract.message import MESSAGE_BYTES
+from coserve_contract.messages import Binding, Checkpoint, Completed, Failed, Heartbeat, Progress, Released, load_result
 
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 5_000

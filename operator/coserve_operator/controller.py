@@ -25,8 +25,8 @@ from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
 from coserve_operator.decide.actions import Forget
 from coserve_operator.decide.claims import claims
+from coserve_operator.decide.decision import Decision, ObservedJob, is_final
 from coserve_operator.decide.feeding import feed_the_next
-from coserve_operator.decide.job import Decision, ObservedJob, is_final
 from coserve_operator.decide.observed import Obstacle, Unreadable
 from coserve_operator.decide.placement import Bound, Waiting, capacity, created, place, surplus
 from coserve_operator.decide.published import Publication, Versions, last_numbers, publication, published, served

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from coserve_api.errors import MessageError
 from coserve_contract import lua
 from coserve_contract.connect import command
-from coserve_contract.messages import MESSAGE_BYTES, Completed, Desired
+from coserve_contract.message import MESSAGE_BYTES
+from coserve_contract.messages import Completed, Desired
 from coserve_contract.scripts import Fence, Lease, Reason, Refused
 from coserve_contract.store import Push, Pushed, endpoint_uids
 

@@ -12,7 +12,7 @@ from coserve_contract.store import JobRecord
 from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
 from coserve_operator.decide.claims import claims
-from coserve_operator.decide.job import ObservedJob
+from coserve_operator.decide.decision import ObservedJob
 from coserve_operator.decide.observed import RedisView
 from coserve_operator.decide.sources import checkpoint_left, continued_from
 

@@ -71,11 +71,14 @@ class Cluster:
         return [each["reason"] for each in found if each["involvedObject"]["name"] == name]
 
 
-async def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Wait until `check` is true or gives something; the last answer is shown when it never does."""
+async def eventually(check: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait until `check` is true or gives something; the last answer is shown when it never does.
+
+    It may ask kubectl, and agents beat on meanwhile.
+    """
     deadline, answer = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
-        answer = check()
+        answer = await asyncio.to_thread(check)
         answer = await answer if asyncio.iscoroutine(answer) else answer
         if answer:
             return answer
@@ -183,4 +186,4 @@ async def bound(cluster: Cluster, name: str, epoch: int) -> str:
         found = cluster.status("ftj", name).get("binding", {})
         return found.get("agent") if found.get("epoch") == epoch else None
 
-    return str(await eventually(binding, 25.0))
+    return str(await eventually(binding))

@@ -42,7 +42,7 @@ async def all_ready(cluster: Cluster, count: int, name: str = "agent:test") -> N
                 make_ready(cluster, pod)
         return len(found) == count
 
-    await eventually(done, 40.0)
+    await eventually(done)
 
 
 async def test_a_quota_is_told_at_the_endpoint_and_at_the_job(operator: Operator, cluster: Cluster, make: Any) -> None:
@@ -65,7 +65,7 @@ async def test_a_quota_is_told_at_the_endpoint_and_at_the_job(operator: Operator
     # now it is the controllers that are refused: of the Deployment, which says so, and of the feeder, by an event
     await eventually(lambda: 'pods "tiny-' in cluster.condition("iep", "tiny", "Ready")["message"])
     assert told(cluster, "iep", "tiny", "Ready") == ("False", "QuotaExceeded")
-    await eventually(lambda: cluster.status("ftj", "job-1").get("reason") == "QuotaExceeded", 40.0)
+    await eventually(lambda: cluster.status("ftj", "job-1").get("reason") == "QuotaExceeded")
     stalled = cluster.condition("ftj", "job-1", "Stalled")
     assert stalled["status"] == "True"
     assert 'pods "job-1-feeder-' in stalled["message"]
@@ -114,7 +114,7 @@ async def test_ready_is_of_the_newest_spec_and_a_change_of_replicas_takes_nothin
     make_ready(cluster, new)
     assert waits(cluster, "iep/tiny", "Ready", 20)
     await all_ready(cluster, 3, "agent:next")
-    await eventually(lambda: told(cluster, "iep", "tiny", "Reconciling") == ("False", "Reconciled"), 40.0)
+    await eventually(lambda: told(cluster, "iep", "tiny", "Reconciling") == ("False", "Reconciled"))
 
 
 FOREIGN = {
@@ -216,5 +216,5 @@ async def test_a_limit_range_is_told(operator: Operator, cluster: Cluster, make:
     cluster.apply(make.endpoint_body(), template={"resources": {"limits": {"memory": "1.5Gi"}}})
     cluster.apply(make.job_body())
     await eventually(lambda: told(cluster, "iep", "tiny", "Ready") == ("False", "LimitRangeExceeded"))
-    await eventually(lambda: cluster.status("ftj", "job-1").get("reason") == "LimitRangeExceeded", 40.0)
+    await eventually(lambda: cluster.status("ftj", "job-1").get("reason") == "LimitRangeExceeded")
     assert "maximum memory usage per Container is 1Gi" in cluster.condition("ftj", "job-1", "Stalled")["message"]

@@ -18,8 +18,9 @@ from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.controller import Controller, ReconcileError
 from coserve_operator.decide import job_status
+from coserve_operator.decide.decision import Decision
 from coserve_operator.decide.endpoint_status import ObservedEndpoint, events, status_of
-from coserve_operator.decide.job import Decision, assign, decide
+from coserve_operator.decide.job import assign, decide
 from coserve_operator.decide.observed import FeederView, Obstacle, PodView, RedisView, Unreadable
 from coserve_operator.decide.obstacles import foreign, refusal, refused
 from coserve_operator.manifests.metadata import is_leaving

@@ -20,8 +20,8 @@ from coserve_operator.decide import job as jobs
 from coserve_operator.decide import job_status
 from coserve_operator.decide.actions import ClearStreams, FeederAction
 from coserve_operator.decide.claims import Claims
+from coserve_operator.decide.decision import Decision, ObservedJob
 from coserve_operator.decide.feeding import feed_the_next
-from coserve_operator.decide.job import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView, RedisView
 from coserve_operator.manifests.feeder import feeder
 from coserve_operator.settings import Settings

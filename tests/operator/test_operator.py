@@ -134,7 +134,7 @@ async def test_a_jobs_life_over_a_lost_agent_an_emptied_redis_and_a_killed_opera
     assert list(await served.store.adapters()) == ["adapter-1"]
     await command(redis, "DEL", served.keys.adapters())
     await command(redis, "DEL", served.keys.incarnation())
-    await eventually(served.store.adapters, 15.0)
+    await eventually(served.store.adapters)
 
 
 async def test_a_running_job_hears_of_changes_and_one_that_is_over_goes_in_its_time(
@@ -221,7 +221,7 @@ async def test_jobs_queue_suspend_fail_and_vanish(served: Any, cluster: Cluster,
         users = [raw.decode() for raw in await command(redis, "ACL", "USERS")]
         return f"cs-{served.endpoint_uid}" not in users and await no_keys(redis, served.endpoint_uid)
 
-    await eventually(gone, 30.0)
+    await eventually(gone)
 
 
 async def test_a_scale_down_moves_the_job_first(served: Any, cluster: Cluster, make: Any) -> None:
@@ -302,7 +302,7 @@ async def test_a_tenant_who_writes_rubbish_is_told_and_disturbs_nobody(
         assert await bound(cluster, "job-1", 1) == "p1"
         assert operator.processes[0].poll() is None
         await command(tenant, "DEL", Keys(uid).agents())
-        await eventually(lambda: cluster.condition("iep", "bad", "RedisReady")["status"] == "True", 40.0)
+        await eventually(lambda: cluster.condition("iep", "bad", "RedisReady")["status"] == "True")
     finally:
         await tenant.aclose()
 

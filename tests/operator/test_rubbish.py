@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 
 from coserve_contract.connect import command
 from coserve_contract.keys import Keys
-from coserve_contract.messages import MESSAGE_BYTES
+from coserve_contract.message import MESSAGE_BYTES
 from coserve_contract.store import MOST_AGENTS
 from coserve_operator.kube import ENDPOINT
 from coserve_operator.redis.bounded import REPLY_BYTES

@@ -14,7 +14,7 @@ from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.apply.status import write_status
 from coserve_operator.decide import endpoint_status as endpoints
-from coserve_operator.decide.job import Decision
+from coserve_operator.decide.decision import Decision
 from coserve_operator.decide.observed import Drift, Obstacle, PodView, RedisView, Unreadable
 from coserve_operator.decide.published import Versions, greatest_rank, trained_rank
 from coserve_operator.decide.rollout import jobs_at_start, needs_turn

@@ -10,7 +10,7 @@ from coserve_api.job import FinetuneJob
 from coserve_operator.apply.events import Listener
 from coserve_operator.apply.hindrances import ForeignObjectError
 from coserve_operator.decide.actions import FeederAction
-from coserve_operator.decide.job import Decision, ObservedJob
+from coserve_operator.decide.decision import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView, Obstacle
 from coserve_operator.decide.obstacles import foreign
 from coserve_operator.kube import BATCH_JOB, ConflictError, Kube, Manifest, NotFoundError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from coserve_api.conditions import find_condition
 from coserve_api.job_status import JobCondition, JobState, PendingReason
 from coserve_operator.decide.actions import ClearStreams, FeederAction
-from coserve_operator.decide.job import Decision, ObservedJob
+from coserve_operator.decide.decision import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView
 from coserve_operator.decide.placement import created
 

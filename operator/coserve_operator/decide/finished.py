@@ -11,7 +11,7 @@ from coserve_api.conditions import find_condition
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_api.job_status import ContinuedFrom, JobCondition
-from coserve_operator.decide.job import is_final
+from coserve_operator.decide.decision import is_final
 from coserve_operator.decide.published import Publication, publication, recorded
 from coserve_operator.decide.sources import checkpoint_left
 

@@ -5,15 +5,13 @@ that Redis does not have, and binds under a higher one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from coserve_api.conditions import find_condition
 from coserve_api.endpoint import FinetuningPolicy, InferenceEndpoint
-from coserve_api.job import FinetuneJob, PublishPolicy
+from coserve_api.job import PublishPolicy
 from coserve_api.job_status import (
-    BackoffStatus,
-    ContinuedFrom,
     FailedReason,
     JobCondition,
     JobState,
@@ -22,13 +20,12 @@ from coserve_api.job_status import (
 )
 from coserve_api.uris import artifact_uri
 from coserve_contract.messages import Binding, Completed, Desired, Failed, Heartbeat, Released
-from coserve_contract.store import JobRecord
 from coserve_operator.decide import backoff, checks, lifetime
 from coserve_operator.decide.actions import Bind, FeederAction, Forget, RedisAction, Unbind, UpdateBinding
 from coserve_operator.decide.adapter_status import failure
 from coserve_operator.decide.binding import binding_of
-from coserve_operator.decide.claims import Claims
-from coserve_operator.decide.observed import FeederView, Obstacle, RedisView, Unreadable
+from coserve_operator.decide.decision import Decision, ObservedJob, is_final
+from coserve_operator.decide.observed import RedisView
 
 RENEW_AFTER_S = 60.0
 """How long after a feeder gave up another is made; nothing that a job waits for takes longer to be looked at again."""
@@ -36,80 +33,6 @@ STOP_LIMIT_S = 60.0
 """How long a living agent may take to give back a job that is to stop; then its right to write ends."""
 LOAD_TRIES = 3
 """How often each agent that lacks a published version must have tried to load it before its job is over without."""
-
-
-@dataclass(frozen=True, slots=True)
-class ObservedJob:
-    """Everything that a decision on `job` is made from. `leaving` holds the ids of agents that are to go, `source` is
-    what the job goes on from, an adapter or a checkpoint, once it is known; `surplus` says that its agent may run fewer
-    jobs, `disrupted` that the pod that it was bound to was taken away; `unreadable` why Redis is not known, `obstacle`
-    why its feeder could not be made; `claims` are those of the endpoint's living jobs.
-    """
-
-    job: FinetuneJob
-    endpoint: InferenceEndpoint | None
-    claims: Claims = field(default_factory=Claims)
-    redis: RedisView | None = None
-    feeder: FeederView | None = None
-    feeder_inputs: str = ""
-    leaving: frozenset[str] = frozenset()
-    adapter_number: int = 1
-    source: ContinuedFrom | None = None
-    surplus: bool = False
-    disrupted: bool = False
-    unreadable: Unreadable | None = None
-    obstacle: Obstacle | None = None
-    endpoint_goes: bool = False
-    """It is being deleted."""
-    feeder_secret: str = ""
-    """That with the Redis user which a feeder is to have."""
-
-    @property
-    def record(self) -> JobRecord:
-        """What Redis knows of the job; nothing is known without Redis."""
-        return (self.redis.jobs.get(self.job.metadata.uid) if self.redis else None) or JobRecord()
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Where a job stands. With `wants_agent` it takes part in the placement; `epoch` is the highest ever used;
-    `stalled`: it cannot go on before somebody changes something.
-    """
-
-    state: JobState
-    reason: str
-    message: str = ""
-    epoch: int = 0
-    agent: str = ""
-    pod: str = ""
-    node: str = ""
-    training: bool = False
-    wants_agent: bool = False
-    place: int = 0
-    """In the queue, from 1; 0 where it is in none."""
-    restarts: int = 0
-    backoff: BackoffStatus | None = None
-    adapter: PublishedAdapter | None = None
-    published: tuple[bool, str, str] | None = None
-    actions: tuple[RedisAction, ...] = ()
-    feeder: FeederAction = FeederAction.KEEP
-    requeue_after_s: float | None = None
-    stalled: bool = False
-    waits_for_feeder: bool = False
-    """Which cannot start, for the reason that is named."""
-    settled: bool = True
-    """False: the status stays as it is, since the job is over or too little is known."""
-
-    @property
-    def is_final(self) -> bool:
-        """Return whether nothing will change any more."""
-        return self.state in (JobState.COMPLETE, JobState.FAILED)
-
-
-def is_final(job: FinetuneJob) -> bool:
-    """Return whether the status says that the job is over."""
-    ends = (find_condition(job.status.conditions, each) for each in (JobCondition.COMPLETE, JobCondition.FAILED))
-    return any(end is not None and end.status == "True" for end in ends)
 
 
 def decide(observed: ObservedJob, now: datetime) -> Decision:

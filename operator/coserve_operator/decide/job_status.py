@@ -23,7 +23,7 @@ from coserve_operator.decide.actions import FeederAction
 from coserve_operator.decide.binding import newer_checkpoint
 from coserve_operator.decide.checks import checkpoint_elsewhere
 from coserve_operator.decide.dataset_status import dataset_of, left_out, sentence
-from coserve_operator.decide.job import Decision, ObservedJob, is_final
+from coserve_operator.decide.decision import Decision, ObservedJob, is_final
 from coserve_operator.decide.observed import Event
 
 _LONGEST_ETA_MS = 9_999 * 3_600_000

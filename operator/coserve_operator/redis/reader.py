@@ -16,13 +16,8 @@ from redis.asyncio.client import Pipeline
 from coserve_api.errors import InvalidValueError, MessageError
 from coserve_contract.connect import command_time
 from coserve_contract.keys import Keys
-from coserve_contract.messages import (
-    MESSAGE_BYTES,
-    AdapterRecord,
-    Binding,
-    Heartbeat,
-    Message,
-)
+from coserve_contract.message import MESSAGE_BYTES, Message
+from coserve_contract.messages import AdapterRecord, Binding, Heartbeat
 from coserve_contract.store import MOST_AGENTS, STRINGS, JobRecord, job_record
 from coserve_operator.decide.observed import RedisView, Unreadable
 from coserve_operator.redis.bounded import ReplyTooLargeError, round_trip
