@@ -1,7 +1,7 @@
 """Brings this server's API into the API server: only while the server is ready and nobody else serves it.
 
 An APIService without a server holds up every deletion of a namespace. The operator takes one away that has had none for
-a minute; where the API server never reached us (a firewall between them), it is tried again ever more seldom.
+half a minute; where the API server never reached us (a firewall between them), it is tried again ever more seldom.
 """
 
 import asyncio
