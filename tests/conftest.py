@@ -69,7 +69,12 @@ def answers(port: int) -> bool:
 def servers() -> SimpleNamespace:
     """The helpers above, for tests that start a server of their own."""
     return SimpleNamespace(
-        free_port=free_port, program=program, wait_until=wait_until, answers=answers, kubernetes=kubernetes
+        free_port=free_port,
+        program=program,
+        wait_until=wait_until,
+        answers=answers,
+        kubernetes=kubernetes,
+        redis=run_redis,
     )
 
 
@@ -90,9 +95,9 @@ class RedisServer:
         return connect(self.url, username, password if username else self.password)
 
 
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    folder = tmp_path_factory.mktemp("redis")
+@contextmanager
+def run_redis(folder: Path) -> Iterator[RedisServer]:
+    """Run a redis-server, whose log is in `folder`."""
     found = shutil.which("redis-server")
     if found is None:
         raise RuntimeError("redis-server is missing: apt-get install redis-server")
@@ -102,6 +107,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     with program(arguments, folder / "log") as process:
         wait_until(lambda: answers(port), process, folder / "log")
         yield RedisServer(port, password, process)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with run_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -207,6 +207,13 @@ class Pool:
 
 
 @pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory, servers: Any) -> Iterator[Any]:
+    """One of their own: agents that are used again beat on in it while other tests run."""
+    with servers.redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory, start_programs: Callable[[Path], Any]) -> Iterator[Pool]:
     with start_programs(tmp_path_factory.mktemp("agents")) as programs:
         yield Pool(programs)
