@@ -111,6 +111,7 @@ class Engine:
                 "on how a pass was cut; set engine.numericsMode to Fast, or use another kind of device"
             )
         notes = (f"loaded in {self._loading_s:.1f} s", *calibrated, f"tried rows of products in {tried_s:.1f} s")
+        notes += (self.serving.compiler.prepare(),)
         if captured:
             notes += (f"forwards were captured in {captured} sizes",)
         if self.config.exact:
@@ -141,8 +142,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to compute and nothing to wait for but commands."""
-        waits = self.requests.running or self.requests.waiting or self._events or self.busy
-        return not waits and self._files.idle and self._jobs.idle
+        waits = self.requests.running or self.requests.waiting or self.serving.compiling.waiting or self._events
+        return not (waits or self.busy) and self._files.idle and self._jobs.idle
 
     @property
     def busy(self) -> bool:
@@ -241,6 +242,7 @@ class Engine:
         started = self._clock()
         begins_s = self._runner.begin(started)
         self._files.collect()
+        self._events += self.serving.collect()
         self.serving.make_room(self._jobs.drop_youngest, started)
         self._jobs.advance(may_open=not self.requests.waiting)
         view = self._view(begins_s)
@@ -288,7 +290,7 @@ class Engine:
             LoadReport(
                 at_s=now,
                 saturation_percent=percent,
-                waiting=len(self.requests.waiting),
+                waiting=len(self.requests.waiting) + len(self.serving.compiling.waiting),
                 running=len(self.requests.running),
                 kv_used_pages=held,
                 kv_total_pages=ledger.total,

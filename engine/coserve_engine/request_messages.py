@@ -18,10 +18,29 @@ class AdapterVersion:
     number: int
 
 
+class GrammarKind(StrEnum):
+    """What a grammar's text is: nothing (any JSON object will do), a JSON Schema, a regular expression that the whole
+    answer matches, or a JSON array of strings of which the answer is one.
+    """
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer may be: at each place only tokens are chosen with which it can still become that."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, in vLLM's terms and, as there, applied in this order: penalties, bias, `min_tokens`,
-    temperature, `min_p`, `top_k`, `top_p`.
+    temperature, `min_p`, `top_k`, `top_p`. A grammar comes before them all.
 
     Args:
         temperature: 0 is greedy.
@@ -36,6 +55,8 @@ class SamplingParams:
         min_tokens: no token that would end the output is chosen before so many.
         logprobs: None, or how many of the likeliest tokens to report beside the chosen one, 0 to MAX_LOGPROBS.
         prompt_logprobs: the same for the tokens of the prompt.
+        grammar: what the answer may be. Tokens that would end it are then chosen where it is whole and nowhere else;
+        `min_tokens` and `ignore_eos` put that off only as long as the grammar lets something else follow.
     """
 
     max_tokens: int
@@ -53,6 +74,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class FinishReason(StrEnum):

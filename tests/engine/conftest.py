@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from coserve_engine.config import LINEARS, EngineConfig
 from coserve_engine.engine import Engine
 from coserve_engine.host import set_environment
+from coserve_engine.layout.masks import TokenMasks
 from coserve_engine.messages import (
     Command,
     ForwardBackward,
@@ -154,9 +155,9 @@ def sampled_logits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     rows: list[torch.Tensor] = []
     sample = Executor.sample
 
-    def spy(executor: Executor, forwarded: Forwarded) -> Sampled:
+    def spy(executor: Executor, forwarded: Forwarded, masks: TokenMasks | None = None) -> Sampled:
         rows.extend(forwarded.logits.clone())
-        return sample(executor, forwarded)
+        return sample(executor, forwarded, masks)
 
     monkeypatch.setattr(Executor, "sample", spy)
     return rows

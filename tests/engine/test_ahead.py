@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_driver import Driver, late_driver
+from engine_driver import Driver, depths, late_driver
 from stories import SETTINGS, TINY, orders, serve, story
 
 from coserve_engine.host import _serve
@@ -41,7 +41,6 @@ from coserve_engine.messages import (
 )
 from coserve_engine.model.transformer import Transformer
 from coserve_engine.running import ahead
-from coserve_engine.scheduler.timeline import Timeline
 
 
 @pytest.fixture
@@ -52,20 +51,6 @@ def behind(plain: str) -> Callable[..., Driver]:
         return late_driver(plain, {**SETTINGS, **settings}, seed, slow_s)
 
     return make
-
-
-def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many forwards are unseen, at each that is enqueued."""
-    seen: list[int] = []
-    enqueue = Timeline.enqueue
-
-    def spy(self: Timeline, predicted_s: float, now: float, *, forward: bool = False) -> int:
-        if forward:
-            seen.append(self.unseen)
-        return enqueue(self, predicted_s, now, forward=forward)
-
-    monkeypatch.setattr(Timeline, "enqueue", spy)
-    return seen
 
 
 @pytest.mark.parametrize("settings", [{}, TINY], ids=["roomy", "tiny"])

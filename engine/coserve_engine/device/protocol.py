@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-Rows = Sequence[float] | Sequence[Sequence[float]]
+Rows = Sequence[float] | Sequence[Sequence[float]] | NDArray[np.int32]
 """Numbers [N] or [rows, N]; ints where the dtype is one of ints."""
 
 

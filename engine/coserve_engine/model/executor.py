@@ -18,11 +18,13 @@ from coserve_engine.device.select import device_of
 from coserve_engine.errors import ModelFolderError
 from coserve_engine.formats.model_folder import check_length, read_model_config
 from coserve_engine.kernels.functional import repeat_last_row
+from coserve_engine.kernels.masks import keep_allowed
 from coserve_engine.kernels.protocol import Fixed
 from coserve_engine.kernels.sampling import BoundChoices
 from coserve_engine.kernels.select import select
 from coserve_engine.latency.work import mean_reaches
 from coserve_engine.layout.batch import BatchLayout, lay_out
+from coserve_engine.layout.masks import TokenMasks
 from coserve_engine.messages import LoraSpec, LossName, Pass
 from coserve_engine.model import head, outcome
 from coserve_engine.model.graphs import DecodeGraphs
@@ -230,25 +232,30 @@ class Executor:
                 return hidden
         return self.transformer.forward(batch, self.cache, goes_on)
 
-    def sample(self, forwarded: Forwarded) -> Sampled:
-        """Choose the tokens of a forward, and begin to fetch all that requests get of it."""
+    def sample(self, forwarded: Forwarded, masks: TokenMasks | None = None) -> Sampled:
+        """Choose the tokens of a forward, and begin to fetch all that requests get of it. With masks its logits are
+        changed, once all that is said of the model's own was computed.
+        """
         layout, batch, logits = forwarded.layout, forwarded.batch, forwarded.logits
         parts: list[torch.Tensor] = []
         if layout.sample_slots:
+            choices, finite = batch.choices, outcome.finite(logits).double()
+            logp = self._reported(choices, logits)
+            if masks is not None:
+                keep_allowed(logits, masks, self.copies)
             self._chosen = self.kernels.sample(logits, batch, self.counts)
-            parts += [self._chosen.double(), outcome.finite(logits).double()]
-            parts += self._reported(batch.choices, logits)
+            parts += [self._chosen.double(), finite]
+            if logp is not None:
+                reported = self._chosen[choices.ints("reported")[: choices.layout.reports]]
+                parts.append(outcome.report(logp, reported, tops=choices.layout.tops))
         for (_, start, targets, top), wanted in zip(layout.scored, batch.targets, strict=True):
             parts += self._scores(forwarded.hidden[start : start + len(targets)], wanted, tops=top > 0)
         return Sampled(layout, self.copies.fetch(torch.cat(parts)) if parts else None)
 
-    def _reported(self, choices: BoundChoices, logits: torch.Tensor) -> Iterator[torch.Tensor]:
-        """`outcome.report` of the rows whose log-probabilities are wanted."""
+    def _reported(self, choices: BoundChoices, logits: torch.Tensor) -> torch.Tensor | None:
+        """Log-probabilities [n, vocab] of the rows of which some are wanted."""
         count = choices.layout.reports
-        if count:
-            rows = choices.ints("reported")
-            logp = self.log_probabilities(logits[rows])[:count]
-            yield outcome.report(logp, self._chosen[rows[:count]], tops=choices.layout.tops)
+        return self.log_probabilities(logits[choices.ints("reported")])[:count] if count else None
 
     def _scores(self, hidden: torch.Tensor, targets: torch.Tensor, *, tops: bool) -> Iterator[torch.Tensor]:
         """`outcome.report` of the `targets` [n] that follow hidden rows [n, H]."""

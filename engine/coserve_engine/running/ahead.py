@@ -16,6 +16,7 @@ from functools import partial
 
 from coserve_engine.device.protocol import Mark
 from coserve_engine.latency.work import UnitWork
+from coserve_engine.layout.masks import TokenMasks
 from coserve_engine.messages import IterationDone, Token
 from coserve_engine.running.parts import Emit, Interrupted, Parts
 from coserve_engine.scheduler.iteration import Accounts, Clock, Forwarded
@@ -23,6 +24,7 @@ from coserve_engine.scheduler.plan import Plan, Unit, View
 from coserve_engine.scheduler.schedule import gives_way
 from coserve_engine.scheduler.timeline import LEAD_S
 from coserve_engine.scheduler.underway import Iteration, Underway
+from coserve_engine.serving.requests import Computed
 from coserve_engine.serving.serving import Flight
 
 LOOK_S = 5e-4
@@ -134,8 +136,14 @@ class Ahead:
             self._timeline.shortened(id, expected_s * ran / parts.layers)
         else:
             parts.charge(plan)
-            now.flight = Flight(rows, parts.executor.sample(computed))
+            now.flight = Flight(rows, parts.executor.sample(computed, self._masks(rows)))
         self._enqueued(now, id, None, start)
+
+    def _masks(self, rows: tuple[Computed, ...]) -> TokenMasks | None:
+        """Once the tokens before them are known, while the device computes the rows themselves."""
+        serving = self._parts.serving
+        self._wait(lambda: -math.inf if serving.known(rows) else math.inf)
+        return serving.masks(rows)
 
     def _enqueued(self, owner: _Iteration, id: int, unit: UnitWork | None, start: Mark) -> None:
         owner.open += 1

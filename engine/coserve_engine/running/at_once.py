@@ -45,7 +45,8 @@ class AtOnce:
                 self.accounts.rest()
                 return
             parts.charge(plan)
-            rows, sampled = parts.serving.launched(plan.segments, view.now), parts.executor.sample(computed)
+            rows = parts.serving.launched(plan.segments, view.now)
+            sampled = parts.executor.sample(computed, parts.serving.masks(rows))
             events, tokens = parts.serving.commit(Flight(rows, sampled), self._clock.now)
             parts.events.extend(events)
         forwarded = self.accounts.forwarded(plan, view)

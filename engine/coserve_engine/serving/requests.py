@@ -8,11 +8,13 @@ when there are none left; it waits first in line and is computed again, which ch
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coserve_engine.config import EngineConfig, ModelConfig
 from coserve_engine.errors import OutOfPagesError, RequestError
+from coserve_engine.grammar.matching import Matching
 from coserve_engine.latency.work import make
 from coserve_engine.layout.choices import Choice, Seen
 from coserve_engine.limits import check
@@ -58,6 +60,10 @@ class Request:
     """When a token that the host does not know yet is expected."""
     starts: int = 0
     """How often it got a place: what was launched before it was put out is not its own any more."""
+    matching: Matching | None = None
+    """Where its answer stands in its grammar, if it has one."""
+    failed: RequestError | None = None
+    """Why its answer cannot go on."""
 
     @property
     def owner(self) -> str:
@@ -122,7 +128,8 @@ class Request:
         """How its next token is chosen."""
         params, length = self.command.params, len(self.tokens)
         output = length - len(self.command.prompt)
-        banned, seen = self.enders if output < params.min_tokens else (), None
+        early = output < params.min_tokens and self.matching is None  # a grammar says itself where an answer may end
+        banned, seen = self.enders if early else (), None
         if self.counted is not None:
             place, first = self.counted
             seen = Seen(place, first + output)
@@ -157,13 +164,13 @@ class RequestTable:
         by_adapter = sorted(self.running.values(), key=lambda request: request.adapter_order)
         return tuple(request.view(ttft_s, tpot_s) for request in by_adapter if not request.ending)
 
-    def add(self, command: AddRequest, weights: LoraWeights | None, finetune_s: float) -> None:
-        """Queue a request.
+    def check(self, command: AddRequest, others: Collection[str] = ()) -> None:
+        """Whether a request may be added, where `others` will be before.
 
         Raises:
             RequestError: it can never run here, its id is taken, or too many wait.
         """
-        if self._find(command.request_id) is not None:
+        if self._find(command.request_id) is not None or command.request_id in others:
             raise RequestError(
                 "duplicate_request",
                 f"request_id is {command.request_id!r}, which a request has that is not done yet; take another",
@@ -177,14 +184,23 @@ class RequestTable:
                 f"the request needs {need} KV pages and the pool has {self._ledger.total}; shorten the prompt or lower "
                 "max_tokens",
             )
-        if len(self.waiting) >= self._config.max_waiting:
+        if len(self.waiting) + len(others) >= self._config.max_waiting:
             raise RequestError(
                 "overloaded", f"{self._config.max_waiting} requests are waiting already; try again later"
             )
+
+    def add(
+        self, command: AddRequest, weights: LoraWeights | None, finetune_s: float, matching: Matching | None = None
+    ) -> None:
+        """Queue a request that was checked."""
         self._slots += 1
-        chain = KeyChain(command.adapter, numerics.page, 0 if weights is None else weights.load)
-        enders = self._enders(params)
-        self.waiting.append(Request(command, self._slots, weights, finetune_s, list(prompt), chain, enders))
+        load = 0 if weights is None else weights.load
+        chain = KeyChain(command.adapter, self._config.numerics.page, load)
+        request = Request(
+            command, self._slots, weights, finetune_s, list(command.prompt), chain, self._enders(command.params)
+        )
+        request.matching = matching
+        self.waiting.append(request)
 
     def _enders(self, params: SamplingParams) -> tuple[int, ...]:
         return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._model.eos_token_ids)
@@ -320,7 +336,7 @@ class RequestTable:
             request.finite = True
             self._register(request, computed.end)
         params, finish = request.command.params, None
-        if token in params.stop_token_ids or (token in self._model.eos_token_ids and not params.ignore_eos):
+        if token in request.enders or (request.matching is not None and token in self._model.eos_token_ids):
             finish = FinishReason.STOP
         elif place + 1 - len(request.command.prompt) >= params.max_tokens:
             finish = FinishReason.LENGTH

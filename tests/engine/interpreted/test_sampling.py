@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from choices import bound, choose, drawn, kept, rows_with_ties, turns
+from choices import CPU, bound, choose, drawn, kept, rows_with_ties, turns
 from hypothesis import given, settings
 
+from coserve_engine.kernels.masks import keep_allowed
 from coserve_engine.kernels.sampling import sorted_whole, widening
 from coserve_engine.kernels.triton import sampling
 from coserve_engine.layout.choices import Choice
+from coserve_engine.layout.masks import TokenMasks, words
 from coserve_engine.messages import SamplingParams
 
 CUTS = [(5, 1.0), (0, 0.9), (40, 0.5), (1, 1.0), (0, 0.0), (299, 0.999), (20, 0.3), (3, 0.99), (0, 1.0), (0, 1 - 1e-12)]
@@ -120,3 +123,25 @@ def test_a_neighbours_sums_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(sampling, "DRAW", Rolled())
     assert not torch.equal(sampling.draw(p, choices, u), expected)
+
+
+@pytest.mark.parametrize("spread", [0.01, 4.0])
+def test_rows_of_which_a_grammar_allows_few_tokens_choose_those(spread: float) -> None:
+    """Of the rest nothing is drawn, whether a row is cut or whole; other rows choose as they would."""
+    logits = spread * torch.randn(12, 1400, generator=torch.Generator().manual_seed(4))
+    tokens = [{7}, {0, 1399}, {31, 32, 63, 64, 1023}, set(range(0, 1400, 9))]
+    flags = np.zeros((4, 32 * words(1400)), np.uint8)
+    for flag, some in zip(flags, tokens, strict=True):
+        flag[sorted(some)] = 1
+    bits = np.packbits(flags, axis=1, bitorder="little").view(np.int32)
+    rows = rows_of(CUTS[:6], 12)
+    masked = logits.clone()
+    keep_allowed(masked, TokenMasks([1, 4, 6, 11], bits), CPU)
+    found = choose(masked, rows, sampling.draw)
+    assert found == choose(masked, rows, widening)
+    for row, some in zip((1, 4, 6, 11), tokens, strict=True):
+        assert found[row] in some
+    free = choose(logits, rows, sampling.draw)
+    others = [row for row in range(12) if row not in (1, 4, 6, 11)]
+    assert [found[row] for row in others] == [free[row] for row in others]
+    assert any(free[row] not in some for row, some in zip((1, 4, 6, 11), tokens, strict=True)), "the control"

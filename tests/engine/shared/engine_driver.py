@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest import mock
 
+import pytest
 import torch
 
 from coserve_engine.config import EngineConfig
@@ -23,6 +24,7 @@ from coserve_engine.messages import (
     TokenBatch,
 )
 from coserve_engine.model import executor
+from coserve_engine.scheduler.timeline import Timeline
 
 E = TypeVar("E")
 PATIENCE_S = 60.0
@@ -73,8 +75,11 @@ class Driver:
         for _ in range(limit):
             if self.engine.idle:
                 return self
-            if not self.step(interrupted) and not self.engine._files.idle:
-                self.engine._files._thread.submit(int).result()  # a loop that spins would starve the thread
+            if not self.step(interrupted):  # a loop that spins would starve the threads
+                if not self.engine._files.idle:
+                    self.engine._files._thread.submit(int).result()
+                if self.engine.serving.compiling.waiting:
+                    self.engine.serving.compiler._thread.submit(int).result()
         raise AssertionError(f"the engine did not come to rest; last events {self.events[-5:]}")
 
     def of(self, kind: type[E]) -> list[E]:
@@ -114,3 +119,17 @@ def late_driver(
     device = BehindDevice(torch.device("cpu"), clock, pass_time, random.Random(seed), slow_s)
     with mock.patch.object(executor, "device_of", lambda _: device):
         return Driver(Engine(EngineConfig(path, **settings), clock), clock)
+
+
+def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many forwards are unseen, at each that is enqueued."""
+    seen: list[int] = []
+    enqueue = Timeline.enqueue
+
+    def spy(self: Timeline, predicted_s: float, now: float, *, forward: bool = False) -> int:
+        if forward:
+            seen.append(self.unseen)
+        return enqueue(self, predicted_s, now, forward=forward)
+
+    monkeypatch.setattr(Timeline, "enqueue", spy)
+    return seen

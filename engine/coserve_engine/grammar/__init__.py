@@ -1,0 +1,1 @@
+"""Grammars: what an answer may be, and which tokens may come next in it."""

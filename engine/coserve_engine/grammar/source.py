@@ -1,0 +1,67 @@
+"""A grammar as llguidance reads it.
+
+All are written in its dialect of Lark with `no_forcing`: it would otherwise allow one way alone to spell what has to
+come next, which takes a tokenizer, and milliseconds where the rest takes microseconds. The model decides how it spells.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+
+from coserve_engine.errors import RequestError
+from coserve_engine.grammar.schema import Schema
+from coserve_engine.messages import Grammar, GrammarKind
+
+MOST_BYTES = 1 << 18
+"""Of a grammar's text."""
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between two parts of a JSON text. A model that is in doubt may write white space to no end, which is valid JSON."""
+_HEAD = '%llguidance {"no_forcing": true}\nstart: '
+
+
+def source(grammar: Grammar) -> str:
+    """Its text for llguidance; of a schema see `schema_source`.
+
+    Raises:
+        RequestError: it is too long or no text, or is not what its kind says.
+    """
+    try:
+        length = len(grammar.text.encode())
+    except UnicodeEncodeError:
+        raise refused("has half of a surrogate pair, which is no character") from None
+    if length > MOST_BYTES:
+        raise refused(f"has {length:,} bytes; {MOST_BYTES:,} at most are taken")
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return schema_source({"type": "object"})
+        case GrammarKind.JSON_SCHEMA:
+            return schema_source(Schema(grammar.text).document())
+        case GrammarKind.REGEX:
+            if (len(grammar.text) - len(grammar.text.rstrip("\\"))) % 2:  # llguidance leaves it out
+                raise refused("ends with a backslash that escapes nothing")
+            return f"{_HEAD}/{llguidance.regex_to_lark(grammar.text)}/"
+        case GrammarKind.CHOICE:
+            return _HEAD + " | ".join(json.dumps(one) for one in _choices(grammar.text))
+
+
+def schema_source(document: dict[str, Any]) -> str:
+    """A schema's text for llguidance."""
+    return f"{_HEAD}%json {json.dumps(document | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
+
+
+def refused(what: str) -> RequestError:
+    """Of a grammar."""
+    return RequestError("invalid_parameter", f"grammar {what}", "grammar")
+
+
+def _choices(text: str) -> list[str]:
+    try:
+        choices = json.loads(text)
+    except (ValueError, RecursionError):
+        choices = None
+    if not isinstance(choices, list) or not choices or not all(isinstance(one, str) for one in choices):
+        raise refused("must be a JSON array of strings, with one at least, where its kind is choice")
+    return list(dict.fromkeys(choices))
