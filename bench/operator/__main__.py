@@ -100,6 +100,7 @@ async def _measure(
         "CPU s a minute": used,
         "RSS MiB": {name: servers.memory_mib(pid) for name, pid in pids.items()},
         "measured s": round(minutes * 60, 1),
+        "longest second of the agents, s": round(max(each.longest_s for each in agents), 1),
     }
 
 
@@ -115,7 +116,7 @@ async def _edit(kube: Kube, agent: players.Agent, job: str, name: str, rng: rand
 
     begun = time.monotonic()
     await kube.merge(FINETUNE_JOB, servers.NAMESPACE, name, {"spec": {"priority": wanted}})
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
@@ -128,15 +129,22 @@ async def _end(kube: Kube, agent: players.Agent, job: str, name: str) -> float:
 
     begun = time.monotonic()
     await agent.end(job)
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
-async def _until(check: Callable[[], Awaitable[bool]], patience_s: float) -> None:
+async def _state(kube: Kube, name: str) -> str:
+    found = await kube.get(FINETUNE_JOB, servers.NAMESPACE, name)
+    return json.dumps({"spec": found["spec"], "status": found.get("status")})
+
+
+async def _until(
+    check: Callable[[], Awaitable[bool]], patience_s: float, state: Callable[[], Awaitable[str]] | None = None
+) -> None:
     deadline = time.monotonic() + patience_s
     while not await check():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {patience_s} s; see operator.log")
+            raise TimeoutError(f"not within {patience_s} s: {await state() if state else ''}")
         await asyncio.sleep(LOOK_S)
 
 

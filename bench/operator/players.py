@@ -65,10 +65,12 @@ class Agent:
         self.pod, keys = f"agent-{self.number}", Keys(self.uid)
         self.id = agent_id(f"pod-{self.number}", "b1")
         self.fencing, self.store = Fencing(self.redis, keys, self.id), Store(self.redis, keys)
-        self.seconds = 0
+        self.seconds, self.began, self.longest_s = 0, 0.0, 0.0
 
     async def second(self, progress_every: int) -> None:
         """What an agent does each second."""
+        now = asyncio.get_running_loop().time()
+        self.longest_s, self.began = max(self.longest_s, now - self.began if self.began else 0.0), now
         self.seconds += 1
         running = {job: JobBeat(epoch=each.epoch, step=self.seconds) for job, each in self.held.items()}
         beat = Heartbeat(
