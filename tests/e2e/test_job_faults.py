@@ -1,5 +1,5 @@
-"""What can happen to a job's agent, its engine, its pod and its Redis: the adapter has the bits of an undisturbed job's.
-An agent that is killed is one of test_job's.
+"""What can happen to a job's agent, its engine, its pod and its Redis: the adapter has the bits of an undisturbed
+job's. An agent that is killed is one of test_job's.
 """
 
 from __future__ import annotations
