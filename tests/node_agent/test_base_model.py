@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coserve_agent.base_model import base_model
+from coserve_agent.model.base_model import base_model
 
 
 @pytest.mark.parametrize(

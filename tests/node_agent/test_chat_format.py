@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from coserve_agent.chat_template import ChatTemplateError
-from coserve_agent.rendering import Conversation, Renderer
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.template import ChatTemplateError
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Conversation, Renderer
 
 ROLES = frozenset(("system", "user", "assistant"))
 PART = "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}"

@@ -13,10 +13,10 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from coserve_agent import servers
-from coserve_agent.connection import Connection
+from coserve_agent.http import servers
+from coserve_agent.http.connection import Connection
 from coserve_agent.http.middleware import CloseWhileDraining
-from coserve_agent.servers import Server, listen
+from coserve_agent.http.servers import Server, listen
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY_BYTES = 64 << 20

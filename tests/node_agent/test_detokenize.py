@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from coserve_agent.detokenize import Detokenizer, StopStrings
-from coserve_agent.pieces import Pieces
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.text.detokenize import Detokenizer, StopStrings
+from coserve_agent.text.pieces import Pieces
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 KINDS = ("tokenizer", "sentencepiece_tokenizer")

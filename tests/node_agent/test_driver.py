@@ -18,11 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, get_scheduler
 
-from coserve_agent.driver import STEPS_IN_FLIGHT, StopRequested
 from coserve_agent.errors import JobFailedError
-from coserve_agent.inflight import OpenSteps
-from coserve_agent.passes import PassBounds
-from coserve_agent.trainlog import DriverState, StepRecord
+from coserve_agent.jobs.driver import STEPS_IN_FLIGHT, StopRequested
+from coserve_agent.jobs.inflight import OpenSteps
+from coserve_agent.jobs.passes import PassBounds
+from coserve_agent.jobs.trainlog import DriverState, StepRecord
 from coserve_api.job import Schedule
 from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample, Shard
@@ -170,7 +170,7 @@ async def test_a_checkpoint_is_due_after_much_data(
     model_folder: Path, rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What no checkpoint covers stays in Redis, however rarely the job asks for one."""
-    monkeypatch.setattr("coserve_agent.driver.UNSAVED_BYTES", 1)
+    monkeypatch.setattr("coserve_agent.jobs.driver.UNSAVED_BYTES", 1)
     async with running(model_folder) as client, rig(client, checkpoint_every_steps=1000) as job:
         await job.driver.train()
     assert [one.step for one in job.accepted] == list(range(1, TOTAL + 1))

@@ -12,11 +12,11 @@ from driver_rig import TOTAL, MakeRig, Rig, running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_agent.driver import StopRequested
 from coserve_agent.errors import JobFailedError
-from coserve_agent.evaluations import EvalLog, EvalRecord
-from coserve_agent.inflight import Evaluation
-from coserve_agent.trainlog import StepRecord, TrainingLog
+from coserve_agent.jobs.driver import StopRequested
+from coserve_agent.jobs.evaluations import EvalLog, EvalRecord
+from coserve_agent.jobs.inflight import Evaluation
+from coserve_agent.jobs.trainlog import StepRecord, TrainingLog
 from coserve_api.job import PublishPolicy
 from coserve_api.job_status import FailedReason
 from coserve_engine.formats.folders import verify_folder

@@ -11,7 +11,7 @@ from transformers import GenerationConfig as TransformersConfig
 
 from coserve_agent.agent import request_defaults
 from coserve_agent.errors import StartError
-from coserve_agent.generation_config import FILE, SamplingDefaults, sampling_defaults
+from coserve_agent.model.generation_config import FILE, SamplingDefaults, sampling_defaults
 from coserve_agent.settings import AgentSettings
 from coserve_api.endpoint import GenerationConfig
 

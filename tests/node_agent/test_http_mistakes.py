@@ -14,10 +14,10 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from coserve_agent.detokenize import Detokenizer
 from coserve_agent.http.errors import mistake
 from coserve_agent.http.middleware import AnswerMistakes
-from coserve_agent.servers import Server, listen
+from coserve_agent.http.servers import Server, listen
+from coserve_agent.text.detokenize import Detokenizer
 
 CHAT = [{"role": "user", "content": "one"}]
 GOOD = {"model": "base", "messages": CHAT, "max_tokens": 4, "temperature": 0}

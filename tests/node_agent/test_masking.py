@@ -14,9 +14,9 @@ from data_rows import samples_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from coserve_agent.inflight import OpenSteps
-from coserve_agent.passes import PassBounds
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.jobs.inflight import OpenSteps
+from coserve_agent.jobs.passes import PassBounds
 from coserve_api.job import DatasetFormat, PublishPolicy, Schedule, TargetModule
 from coserve_contract.messages import BindingSpec
 from coserve_contract.shards import Sample, Shard

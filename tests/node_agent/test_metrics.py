@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
-from coserve_agent.metrics import Metrics
+from coserve_agent.telemetry.metrics import Metrics
 from coserve_engine.messages import EngineReady, PlainReason
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_agent.order import StepOrder, capped, split
+from coserve_agent.data.order import StepOrder, capped, split
 
 IDS = st.lists(st.integers(1, 10_000), min_size=1, max_size=60, unique=True).map(sorted)
 

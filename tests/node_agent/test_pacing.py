@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from coserve_agent.metrics import Metrics
-from coserve_agent.pacing import CHANGE_S, Pacer
-from coserve_agent.passage import Cause
+from coserve_agent.telemetry.metrics import Metrics
+from coserve_agent.telemetry.pacing import CHANGE_S, Pacer
+from coserve_agent.telemetry.passage import Cause
 from coserve_engine.latency.reserve import START_S, START_SHARE, Reserve
 from coserve_engine.messages import IterationDone, SetReserve
 

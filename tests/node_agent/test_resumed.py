@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coserve_agent.errors import JobFailedError
-from coserve_agent.resumed import check_resumed
+from coserve_agent.jobs.resumed import check_resumed
 from coserve_api.job import TargetModule
 from coserve_api.job_status import FailedReason
 from coserve_contract.messages import Start

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from coserve_agent.chat_template import ChatTemplateError
-from coserve_agent.rendering import Conversation, Renderer, RenderingError
-from coserve_agent.roles import Roles
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.roles import Roles
+from coserve_agent.chat.template import ChatTemplateError
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Conversation, Renderer, RenderingError
 
 USER, ANSWER = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
 EACH = "{% for m in messages %}BODY{% endfor %}"

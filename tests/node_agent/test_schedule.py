@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from coserve_agent.schedule import learning_rate
+from coserve_agent.jobs.schedule import learning_rate
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7, 30])

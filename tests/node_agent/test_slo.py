@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from coserve_agent.passage import Cause, Passage, PathLog, RequestPath
-from coserve_agent.slo import Listener, LoadAverage, Slo, SloMeter, percentile
+from coserve_agent.telemetry.passage import Cause, Passage, PathLog, RequestPath
+from coserve_agent.telemetry.slo import Listener, LoadAverage, Slo, SloMeter, percentile
 from coserve_engine.messages import Emission
 
 

@@ -10,8 +10,8 @@ import pytest
 from chat_templates import trl_templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from coserve_agent import chat_template
-from coserve_agent.chat_template import ChatTemplate, ChatTemplateError, Given
+from coserve_agent.chat import template as chat_template
+from coserve_agent.chat.template import ChatTemplate, ChatTemplateError, Given
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATES = trl_templates()

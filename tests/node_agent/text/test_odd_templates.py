@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from chat_templates import all_templates, write_folder
 
-from coserve_agent.end_tokens import end_tokens
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.chat.variables import TemplateVariableError, try_variables
+from coserve_agent.data.rendering import Conversation, Rendered, Renderer, RenderingError
 from coserve_agent.http.errors import ApiError
-from coserve_agent.http.openai import VARIABLES, _blaming_variables
-from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
-from coserve_agent.template_variables import TemplateVariableError, try_variables
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.openai.routes import VARIABLES, _blaming_variables
 
 USER, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}
 AGAIN, NO = {"role": "user", "content": "so"}, {"role": "assistant", "content": "ko"}

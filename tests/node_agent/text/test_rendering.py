@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Conversation, Rendered, Renderer, RenderingError
 
 NAMES = sorted(all_templates())
 texts = st.text("aby \n<>/.é", min_size=1, max_size=6).filter(str.strip)

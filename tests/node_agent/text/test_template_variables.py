@@ -14,12 +14,12 @@ from small_models import write_model
 from transformers import PreTrainedTokenizerFast
 
 from coserve_agent.agent import Agent
-from coserve_agent.end_tokens import end_tokens
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.chat.variables import TemplateVariableError, rendering_file, variables_of
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.errors import StartError
-from coserve_agent.rendering import Renderer
 from coserve_agent.settings import AgentSettings
-from coserve_agent.template_variables import TemplateVariableError, rendering_file, variables_of
-from coserve_agent.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from chat_templates import all_templates, write_folder
 
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Conversation, Rendered, Renderer, RenderingError
 
 USER, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}
 AGAIN, NO = {"role": "user", "content": "so"}, {"role": "assistant", "content": "ko"}
