@@ -9,6 +9,7 @@ import uuid
 from importlib.metadata import version
 
 from coserve_agent.adapters.registry import AdapterRegistry
+from coserve_agent.adapters.served import Served
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.format import USER
 from coserve_agent.chat.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from coserve_agent.chat.variables import TemplateVariableError, check_variables,
 from coserve_agent.concurrency import alongside, end
 from coserve_agent.engine.client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
-from coserve_agent.generation.generate import Generator, Served
+from coserve_agent.generation.generator import Generator
 from coserve_agent.http import admin
 from coserve_agent.http.middleware import CloseWhileDraining, wrap
 from coserve_agent.http.servers import Server, listen

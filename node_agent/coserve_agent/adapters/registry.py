@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coserve_agent.adapters.served import Served, Unloaded
 from coserve_agent.chat.variables import variables_of
 from coserve_agent.engine.client import AdapterLoadError, EngineClient
 from coserve_agent.errors import EngineGoneError
-from coserve_agent.generation.generate import Served, Unloaded
 from coserve_contract.messages import MOST_FAILURES, MOST_REASON, AdapterFailure, AdapterRecord
 from coserve_engine.errors import CheckpointError
 from coserve_engine.formats.folders import verify_folder

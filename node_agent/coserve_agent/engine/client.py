@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.errors import AgentError, EngineGoneError
-from coserve_agent.jobs.passes import PassBounds
 from coserve_agent.telemetry.passage import Passage
 from coserve_engine.messages import (
     AdapterFailed,

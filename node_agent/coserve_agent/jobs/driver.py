@@ -17,11 +17,12 @@ from typing import Protocol
 from coserve_agent.chat.variables import FILE as RENDERING_FILE
 from coserve_agent.concurrency import end
 from coserve_agent.engine.client import JobChannel
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.errors import JobFailedError
 from coserve_agent.jobs.evaluations import EvalLog, EvalRecord
 from coserve_agent.jobs.inflight import Evaluation, OpenSteps
 from coserve_agent.jobs.lora import lora_of
-from coserve_agent.jobs.passes import PassBounds, check_length, passes_of, to_seqs
+from coserve_agent.jobs.passes import check_length, passes_of, to_seqs
 from coserve_agent.jobs.trainlog import DriverState, StepRecord, TrainingLog
 from coserve_api.job_status import FailedReason
 from coserve_contract.messages import BindingSpec

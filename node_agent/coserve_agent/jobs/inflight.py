@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.errors import JobFailedError
 from coserve_agent.jobs.evaluations import EvalRecord
-from coserve_agent.jobs.passes import PassBounds, split_passes, to_seqs, weight_sum
+from coserve_agent.jobs.passes import split_passes, to_seqs, weight_sum
 from coserve_agent.jobs.schedule import learning_rate
 from coserve_agent.jobs.trainlog import StepRecord, finite
 from coserve_api.job_status import FailedReason

@@ -5,28 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.errors import JobFailedError
 from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample
 from coserve_engine.messages import TrainSeq
-
-
-@dataclass(frozen=True, slots=True)
-class PassBounds:
-    """What a pass may have at most: tokens, and pages of the KV pool, of which each sample has its own.
-
-    The pool bounds passes only where it has fewer pages than their samples need; the engine starts with no pool that
-    holds less than one sample of its maxModelLength.
-    """
-
-    pages: int
-    page_tokens: int
-    tokens: int
-
-    def pages_of(self, sample: Sample) -> int:
-        return -(-len(sample.tokens) // self.page_tokens)
 
 
 def split_passes(samples: Iterable[Sample], bounds: PassBounds) -> list[tuple[Sample, ...]]:

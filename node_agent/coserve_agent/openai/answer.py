@@ -1,70 +1,22 @@
-"""How an answer is written: whole or as a stream of events, for one choice or several, in either API's form."""
+"""How an answer is written: whole or as a stream of events, for one choice or several."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
-from coserve_agent.concurrency import end
-from coserve_agent.generation.generate import Generation, Generator, Piece
+from coserve_agent.generation.generation import Generation, Piece
+from coserve_agent.generation.interleaved import interleaved
 from coserve_agent.generation.transcript import ScoredToken, prompt_tokens
-from coserve_agent.http.stream import DONE, EventStream, event, unless_gone
+from coserve_agent.http.stream import DONE, event
+from coserve_agent.openai.choice import Choice
 from coserve_agent.openai.logprobs import Writer
-from coserve_agent.requests.params import ChatRequest, Common
+from coserve_agent.requests.chat import ChatRequest
+from coserve_agent.requests.common import Common
 from coserve_agent.requests.prompts import Prompt
 from coserve_agent.text.pieces import Pieces
-
-
-class Choice:
-    """One choice of an answer, and how its parts are written."""
-
-    def __init__(self, index: int, prompt: Prompt, request: Common, writer: Writer) -> None:
-        self._index, self._prompt, self._writer = index, prompt, writer
-        self._chat = isinstance(request, ChatRequest)
-        self._logprobs = request.output_logprobs is not None
-        self._ids = bool(request.return_token_ids)
-
-    def whole(self, piece: Piece, finish: str | None) -> dict[str, Any]:
-        """An entry of `choices` with the whole text."""
-        answer: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
-            if self._chat
-            else {"text": piece.text}
-        )
-        return self._entry(answer, piece, finish, first=True)
-
-    def chunks(self, piece: Piece, finish: str | None, *, first: bool) -> list[dict[str, Any]]:
-        """The same for the next piece of a stream. A chat says by an entry of its own that it has ended.
-
-        A piece without characters is written too: clients measure the time between tokens by it.
-        """
-        if not self._chat:
-            return [self._entry({"text": piece.text}, piece, finish, first=first)]
-        entries = []
-        if first or piece.text or piece.tokens or (self._ids and piece.ids) or finish is None:
-            role = {"role": "assistant"} if first else {}
-            entries.append(self._entry({"delta": {**role, "content": piece.text}}, piece, None, first=first))
-        if finish is not None:
-            entries.append(self._entry({"delta": {}}, Piece(""), finish, first=False))
-        return entries
-
-    def _entry(self, answer: dict[str, Any], piece: Piece, finish: str | None, *, first: bool) -> dict[str, Any]:
-        logprobs = None
-        if self._logprobs and (piece.tokens or not self._chat):
-            logprobs = self._writer.chat(piece.tokens) if self._chat else self._writer.completion(piece.tokens)
-        entry = {"index": self._index, **answer, "logprobs": logprobs, "finish_reason": finish}
-        if self._ids:
-            entry["token_ids"] = list(piece.ids)
-            if first and not self._chat:
-                entry["prompt_token_ids"] = list(self._prompt.tokens)
-        return entry
 
 
 class Answer:
@@ -98,7 +50,7 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """Pieces of all choices as they come, with the number of the choice."""
         first = set(range(len(self._generations)))
-        async with aclosing(_interleaved(self._generations)) as pieces:
+        async with aclosing(interleaved(self._generations)) as pieces:
             async for n, piece in pieces:
                 yield n, self._behind_prompt(n, piece) if n in first else piece
                 first.discard(n)
@@ -184,55 +136,3 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     tokens: list[ScoredToken] = [token for piece in pieces for token in piece.tokens]
     ids = [token for piece in pieces for token in piece.ids]
     return Piece("".join(piece.text for piece in pieces), tuple(tokens), tuple(ids))
-
-
-async def _interleaved(generations: list[Generation]) -> AsyncGenerator[tuple[int, Piece]]:
-    if len(generations) == 1:  # nearly always, and a task for each token would cost as much as writing it
-        while not generations[0].done:
-            yield 0, await generations[0].next_piece()
-        return
-    tasks = {asyncio.create_task(one.next_piece()): n for n, one in enumerate(generations)}
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=tasks.__getitem__):
-                n = tasks.pop(task)
-                yield n, task.result()
-                if not generations[n].done:
-                    tasks[asyncio.create_task(generations[n].next_piece())] = n
-    finally:
-        await end(*tasks)
-
-
-async def answer(
-    generator: Generator,
-    request: Request,
-    parsed: Common,
-    prompts: Sequence[Prompt],
-    arrival_s: float,
-) -> Response:
-    """Generate and answer; the generations end with the answer, or with the client."""
-    name = uuid.uuid4().hex
-    generations = generator.begin(name, prompts, parsed, arrival_s)
-
-    def finish() -> None:
-        for generation in generations:
-            generator.end(generation)
-
-    written = Answer(name, generator.tokenizer.pieces, parsed, prompts, generations)
-    streaming = False
-    try:
-        if not parsed.stream:
-            return JSONResponse(await unless_gone(request.receive, written.whole()))
-        pieces = written.pieces()
-        # The first text decides the status: an error before it is still a proper answer.
-        first = await unless_gone(request.receive, _next(pieces))
-        streaming = True
-        return EventStream(written.events(pieces, first), finish)
-    finally:
-        if not streaming:
-            finish()
-
-
-async def _next(pieces: AsyncGenerator[tuple[int, Piece]]) -> tuple[int, Piece]:
-    return await anext(pieces)

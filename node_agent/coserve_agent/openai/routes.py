@@ -12,10 +12,11 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from coserve_agent.adapters.served import Served
 from coserve_agent.chat.message import MessageError
 from coserve_agent.chat.template import ChatTemplateError, Given
 from coserve_agent.chat.variables import TemplateVariableError, check_variables, together, try_variables
-from coserve_agent.generation.generate import Generator, Served
+from coserve_agent.generation.generator import Generator
 from coserve_agent.http.body import read_json
 from coserve_agent.http.errors import (
     ApiError,
@@ -27,8 +28,9 @@ from coserve_agent.http.errors import (
 )
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.stream import ClientGoneError
-from coserve_agent.openai.answer import answer
-from coserve_agent.requests.params import parse_chat, parse_completion
+from coserve_agent.openai.respond import respond
+from coserve_agent.requests.chat import parse_chat
+from coserve_agent.requests.completion import parse_completion
 from coserve_agent.requests.prompts import Prompt, check_ids, read_prompts
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -76,7 +78,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
         limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
-        return await answer(generator, request, parsed, [Prompt(prompt, limit)], arrival_s)
+        return await respond(generator, request, parsed, [Prompt(prompt, limit)], arrival_s)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -92,7 +94,7 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
             room = generator.max_model_length - len(prompt.tokens)
             limit = min(usual, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
             prompts.append(replace(prompt, max_tokens=limit))
-        return await answer(generator, request, parsed, prompts, arrival_s)
+        return await respond(generator, request, parsed, prompts, arrival_s)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

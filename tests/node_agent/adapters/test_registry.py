@@ -14,7 +14,7 @@ import pytest
 from peft_adapters import publish
 
 from coserve_agent.adapters.registry import REMOVE_AFTER_S, RETRY_S, AdapterRegistry
-from coserve_agent.generation.generate import Served
+from coserve_agent.adapters.served import Served
 from coserve_contract.messages import AdapterRecord
 
 MakeRecord = Callable[..., AdapterRecord]

@@ -18,10 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, get_scheduler
 
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.errors import JobFailedError
 from coserve_agent.jobs.driver import STEPS_IN_FLIGHT, StopRequested
 from coserve_agent.jobs.inflight import OpenSteps
-from coserve_agent.jobs.passes import PassBounds
 from coserve_agent.jobs.trainlog import DriverState, StepRecord
 from coserve_api.job import Schedule
 from coserve_api.job_status import FailedReason

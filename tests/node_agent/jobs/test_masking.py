@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.engine.pass_bounds import PassBounds
 from coserve_agent.jobs.inflight import OpenSteps
-from coserve_agent.jobs.passes import PassBounds
 from coserve_api.job import DatasetFormat, PublishPolicy, Schedule, TargetModule
 from coserve_contract.messages import BindingSpec
 from coserve_contract.shards import Sample, Shard

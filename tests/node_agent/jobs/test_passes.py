@@ -8,7 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_agent.jobs.passes import PassBounds, split_passes, to_seqs, weight_sum
+from coserve_agent.engine.pass_bounds import PassBounds
+from coserve_agent.jobs.passes import split_passes, to_seqs, weight_sum
 from coserve_contract.shards import Sample
 from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.numerics import Numerics

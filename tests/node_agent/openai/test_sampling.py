@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coserve_agent.generation.generate import Generator
+from coserve_agent.generation.generator import Generator
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 GREEDY: dict[str, Any] = {"model": "base", "temperature": 0, "extra_body": {"ignore_eos": True}}
