@@ -18,11 +18,11 @@ import pytest
 from data_rows import renderer_of
 from redis.asyncio import Redis
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import end
 from coserve_agent.data.material import Material
 from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_contract.keys import Keys
 from coserve_contract.messages import (
