@@ -255,7 +255,8 @@ async def test_a_redis_in_trouble_is_not_asked_until_it_is_well(fault: str, serv
                     await command(tenant, "SET", f"k{number}", b"x" * (1 << 18))
         else:
             others = [await asyncio.open_unix_connection(str(at.socket)) for _ in range(9)]
-            while (await command(client, "INFO", "clients"))["connected_clients"] < 10:  # the last wait to be accepted
+            # the last wait to be accepted
+            while (await command(client, "INFO", "clients"))["connected_clients"] < 10:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         with pytest.raises(StoreError) as error:
             await store.check()
