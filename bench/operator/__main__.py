@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import tempfile
 import time
@@ -17,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from coserve_contract.connect import connect as connect_redis
-from coserve_operator import kube as kubernetes
 from coserve_operator.kube import FINETUNE_JOB, Kube, Manifest
+from coserve_operator.process import first_of
 
 from . import objects, players, servers
 
 PATIENCE_S = 60.0
+LOOK_S = 0.05
+"""How often it is looked whether a change has come about: no figure is finer."""
 
 
 async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -> dict[str, Any]:
-    os.environ["KUBECONFIG"] = str(at.kubeconfig)
-    kube, redis = await kubernetes.connect(), connect_redis(at.redis[0], None, at.redis[1])
+    kube, redis = await servers.client(at), connect_redis(at.redis[0], None, at.redis[1])
     places = -(-options.running // options.endpoints)
     made = await objects.create(kube, (objects.endpoint(n, places) for n in range(options.endpoints)))
     uids = [each["metadata"]["uid"] for each in made]
@@ -37,21 +37,32 @@ async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -
     jobs = await objects.create(kube, named)
     endpoint_of = {each["metadata"]["uid"]: uids[n % options.endpoints] for n, each in enumerate(jobs)}
     await players.say_data_ready(redis, endpoint_of)
-    agents = [players.Agent(redis, uid, places, number) for number, uid in enumerate(uids)]
-    with servers.operator(folder, at):
-        tasks = [asyncio.create_task(players.play(agents, options.progress_seconds))]
-        tasks.append(asyncio.create_task(players.run_feeders(kube)))
-        begun = time.monotonic()
-        await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
-        settled_s = time.monotonic() - begun
-        await asyncio.sleep(options.calm_seconds)
-        told = await _measure(kube, agents, jobs, options)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    together = players.Together(redis)
+    agents = [players.Agent(together, uid, places, number) for number, uid in enumerate(uids)]
+    with servers.operator(folder, at, options.profile):
+        told: dict[str, Any] = {}
+        all_run = asyncio.Event()
+        measured = _run(kube, agents, jobs, options, all_run, told)
+        await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(kube, all_run))
     await redis.aclose()
     await kube.close()
-    return {"all run after s": round(settled_s, 1)} | told
+    return told
+
+
+async def _run(
+    kube: Kube,
+    agents: list[players.Agent],
+    jobs: list[Manifest],
+    options: argparse.Namespace,
+    all_run: asyncio.Event,
+    told: dict[str, Any],
+) -> None:
+    begun = time.monotonic()
+    await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
+    told["all run after s"] = round(time.monotonic() - begun, 1)
+    all_run.set()
+    await asyncio.sleep(options.calm_seconds)
+    told |= await _measure(kube, agents, jobs, options)
 
 
 async def _finished(kube: Kube, options: argparse.Namespace) -> None:
@@ -89,6 +100,7 @@ async def _measure(
         "CPU s a minute": used,
         "RSS MiB": {name: servers.memory_mib(pid) for name, pid in pids.items()},
         "measured s": round(minutes * 60, 1),
+        "longest second of the agents, s": round(max(each.longest_s for each in agents), 1),
     }
 
 
@@ -104,7 +116,7 @@ async def _edit(kube: Kube, agent: players.Agent, job: str, name: str, rng: rand
 
     begun = time.monotonic()
     await kube.merge(FINETUNE_JOB, servers.NAMESPACE, name, {"spec": {"priority": wanted}})
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
@@ -117,16 +129,23 @@ async def _end(kube: Kube, agent: players.Agent, job: str, name: str) -> float:
 
     begun = time.monotonic()
     await agent.end(job)
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
-async def _until(check: Callable[[], Awaitable[bool]], patience_s: float) -> None:
+async def _state(kube: Kube, name: str) -> str:
+    found = await kube.get(FINETUNE_JOB, servers.NAMESPACE, name)
+    return json.dumps({"spec": found["spec"], "status": found.get("status")})
+
+
+async def _until(
+    check: Callable[[], Awaitable[bool]], patience_s: float, state: Callable[[], Awaitable[str]] | None = None
+) -> None:
     deadline = time.monotonic() + patience_s
     while not await check():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {patience_s} s; see operator.log")
-        await asyncio.sleep(0.02)
+            raise TimeoutError(f"not within {patience_s} s: {await state() if state else ''}")
+        await asyncio.sleep(LOOK_S)
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
@@ -145,6 +164,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calm-seconds", type=float, default=10.0, help="from then on until it is measured")
     parser.add_argument("--pause-seconds", type=float, default=0.2, help="between two changes")
     parser.add_argument("--progress-seconds", type=int, default=5, help="how often a job reports its progress")
+    parser.add_argument("--profile", default="", help="a file for the operator's cProfile; it is slower meanwhile")
     return parser.parse_args()
 
 

@@ -15,6 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from coserve_operator.kube import Kube
+
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "bench"
 
@@ -57,9 +62,15 @@ def servers(folder: Path) -> Iterator[Servers]:
         yield Servers(api.kubeconfig, (f"redis://127.0.0.1:{port}/0", password))
 
 
+async def client(at: Servers) -> Kube:
+    configuration = Configuration()
+    await config.load_kube_config(str(at.kubeconfig), client_configuration=configuration)  # type: ignore[no-untyped-call]
+    return Kube(ApiClient(configuration))
+
+
 @contextmanager
-def operator(folder: Path, at: Servers) -> Iterator[int]:
-    """Run the operator; gives its process id."""
+def operator(folder: Path, at: Servers, profile: str) -> Iterator[int]:
+    """Run the operator; gives its process id. `profile` is a file for cProfile's figures, "" for none."""
     url, password = at.redis
     os.environ |= {
         "KUBECONFIG": str(at.kubeconfig),
@@ -71,7 +82,9 @@ def operator(folder: Path, at: Servers) -> Iterator[int]:
         "COSERVE_METRICS_API_SERVICE": "",
         "COSERVE_LOG_LEVEL": "WARNING",
     }
-    with _helpers().program([sys.executable, "-m", "coserve_operator.main"], folder / "operator.log") as process:
+    profiled = ["-m", "cProfile", "-o", profile] if profile else []
+    words = [sys.executable, *profiled, "-m", "coserve_operator.main"]
+    with _helpers().program(words, folder / "operator.log") as process:
         yield process.pid
 
 

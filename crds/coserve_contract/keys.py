@@ -12,6 +12,9 @@ from coserve_api.errors import InvalidValueError
 ENDPOINT_INDEX = "cs:endpoints"
 """Set of endpoint UIDs with keys, for the operator's sweep. No endpoint's user can read it."""
 
+OF_JOB = ("fence", "owner", "checkpoint", "progress", "result", "shards", "eval", "feed")
+"""What there is of a job."""
+
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,127}")
 
 
@@ -107,15 +110,6 @@ class Keys:
         return self._job(job, "feed")
 
     def all_of_job(self, job: str) -> tuple[str, ...]:
-        """Every key of a job, to delete them."""
-        methods = (
-            self.fence,
-            self.owner,
-            self.checkpoint,
-            self.progress,
-            self.result,
-            self.shards,
-            self.eval,
-            self.feed,
-        )
-        return tuple(method(job) for method in methods)
+        """Every key of a job: those of OF_JOB."""
+        start = self._job(job, "")
+        return tuple(start + what for what in OF_JOB)

@@ -326,11 +326,29 @@ end
 return found
 """
 
-# All of a job at one moment. KEYS: 1 fence, 2 shards, 3 eval, 4 owner, 5 checkpoint, 6 progress, 7 result, 8 feed.
+# All of a job at one moment. KEYS: 1 fence, 2 owner, 3 checkpoint, 4 progress, 5 result, 6 shards, 7 eval, 8 feed.
 JOB = """
-local fence = redis.call('HMGET', KEYS[1], 'epoch', 'agent')
-local messages = redis.call('MGET', KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8])
-return {fence, {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3])}, messages}
+local said = redis.call('MGET', KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[8])
+return {
+  redis.call('HMGET', KEYS[1], 'epoch', 'agent'),
+  said[1], said[2], said[3], said[4],
+  redis.call('XLEN', KEYS[6]), redis.call('XLEN', KEYS[7]), said[5],
+}
+"""
+
+# The same of many jobs, as far as it may be read. KEYS: as for JOB, of each. ARGV: 1 the index of the last byte that is
+# read of a string. Of what is of another type it answers an error.
+JOBS = """
+local found = {}
+local function text(key) return redis.pcall('GETRANGE', key, 0, ARGV[1]) end
+for n = 1, #KEYS, 8 do
+  found[#found + 1] = {
+    redis.pcall('HMGET', KEYS[n], 'epoch', 'agent'),
+    text(KEYS[n + 1]), text(KEYS[n + 2]), text(KEYS[n + 3]), text(KEYS[n + 4]),
+    redis.pcall('XLEN', KEYS[n + 5]), redis.pcall('XLEN', KEYS[n + 6]), text(KEYS[n + 7]),
+  }
+end
+return found
 """
 
 # KEYS: 1 feed, 2 changed. ARGV: 1 feed.

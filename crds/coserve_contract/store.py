@@ -93,28 +93,12 @@ class Reading(Protocol):
     def __call__(self, load: Callable[[str, Any], T | None], key: str, raw: Any) -> T | None: ...
 
 
-STRINGS = (Keys.owner, Keys.checkpoint, Keys.progress, Keys.result, Keys.feed)
-"""What a JobRecord is read from, beside the fence and the length of the stream of shards."""
-
-
-def job_record(read: Reading, keys: Keys, job: str, fence: Any, strings: Sequence[Any], lengths: Any) -> JobRecord:
-    """A record from the raw fields of the fence, `STRINGS`, and the lengths of both streams."""
-    loads: tuple[Callable[[str, Any], Any], ...] = (
-        _load_owner,
-        Checkpoint.loads,
-        Progress.loads,
-        load_result,
-        FeedStatus.loads,
-    )
-    owner, checkpoint, progress, result, feed = (
-        read(load, name(keys, job), raw) for name, load, raw in zip(STRINGS, loads, strings, strict=True)
-    )
-    held, held_out = (
-        read(lambda _, length: int(length), key, raw) or 0
-        for key, raw in zip((keys.shards(job), keys.eval(job)), lengths, strict=True)
-    )
+def job_record(read: Reading, keys: Sequence[str], answers: Sequence[Any]) -> JobRecord:
+    """A record from the keys of a job and the answers of `lua.JOB`."""
+    fence, owner, checkpoint, progress, result, held, held_out, feed = map(read, _LOADS, keys, answers)
+    held, held_out = held or 0, held_out or 0
     return JobRecord(
-        fence=read(load_fence, keys.fence(job), fence),
+        fence=fence,
         owner=owner,
         checkpoint=checkpoint,
         progress=progress,
@@ -127,6 +111,23 @@ def job_record(read: Reading, keys: Keys, job: str, fence: Any, strings: Sequenc
 
 def _load_owner(_: str, raw: bytes) -> str:
     return raw[:200].decode(errors="replace")
+
+
+def _length(_: str, raw: int) -> int:
+    return raw
+
+
+_LOADS: tuple[Callable[[str, Any], Any], ...] = (
+    load_fence,
+    _load_owner,
+    Checkpoint.loads,
+    Progress.loads,
+    load_result,
+    _length,
+    _length,
+    FeedStatus.loads,
+)
+"""Of OF_JOB."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,8 @@ class Store:
 
     async def job(self, job: str) -> JobRecord:
         """All that Redis knows of a job, at one moment; messages that do not read are absent, and in `broken`."""
-        names = [name(self.keys, job) for name in STRINGS]
-        keys = [self.keys.fence(job), self.keys.shards(job), self.keys.eval(job), *names]
-        fence, lengths, strings = await run_script(self.redis, lua.JOB, keys, [])
+        keys = self.keys.all_of_job(job)
+        answers = await run_script(self.redis, lua.JOB, keys, [])
         broken: list[MessageError] = []
 
         def read(load: Callable[[str, Any], T | None], key: str, raw: Any) -> T | None:
@@ -219,7 +219,7 @@ class Store:
                 broken.append(error)
                 return None
 
-        record = job_record(read, self.keys, job, fence, strings, lengths)
+        record = job_record(read, keys, answers)
         return replace(record, broken=tuple(broken))
 
     async def job_uids(self) -> frozenset[str]:

@@ -38,7 +38,7 @@ def test_a_change_of_state_is_written_at_once_and_progress_now_and_then() -> Non
     assert budget.delay_s("u", RUNNING, ON, PROGRESS) == 0.0
 
 
-@pytest.mark.parametrize(("count", "every_s"), [(10, 2), (66, 2), (1000, 30), (5000, 151)])
+@pytest.mark.parametrize(("count", "every_s"), [(10, 2), (40, 2), (1000, 50), (5000, 250)])
 def test_how_often_progress_is_written_follows_the_number_of_jobs(count: int, every_s: int) -> None:
     budget = StatusBudget(lambda: 0.0)
     for number in range(count):

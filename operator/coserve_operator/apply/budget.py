@@ -20,11 +20,11 @@ class Figures:
     per_s: float
 
 
-PROGRESS = Figures(frozenset({"progress", "checkpoint", "queuePosition"}), 2.0, 33.0)
-"""Of jobs that run: every 2 s of 10, every 30 s of 1000."""
-QUEUE = Figures(PROGRESS.fields, 10.0, 10.0)
+PROGRESS = Figures(frozenset({"progress", "checkpoint", "queuePosition"}), 2.0, 20.0)
+"""Of jobs that run: every 2 s of 40, every 50 s of 1000. Such a write costs the API server some 10 ms of a core."""
+QUEUE = Figures(PROGRESS.fields, 10.0, 4.0)
 """Of jobs that wait: when one is bound, the places of all behind it change."""
-LOAD = Figures(frozenset({"saturationPercent", "slo"}), 10.0, 17.0)
+LOAD = Figures(frozenset({"saturationPercent", "slo"}), 10.0, 6.0)
 """Of endpoints."""
 EARLY = 0.5
 """Part of the time after which figures are written if the object is looked at anyway: so those of one group come to be

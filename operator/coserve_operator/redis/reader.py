@@ -5,6 +5,7 @@ is what is not known of that endpoint, and is said in its status; no endpoint's 
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +15,22 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from coserve_api.errors import InvalidValueError, MessageError
+from coserve_contract import lua
 from coserve_contract.connect import command_time
 from coserve_contract.keys import Keys
 from coserve_contract.message import MESSAGE_BYTES, Message
 from coserve_contract.messages import AdapterRecord, Binding, Heartbeat
-from coserve_contract.store import MOST_AGENTS, STRINGS, JobRecord, job_record
+from coserve_contract.store import MOST_AGENTS, JobRecord, job_record
 from coserve_operator.decide.observed import RedisView, Unreadable
-from coserve_operator.redis.bounded import ReplyTooLargeError, round_trip
+from coserve_operator.redis.bounded import REPLY_BYTES, ReplyTooLargeError, round_trip
 
 logger = logging.getLogger(__name__)
 
 MOST_ADAPTERS, MOST_JOBS = 1024, 20_000
 MOST_BYTES, MOST_BROKEN_BYTES = 4 << 20, 256 << 10
 """Of an endpoint's messages together, and of those that do not read: parsing them takes the others' time."""
+JOBS_AT_ONCE = REPLY_BYTES // (6 * MESSAGE_BYTES)
+"""Read by one command: five messages each, and no more than a reply may have."""
 TURN_BYTES = MESSAGE_BYTES
 """Parsed at a stretch, before others of the loop have their turn."""
 INVALID_CONTENT = "InvalidContent"
@@ -42,25 +46,39 @@ M = TypeVar("M", bound=Message)
 Wants = Mapping[str, Sequence[str]]
 """Job uids by endpoint uid."""
 Found = dict[str, RedisView | Unreadable]
+Parsed = dict[str, tuple[Any, Any]]
+"""Of what stood under a key what it said."""
 Settled = Callable[[str, bool], bool]
 """Of an endpoint, and whether it has no incarnation: whether a missing heartbeat proves something."""
 
 
-async def read(redis: Redis, wants: Wants, settled: Settled) -> Found:
-    """Return what Redis holds of each endpoint and of the jobs given for it.
+class Reader:
+    """Reads again and again: a message that is as it was is not parsed anew."""
 
-    RedisError, OSError: Redis could not be asked.
-    """
-    try:
-        return await _read(redis, wants, settled)
-    except ReplyTooLargeError as error:
-        if len(wants) == 1:
-            return {uid: _foreign(uid, str(error)) for uid in wants}
-    each, middle = list(wants.items()), len(wants) // 2  # it is one of them, or all of them together
-    return await read(redis, dict(each[:middle]), settled) | await read(redis, dict(each[middle:]), settled)
+    def __init__(self) -> None:
+        self._parsed: dict[str, Parsed] = {}
+        """By endpoint."""
+
+    async def read(self, redis: Redis, wants: Wants, settled: Settled) -> Found:
+        """Return what Redis holds of each endpoint and of the jobs given for it.
+
+        RedisError, OSError: Redis could not be asked.
+        """
+        try:
+            return await _read(redis, wants, settled, self._parsed)
+        except ReplyTooLargeError as error:
+            if len(wants) == 1:
+                return {uid: _foreign(uid, str(error)) for uid in wants}
+        each, middle = list(wants.items()), len(wants) // 2  # it is one of them, or all of them together
+        found = await self.read(redis, dict(each[:middle]), settled)
+        return found | await self.read(redis, dict(each[middle:]), settled)
+
+    def forget(self, uid: str) -> None:
+        """Drop what is remembered of an endpoint that is gone."""
+        self._parsed.pop(uid, None)
 
 
-async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
+async def _read(redis: Redis, wants: Wants, settled: Settled, parsed: dict[str, Parsed]) -> Found:
     first = redis.pipeline(transaction=False)
     for uid, jobs in wants.items():
         keys = Keys(uid)
@@ -68,14 +86,11 @@ async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
         first.zrange(keys.agents(), 0, MOST_AGENTS)
         first.srandmember(keys.jobs(), MOST_JOBS + 1)
         first.hrandfield(keys.adapters(), MOST_ADAPTERS + 1, withvalues=True)
-        for job in jobs:
-            first.hmget(keys.fence(job), ["epoch", "agent"])
-            for name in STRINGS:
-                first.getrange(name(keys, job), 0, MESSAGE_BYTES)
-            first.xlen(keys.shards(job))
-            first.xlen(keys.eval(job))
+        for start in range(0, len(jobs), JOBS_AT_ONCE):
+            names = [name for job in jobs[start : start + JOBS_AT_ONCE] for name in keys.all_of_job(job)]
+            first.eval(lua.JOBS, len(names), *names, MESSAGE_BYTES)
     answers = iter(await _execute(first))
-    replies = {uid: _Replies.of(Keys(uid), jobs, answers) for uid, jobs in wants.items()}
+    replies = {uid: _Replies.of(Keys(uid), jobs, answers, parsed.get(uid, {})) for uid, jobs in wants.items()}
     second = redis.pipeline(transaction=False)
     for each in replies.values():
         for agent in each.agents:
@@ -83,7 +98,9 @@ async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
         for job, agent in each.bound:
             second.hget(each.keys.bindings(agent), job)
     answers = iter(await _execute(second))
-    return {uid: await each.finish(answers, settled) for uid, each in replies.items()}
+    found = {uid: await each.finish(answers, settled) for uid, each in replies.items()}
+    parsed |= {uid: each.parsed for uid, each in replies.items()}
+    return found
 
 
 async def _execute(pipeline: Pipeline) -> list[Any]:
@@ -94,9 +111,17 @@ async def _execute(pipeline: Pipeline) -> list[Any]:
         with round_trip():
             answers = list(await pipeline.execute(raise_on_error=False))
     for answer in answers:
-        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
-            raise answer  # Redis is busy, or has no memory left
+        for each in _each(answer):
+            if isinstance(each, Exception) and not str(each).startswith("WRONGTYPE"):
+                raise each  # Redis is busy, or has no memory left
     return answers
+
+
+def _each(answer: Any) -> Iterator[Any]:
+    """An answer and, of a script's, its parts."""
+    yield answer
+    if isinstance(answer, list) and answer and isinstance(answer[0], list):
+        yield from itertools.chain.from_iterable(answer)
 
 
 def _foreign(uid: str, problem: str) -> Unreadable:
@@ -112,8 +137,10 @@ class _Replies:
     agents: list[str] = field(default_factory=list)
     known: frozenset[str] = frozenset()
     adapters: dict[bytes, bytes] = field(default_factory=dict)
-    jobs: dict[str, tuple[Any, list[Any], list[Any]]] = field(default_factory=dict)
+    jobs: dict[str, list[Any]] = field(default_factory=dict)
     bound: list[tuple[str, str]] = field(default_factory=list)
+    before: Parsed = field(default_factory=dict)
+    parsed: Parsed = field(default_factory=dict)
     broken: list[MessageError] = field(default_factory=list)
     unreadable: str = ""
     parsed_bytes: int = 0
@@ -121,19 +148,19 @@ class _Replies:
     broken_bytes: int = 0
 
     @classmethod
-    def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any]) -> "_Replies":
+    def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any], before: Parsed) -> "_Replies":
         """The answers of the first round trip."""
-        made = cls(keys)
+        made = cls(keys, before=before)
         incarnation, agents, known, adapters = (next(answers) for _ in range(4))
-        for job in jobs:
-            made.jobs[job] = next(answers), [next(answers) for _ in STRINGS], [next(answers), next(answers)]
+        for start in range(0, len(jobs), JOBS_AT_ONCE):
+            made.jobs |= zip(jobs[start : start + JOBS_AT_ONCE], next(answers), strict=True)
         made.incarnation = _text(made._needed(keys.incarnation(), incarnation, b""))
         made.agents = made._ids(keys.agents(), made._counted(keys.agents(), agents, MOST_AGENTS), keys.agent)
         members = made._counted(keys.jobs(), known, MOST_JOBS)
         made.known = frozenset(made._ids(keys.jobs(), members, keys.fence))
         flat = made._counted(keys.adapters(), adapters, 2 * MOST_ADAPTERS)
         made.adapters = dict(zip(flat[::2], flat[1::2], strict=False))
-        for job, (fence, _, _) in made.jobs.items():
+        for job, (fence, *_) in made.jobs.items():
             holder = [fence[1]] if isinstance(fence, list) and fence[1] else []
             made.bound += [(job, agent) for agent in made._ids(keys.fence(job), holder, keys.agent)]
         return made
@@ -166,7 +193,7 @@ class _Replies:
             await self._let_others()
         jobs: dict[str, JobRecord] = {}
         for job, answer in self.jobs.items():
-            jobs[job] = job_record(self._message, keys, job, *answer)
+            jobs[job] = job_record(self._message, keys.all_of_job(job), answer)
             await self._let_others()
         adapters: dict[str, AdapterRecord] = {}
         for name, value in self.adapters.items():
@@ -223,7 +250,12 @@ class _Replies:
             if isinstance(raw, bytes) and len(raw) > MESSAGE_BYTES:
                 raise MessageError(key, "", f"longer than {MESSAGE_BYTES} bytes", _DELETE)
             self._count(size)
-            return load(key, raw) if raw else None
+            if not raw:
+                return None
+            known = self.before.get(key)
+            found: T = known[1] if known is not None and known[0] == raw else load(key, raw)
+            self.parsed[key] = raw, found
+            return found
         except MessageError as error:
             self.broken.append(error)
             self.broken_bytes += size

@@ -48,6 +48,38 @@ OnEvent = Callable[[Kind, str | None, Manifest], None]
 Activity = Callable[[], Awaitable[None]]
 
 
+class _NoDiffs(kopf.DiffBaseStorage):
+    """kopf copies each object, twice, to compare it with what it was: handlers of events have no use for that."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+
+class _NoProgress(kopf.ProgressStorage):
+    """Nor does it remember anything of them."""
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+    def purge(self, **_: Any) -> None:
+        pass
+
+    def touch(self, **_: Any) -> None:
+        pass
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
 def watch_settings(identity: str) -> kopf.OperatorSettings:
     """Return kopf's settings: no scanning of CRDs and namespaces, no peering, no events of its own."""
     settings = kopf.OperatorSettings()
@@ -59,6 +91,7 @@ def watch_settings(identity: str) -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = PAGE
     settings.networking.request_timeout = 30
+    settings.persistence.diffbase_storage, settings.persistence.progress_storage = _NoDiffs(), _NoProgress()
     for kind, labels in SELECTORS.items():
         if labels:
             settings.watching.label_selectors[kind.group, kind.version, kind.plural] = labels
