@@ -41,26 +41,19 @@ async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -
     agents = [players.Agent(together, uid, places, number) for number, uid in enumerate(uids)]
     with servers.operator(folder, at, options.profile):
         told: dict[str, Any] = {}
-        all_run = asyncio.Event()
-        measured = _run(kube, agents, jobs, options, all_run, told)
-        await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(kube, all_run))
+        measured = _run(kube, agents, jobs, options, told)
+        await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(at))
     await redis.aclose()
     await kube.close()
     return told
 
 
 async def _run(
-    kube: Kube,
-    agents: list[players.Agent],
-    jobs: list[Manifest],
-    options: argparse.Namespace,
-    all_run: asyncio.Event,
-    told: dict[str, Any],
+    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], options: argparse.Namespace, told: dict[str, Any]
 ) -> None:
     begun = time.monotonic()
     await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
     told["all run after s"] = round(time.monotonic() - begun, 1)
-    all_run.set()
     await asyncio.sleep(options.calm_seconds)
     told |= await _measure(kube, agents, jobs, options)
 

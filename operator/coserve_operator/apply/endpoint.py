@@ -8,8 +8,9 @@ from datetime import datetime
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_contract.messages import AdapterRecord
 from coserve_operator.apply.budget import LOAD, StatusBudget
-from coserve_operator.apply.events import Listener, Recorder
+from coserve_operator.apply.events import Recorder
 from coserve_operator.apply.hindrances import LISTEN_S, LOOK_AGAIN_S, Hindrances
+from coserve_operator.apply.listener import Listener
 from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.apply.status import write_status

@@ -1,4 +1,4 @@
-"""Redis has no watch that lasts: what says that it has changed is read each second, and everything now and then.
+"""Redis has no watch that lasts: what says that it has changed is read twice a second, and everything now and then.
 
 Agents and feeders mark an endpoint whose state they change; one of the version before does not, and figures are no
 change. A lost agent marks nothing: its last heartbeat is old.
@@ -14,6 +14,8 @@ from coserve_operator.watch.cache import Cache, Name
 
 BATCH = 100
 """Endpoints read at once."""
+SOON_S = 1.0
+"""After this time an endpoint is read again that is not yet as it is to be."""
 ASKED = 500
 """Endpoints whose marks are asked for at once."""
 
@@ -118,6 +120,6 @@ class Poller:
         if isinstance(view, Unreadable):
             return self._full_s
         if not view.settled or view.incarnation is None:
-            return 0.0
+            return SOON_S
         runs = any(beat.jobs for beat in view.agents.values())
         return min(self._full_s, self._pace.progress_s()) if runs else self._full_s
