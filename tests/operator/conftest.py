@@ -149,8 +149,17 @@ def cluster(crds: Any, request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def operator(tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any) -> Iterator[Operator]:
+def operator_env() -> dict[str, str]:
+    """What its settings have beside the usual; a module may say otherwise."""
+    return {}
+
+
+@pytest.fixture
+def operator(
+    tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any, operator_env: dict[str, str]
+) -> Iterator[Operator]:
     made = Operator(tmp_path, cluster, redis_server)
+    made.env |= operator_env
     made.start()
     yield made
     made.end()

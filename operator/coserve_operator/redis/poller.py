@@ -53,7 +53,8 @@ class Poller:
     """Compares what a Redis holds with what it held, and asks for reconciles.
 
     Each poll reads what was marked, what we have written to, and endpoints that lost an agent; every endpoint at the
-    latest after `full_s`, and after `pace.progress_s()` one with a job that runs.
+    latest after `full_s`, and after `pace.progress_s()` one with a job that runs. One that does not read waits for
+    `full_s` whatever it marks: reading rubbish takes the others' time.
     """
 
     def __init__(self, cache: Cache, store: OperatorStore, queue: KeyedQueue[Name], full_s: float, pace: Pace) -> None:
@@ -91,9 +92,11 @@ class Poller:
             self._queue.add(name)
 
     def _is_due(self, uid: str, mark: Any, lost: bool) -> bool:
-        if lost or uid not in self._marks or self._marks[uid] != mark or uid in self.store.written:
+        if self.store.clock() >= self._due.get(uid, 0.0):
             return True
-        return self.store.clock() >= self._due.get(uid, 0.0)
+        if isinstance(self._seen[uid][0], Unreadable):
+            return False
+        return lost or uid not in self._marks or self._marks[uid] != mark or uid in self.store.written
 
     async def _read(self, uids: Sequence[str], names: dict[str, Name]) -> None:
         self.store.written.difference_update(uids)

@@ -253,7 +253,7 @@ class _Replies:
             if not raw:
                 return None
             known = self.before.get(key)
-            found: T = known[1] if known is not None and known[0] == raw else load(key, raw)
+            found: T | None = known[1] if known is not None and known[0] == raw else load(key, raw)
             self.parsed[key] = raw, found
             return found
         except MessageError as error:
