@@ -33,6 +33,8 @@ JOBS_AT_ONCE = REPLY_BYTES // (6 * MESSAGE_BYTES)
 """Read by one command: five messages each, and no more than a reply may have."""
 TURN_BYTES = MESSAGE_BYTES
 """Parsed at a stretch, before others of the loop have their turn."""
+KEPT_BYTES = 4 << 10
+"""A message up to this size is kept with what it said: those of jobs are, by far, and rubbish takes no memory."""
 INVALID_CONTENT = "InvalidContent"
 _DELETE = "delete the key, and its writer writes it anew"
 
@@ -254,7 +256,8 @@ class _Replies:
                 return None
             known = self.before.get(key)
             found: T | None = known[1] if known is not None and known[0] == raw else load(key, raw)
-            self.parsed[key] = raw, found
+            if size <= KEPT_BYTES:
+                self.parsed[key] = raw, found
             return found
         except MessageError as error:
             self.broken.append(error)
