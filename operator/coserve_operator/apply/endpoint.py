@@ -63,6 +63,7 @@ class Reconciliation:
     leaving_agents: frozenset[str] = frozenset()
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     published: Versions = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, AdapterRecord] = field(default_factory=dict)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     """What keeps feeders from being made, by the job's uid."""
@@ -267,6 +268,7 @@ class EndpointApplier:
             unreadable=run.unreadable,
             agent_jobs=_agent_jobs(run),
             published=run.published,
+            owners=run.owners,
             adapters=run.adapters,
             autoscaler=views.autoscaler_report(run.group.autoscaler),
             autoscaler_obstacle=self.metrics_slot.slot.obstacle,
