@@ -41,26 +41,19 @@ async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -
     agents = [players.Agent(together, uid, places, number) for number, uid in enumerate(uids)]
     with servers.operator(folder, at, options.profile):
         told: dict[str, Any] = {}
-        all_run = asyncio.Event()
-        measured = _run(kube, agents, jobs, options, all_run, told)
-        await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(kube, all_run))
+        measured = _run(kube, agents, jobs, options, told)
+        await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(at))
     await redis.aclose()
     await kube.close()
     return told
 
 
 async def _run(
-    kube: Kube,
-    agents: list[players.Agent],
-    jobs: list[Manifest],
-    options: argparse.Namespace,
-    all_run: asyncio.Event,
-    told: dict[str, Any],
+    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], options: argparse.Namespace, told: dict[str, Any]
 ) -> None:
     begun = time.monotonic()
     await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
     told["all run after s"] = round(time.monotonic() - begun, 1)
-    all_run.set()
     await asyncio.sleep(options.calm_seconds)
     told |= await _measure(kube, agents, jobs, options)
 
@@ -100,6 +93,7 @@ async def _measure(
         "CPU s a minute": used,
         "RSS MiB": {name: servers.memory_mib(pid) for name, pid in pids.items()},
         "measured s": round(minutes * 60, 1),
+        "longest second of the agents, s": round(max(each.longest_s for each in agents), 1),
     }
 
 
@@ -115,7 +109,7 @@ async def _edit(kube: Kube, agent: players.Agent, job: str, name: str, rng: rand
 
     begun = time.monotonic()
     await kube.merge(FINETUNE_JOB, servers.NAMESPACE, name, {"spec": {"priority": wanted}})
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
@@ -128,15 +122,22 @@ async def _end(kube: Kube, agent: players.Agent, job: str, name: str) -> float:
 
     begun = time.monotonic()
     await agent.end(job)
-    await _until(told, PATIENCE_S)
+    await _until(told, PATIENCE_S, lambda: _state(kube, name))
     return time.monotonic() - begun
 
 
-async def _until(check: Callable[[], Awaitable[bool]], patience_s: float) -> None:
+async def _state(kube: Kube, name: str) -> str:
+    found = await kube.get(FINETUNE_JOB, servers.NAMESPACE, name)
+    return json.dumps({"spec": found["spec"], "status": found.get("status")})
+
+
+async def _until(
+    check: Callable[[], Awaitable[bool]], patience_s: float, state: Callable[[], Awaitable[str]] | None = None
+) -> None:
     deadline = time.monotonic() + patience_s
     while not await check():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {patience_s} s; see operator.log")
+            raise TimeoutError(f"not within {patience_s} s: {await state() if state else ''}")
         await asyncio.sleep(LOOK_S)
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from kubernetes.aio.client import BatchV1Api
+from kubernetes.aio.watch import Watch
 from redis.asyncio import Redis
 
 from coserve_contract.keys import Keys, agent_id
 from coserve_contract.messages import Binding, Checkpoint, Completed, FeedStatus, Heartbeat, JobBeat, Load, Progress
 from coserve_contract.scripts import Fencing, Lease
 from coserve_contract.store import Store
-from coserve_operator.kube import BATCH_JOB, Kube, KubeError
+from coserve_operator.kube import BATCH_JOB, KubeError
 
 from .objects import all_of
-from .servers import NAMESPACE
+from .servers import NAMESPACE, Servers, api_client, client
 
 STEPS = 1_000_000
 SHA = "0" * 64
@@ -65,10 +68,12 @@ class Agent:
         self.pod, keys = f"agent-{self.number}", Keys(self.uid)
         self.id = agent_id(f"pod-{self.number}", "b1")
         self.fencing, self.store = Fencing(self.redis, keys, self.id), Store(self.redis, keys)
-        self.seconds = 0
+        self.seconds, self.began, self.longest_s = 0, 0.0, 0.0
 
     async def second(self, progress_every: int) -> None:
         """What an agent does each second."""
+        now = asyncio.get_running_loop().time()
+        self.longest_s, self.began = max(self.longest_s, now - self.began if self.began else 0.0), now
         self.seconds += 1
         running = {job: JobBeat(epoch=each.epoch, step=self.seconds) for job, each in self.held.items()}
         beat = Heartbeat(
@@ -122,24 +127,16 @@ async def say_data_ready(redis: Redis, jobs: dict[str, str]) -> None:
     await all_of([lambda j=job, e=uid: Store(redis, Keys(e)).set_feed(j, status) for job, uid in jobs.items()], 32)
 
 
-async def run_feeders(kube: Kube, enough: asyncio.Event) -> None:
-    """Play the Job controller until `enough`: each feeder has a pod. Those that come later have none yet."""
-    seen: set[str] = set()
+async def run_feeders(at: Servers) -> None:
+    """Play the Job controller: each feeder has a pod."""
     body: dict[str, Any] = {"apiVersion": BATCH_JOB.api_version, "kind": BATCH_JOB.name}
-    while not enough.is_set():
-        begun = asyncio.get_running_loop().time()
-        found, _ = await kube.list_all(BATCH_JOB)
-        took_s = asyncio.get_running_loop().time() - begun
-        for each in found:
-            name, uid = each["metadata"]["name"], each["metadata"]["uid"]
-            if uid in seen or each["spec"].get("suspend"):
+    kube = await client(at)
+    async with await api_client(at) as api:
+        async for event in Watch(return_type=object).stream(BatchV1Api(api).list_job_for_all_namespaces):
+            told = event["object"]
+            if event["type"] == "DELETED" or told["spec"].get("suspend") or told.get("status", {}).get("active"):
                 continue
-            status = {"active": 1, "ready": 1, "startTime": each["metadata"]["creationTimestamp"]}
-            told = body | {"metadata": {"name": name, "namespace": NAMESPACE}, "status": status}
-            try:
-                await kube.apply(told, "status", "bench")
-            except KubeError:
-                continue
-            seen.add(uid)
-        await asyncio.sleep(max(5.0, 10 * took_s))
-    await asyncio.Event().wait()
+            status = {"active": 1, "ready": 1, "startTime": told["metadata"]["creationTimestamp"]}
+            played = body | {"metadata": {"name": told["metadata"]["name"], "namespace": NAMESPACE}, "status": status}
+            with suppress(KubeError):
+                await kube.apply(played, "status", "bench")

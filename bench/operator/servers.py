@@ -62,10 +62,14 @@ def servers(folder: Path) -> Iterator[Servers]:
         yield Servers(api.kubeconfig, (f"redis://127.0.0.1:{port}/0", password))
 
 
-async def client(at: Servers) -> Kube:
+async def api_client(at: Servers) -> ApiClient:
     configuration = Configuration()
     await config.load_kube_config(str(at.kubeconfig), client_configuration=configuration)  # type: ignore[no-untyped-call]
-    return Kube(ApiClient(configuration))
+    return ApiClient(configuration)
+
+
+async def client(at: Servers) -> Kube:
+    return Kube(await api_client(at))
 
 
 @contextmanager

@@ -13,6 +13,9 @@ MAX_ADAPTERS = 512
 """Names that an endpoint can have."""
 MAX_OLDER = 4
 """Versions of a name that status keeps beside the newest."""
+PUBLISHER = "coserve.dev/publisher"
+"""Annotation of a FinetuneJob: who creates it. It says the truth where the chart's admission policy holds."""
+Publisher = Annotated[str, Field(max_length=512)]
 Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
 FolderUri = Annotated[str, Field(max_length=1600)]
 Checksum = Annotated[str, Field(max_length=64)]
@@ -47,6 +50,9 @@ class AdapterOverride(SpecModel):
     """Serve this version, whatever is published later. Unset: the newest."""
     state: AdapterState = AdapterState.PRESENT
     """Present, or Absent: no version is served under the name; all stay in the artifact store."""
+    publisher: Publisher | None = None
+    """To whom the name belongs from now on, as the annotation coserve.dev/publisher of their FinetuneJobs says it;
+    while it is "", everybody may publish under the name. Unset: to who published first."""
     uri: Annotated[str, Field(max_length=1024)] | None = None
     """Reserved; must not be set."""
 
@@ -85,6 +91,8 @@ class AdapterStatus(StatusModel):
     """Its rank."""
     job_uid: JobUid = ""
     """UID of the FinetuneJob that made it."""
+    publisher: Publisher = ""
+    """To whom the name belongs: jobs of others wait. Empty: to nobody."""
     older: Annotated[
         tuple[AdapterVersion, ...],
         Field(

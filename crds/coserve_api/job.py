@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.alias_generators import to_camel
 
+from coserve_api.adapters import PUBLISHER
 from coserve_api.common import (
     BatchSize,
     BetaDecimal,
@@ -362,6 +363,11 @@ class FinetuneJob(BaseModel):
     metadata: ObjectMeta
     spec: JobSpec
     status: JobStatus = Field(default_factory=JobStatus)
+
+    @property
+    def publisher(self) -> str:
+        """Who says to have created it; "" where nobody does."""
+        return self.metadata.annotations.get(PUBLISHER, "")
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> FinetuneJob:

@@ -26,6 +26,8 @@ from coserve_contract.messages import Binding, Checkpoint, Completed, Failed, He
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 5_000
 LEASE_TTL_MS = 10_000
+BIND_LOOKS = 5
+"""How often a binding is tried while the agent before writes in between; a bound, since whoever writes may not stop."""
 
 
 class Reason(StrEnum):
@@ -266,9 +268,18 @@ class Binder:
         and Released result.
 
         `binding.resume` replaces the checkpoint in Redis only if it covers more steps. Where Redis has no fence (it was
-        emptied), the epoch in status can be bound again as it is, and the agent goes on. Refused: stale_token,
-        stale_epoch, finished, changed. A fence, result or checkpoint that does not read counts as none.
+        emptied), the epoch in status can be bound again as it is, and the agent goes on. What the agent before writes
+        meanwhile is looked at again, some times. Refused: stale_token, stale_epoch, finished, changed. A fence, result
+        or checkpoint that does not read counts as none.
         """
+        for _ in range(BIND_LOOKS):
+            refused = await self._bind(job, agent, binding)
+            if refused is None or refused.reason is not Reason.CHANGED:
+                break
+        return refused
+
+    async def _bind(self, job: str, agent: str, binding: Binding) -> Refused | None:
+        """One try of it."""
         seen, fence = await seen_fence(self.redis, self.keys, job)
         held, ended = [
             await command(self.redis, "GETRANGE", key, 0, MESSAGE_BYTES)

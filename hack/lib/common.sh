@@ -52,6 +52,17 @@ progress() (
   fi
 )
 
+# COUNT CMD...: run CMD, and where it fails, again after 5 s: an API server that has just started on a busy machine may
+# not answer in time.
+tries() {
+  local left=$1
+  shift
+  until "$@"; do
+    ((--left)) || return 1
+    sleep 5
+  done
+}
+
 # NAME FILE: hold FILE's lock on descriptor 9 until this process and what it started with the descriptor open are gone.
 lock() {
   mkdir -p "$(dirname "$2")"

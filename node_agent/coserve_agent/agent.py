@@ -8,25 +8,27 @@ import time
 import uuid
 from importlib.metadata import version
 
-from coserve_agent.chat_format import USER
+from coserve_agent.adapters.registry import AdapterRegistry
+from coserve_agent.adapters.served import Served
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.format import USER
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.chat.variables import TemplateVariableError, check_variables, try_variables
 from coserve_agent.concurrency import alongside, end
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.engine_client import EngineClient
+from coserve_agent.engine.client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
-from coserve_agent.finetuning import Finetuning
-from coserve_agent.generation_config import SamplingDefaults, sampling_defaults
-from coserve_agent.http import admin, openai
-from coserve_agent.http.generate import Generator, Served
+from coserve_agent.generation.generator import Generator
+from coserve_agent.http import admin
 from coserve_agent.http.middleware import CloseWhileDraining, wrap
+from coserve_agent.http.servers import Server, listen
 from coserve_agent.lifecycle import Lifecycle
-from coserve_agent.metrics import Metrics
-from coserve_agent.pacing import Pacer
-from coserve_agent.registry import AdapterRegistry
-from coserve_agent.servers import Server, listen
+from coserve_agent.model.generation_config import SamplingDefaults, sampling_defaults
+from coserve_agent.openai import routes
+from coserve_agent.redis.finetuning import Finetuning
 from coserve_agent.settings import PREFIX, AgentSettings
-from coserve_agent.slo import Slo, SloMeter
-from coserve_agent.template_variables import TemplateVariableError, check_variables, try_variables
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.telemetry.metrics import Metrics
+from coserve_agent.telemetry.pacing import Pacer
+from coserve_agent.telemetry.slo import Slo, SloMeter
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig, KernelFallback, NumericsMode
 from coserve_engine.config import EXACT, FAST, DeviceChoice, EngineConfig
 from coserve_engine.host import EngineHost, settle
@@ -90,7 +92,7 @@ class Agent:
             now_s=time.monotonic,
             defaults=defaults,
         )
-        api = wrap(openai.build(self.generator, version("coserve"), settings.max_body_bytes), settings.cors_origins)
+        api = wrap(routes.build(self.generator, version("coserve"), settings.max_body_bytes), settings.cors_origins)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
         self.admin = Server(CloseWhileDraining(inside, lambda: self.lifecycle.draining), admin_socket)

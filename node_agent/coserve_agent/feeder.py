@@ -19,15 +19,15 @@ from typing import NoReturn
 
 from redis.exceptions import RedisError
 
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.chat.variables import TemplateVariableError
 from coserve_agent.data.material import Material
-from coserve_agent.data.vocabulary import vocab_size
-from coserve_agent.end_tokens import end_tokens
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.main import give_up, log_to_stderr
-from coserve_agent.rendering import Renderer
+from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import FeederMode, FeederSettings, read
-from coserve_agent.template_variables import TemplateVariableError
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.errors import MessageError
 from coserve_api.job_status import FailedReason
 from coserve_contract.connect import connect

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coserve_agent.unicode import surrogate_in_json, values_in_json
+from coserve_agent.text.unicode import surrogate_in_json, values_in_json
 
 
 class FieldError(ValueError):

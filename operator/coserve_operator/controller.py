@@ -5,7 +5,7 @@ A fault of one job does not keep the others from being served: faults are collec
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -29,7 +29,15 @@ from coserve_operator.decide.decision import Decision, ObservedJob, is_final
 from coserve_operator.decide.feeding import feed_the_next
 from coserve_operator.decide.observed import Obstacle, Unreadable
 from coserve_operator.decide.placement import Bound, Waiting, capacity, created, place, surplus
-from coserve_operator.decide.published import Publication, Versions, last_numbers, publication, published, served
+from coserve_operator.decide.published import (
+    Publication,
+    Versions,
+    last_numbers,
+    owners,
+    publication,
+    published,
+    served,
+)
 from coserve_operator.decide.sources import checkpoint_left, continued_from
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, ConflictError, Kube, KubeError
 from coserve_operator.manifests.feeder import inputs_digest
@@ -156,11 +164,12 @@ class Controller:
         numbers: dict[str, int] = {}
         sources: dict[str, AdapterRecord] = {}
         if endpoint is not None:
-            known = published(endpoint, _publications(group, lambda job: job.status.adapter), in_redis)
-            run.published = known
+            by_jobs = _publications(group, lambda job: job.status.adapter)
+            known = published(endpoint, by_jobs, in_redis)
+            run.published, run.owners = known, owners(endpoint, by_jobs)
             numbers = last_numbers(endpoint, known)
             sources = {name: versions[0] for name, versions in known.items()} | served(endpoint, known)
-        claimed = claims((job for job in group.jobs if not is_final(job)), known.keys())
+        claimed = claims((job for job in group.jobs if not is_final(job)), known.keys(), run.owners)
         left = _checkpoints_left(group)
         observations, too_many, kept = {}, _surplus(run), _kept_pods(run)
         for job in group.jobs:
@@ -275,7 +284,7 @@ class Controller:
         if view.lost_agents and view.settled:
             await store.sweep_agents(uid)
         by_jobs = _publications(run.group, lambda job: decisions[job.metadata.uid].adapter)
-        run.published = published(endpoint, by_jobs, view.adapters)
+        run.published, run.owners = published(endpoint, by_jobs, view.adapters), owners(endpoint, by_jobs)
         run.adapters = served(endpoint, run.published)
         if run.adapters != view.adapters:
             await store.set_adapters(uid, run.adapters.values())
@@ -305,9 +314,7 @@ def _kept_pods(run: Reconciliation) -> frozenset[str]:
     return frozenset(pod.name for pod in run.pods if not pod.deleting and not pod.disrupted)
 
 
-def _publications(
-    group: Group, adapter: Callable[[FinetuneJob], PublishedAdapter | None]
-) -> Iterable[Publication | None]:
+def _publications(group: Group, adapter: Callable[[FinetuneJob], PublishedAdapter | None]) -> list[Publication | None]:
     """Return what the group's jobs have published, but for what the endpoint keeps by itself."""
     assert group.endpoint is not None
     return [*(publication(job, adapter(job)) for job in group.jobs), *group.finished.unrecorded(group.endpoint)]

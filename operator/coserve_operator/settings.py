@@ -113,7 +113,7 @@ class Settings(RedisSettings):
     """Groups reconciled at once."""
     rollout_max_endpoints: int = Field(default=10, ge=1)
     """Endpoints whose agents are replaced at once for a new version of the operator or another default image."""
-    poll_seconds: float = Field(default=1.0, gt=0)
+    poll_seconds: float = Field(default=0.5, gt=0)
     """How often Redis is asked what has changed."""
     full_poll_seconds: float = Field(default=10.0, gt=0)
     """After how long an endpoint is read that says of no change, as an agent of the version before does not."""

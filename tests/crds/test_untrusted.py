@@ -14,7 +14,7 @@ from coserve_contract import lua
 from coserve_contract.connect import command
 from coserve_contract.message import MESSAGE_BYTES
 from coserve_contract.messages import Completed, Desired
-from coserve_contract.scripts import Fence, Lease, Reason, Refused
+from coserve_contract.scripts import BIND_LOOKS, Fence, Lease, Reason, Refused
 from coserve_contract.store import Push, Pushed, endpoint_uids
 
 JOB = "job-1"
@@ -112,6 +112,29 @@ async def test_what_changed_between_the_look_and_the_write_is_looked_at_again(wo
         await command(world.redis, "DEL", world.keys.checkpoint(JOB))
         assert await call() == Refused(Reason.CHANGED, 1)
     assert (await world.store.job(JOB)).checkpoint == messages.checkpoint(9)
+
+
+@pytest.mark.parametrize(("times", "is_bound"), [(1, True), (BIND_LOOKS - 1, True), (1000, False)])
+async def test_a_binding_looks_again_where_the_agent_before_wrote_in_between(
+    world: Any, messages: Any, monkeypatch: pytest.MonkeyPatch, times: int, is_bound: bool
+) -> None:
+    await world.binder.bind(JOB, world.a.agent, messages.binding(1))
+    written = 0
+
+    async def late(redis: Any, *words: Any) -> Any:
+        nonlocal written
+        found = await command(redis, *words)
+        if words[:2] == ("GETRANGE", world.keys.result(JOB)) and written < times:
+            written += 1
+            await command(redis, "SET", world.keys.checkpoint(JOB), messages.checkpoint(written).dumps())
+        return found
+
+    monkeypatch.setattr("coserve_contract.scripts.command", late)
+    refused = await world.binder.bind(JOB, world.b.agent, messages.binding(2))
+    assert refused == (None if is_bound else Refused(Reason.CHANGED, 1, world.a.agent))
+    record = await world.store.job(JOB)
+    assert record.checkpoint == messages.checkpoint(min(times, BIND_LOOKS))
+    assert record.fence == (Fence(2, world.b.agent) if is_bound else Fence(1, world.a.agent))
 
 
 async def test_a_feeder_looks_again_where_a_checkpoint_came_in_between(

@@ -13,6 +13,8 @@ def cluster() -> Iterator[Cluster]:
     """The cluster with coserve installed."""
     made = Cluster()
     made.script("cluster", "down")
-    made.script("deploy")
-    yield made
-    made.script("cluster", "down")
+    try:
+        made.script("deploy")
+        yield made
+    finally:  # also of one that did not come up: it would run on beside all other tests
+        made.script("cluster", "down")

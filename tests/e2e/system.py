@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from demo.cluster import manifest
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / ".cache" / "test-cluster"
+AGENT, ENGINE = b"coserve_agent.main", b"spawn_main"
+"""Parts of the command lines of an agent's processes."""
 
 
 class Cluster:
@@ -81,20 +82,26 @@ class Cluster:
                 pytest.fail(f"{kind}/{name}: {what} did not come within {seconds:.0f} s\n{described}")
             time.sleep(0.5)
 
-    def kill_agent(self, pod_uid: str) -> None:
-        """SIGKILL to the agent's first process, found by the pod in its cgroup."""
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                command = (entry / "cmdline").read_bytes()
-                group = (entry / "cgroup").read_text()
-            except OSError:
-                continue
-            if b"coserve_agent.main" in command and pod_uid in group.replace("_", "-"):
-                os.kill(int(entry.name), signal.SIGKILL)
-                return
-        raise AssertionError(f"no agent process in pod {pod_uid}")
+    def signal(self, pod_uid: str, program: bytes, number: int) -> None:
+        """Send a signal to the processes of a pod that have `program` in their command lines."""
+        found = [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and _is_of(entry, pod_uid, program)
+        ]
+        if not found:
+            raise AssertionError(f"no {program.decode()} in pod {pod_uid}")
+        for process in found:
+            os.kill(process, number)
+
+
+def _is_of(entry: Path, pod_uid: str, program: bytes) -> bool:
+    try:
+        return program in (entry / "cmdline").read_bytes() and pod_uid in (entry / "cgroup").read_text().replace(
+            "_", "-"
+        )
+    except OSError:
+        return False
 
 
 def step(body: dict[str, Any]) -> int:

@@ -5,17 +5,17 @@ nothing left behind.
 from __future__ import annotations
 
 import json
+import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from demo.cluster import condition
-from system import Cluster, example, step
+from jobs import assert_the_same, complete, job, ready, version_folder
+from system import AGENT, Cluster, example, step
 
 pytestmark = pytest.mark.e2e
 
-TRAINING = {"maxSteps": 120, "batchSize": 4, "learningRate": "4e-3", "schedule": "linear", "warmupSteps": 4, "seed": 11}
 QUESTION = "Tom has 3 boxes with 4 pens in each. How many pens does he have?"
 
 
@@ -23,32 +23,6 @@ QUESTION = "Tom has 3 boxes with 4 pens in each. How many pens does he have?"
 def endpoint(cluster: Cluster) -> dict[str, Any]:
     cluster.apply(example("endpoint.yaml"))
     return cluster.wait("iep", "tiny", ready(2), "two ready agents", 240)
-
-
-def ready(replicas: int) -> Any:
-    def done(body: dict[str, Any]) -> bool:
-        status = body.get("status", {})
-        return condition(body, "Ready").get("status") == "True" and status.get("readyReplicas") == replicas
-
-    return done
-
-
-def complete(body: dict[str, Any]) -> bool:
-    failed = condition(body, "Failed")
-    assert failed.get("status") != "True", failed
-    return condition(body, "Complete").get("status") == "True"
-
-
-def job(name: str, **spec: Any) -> dict[str, Any]:
-    body = example("job.yaml", training=TRAINING, checkpoint={"everySteps": 5}, adapter={"name": name}, **spec)
-    body["metadata"]["name"] = name
-    return body
-
-
-def version_folder(cluster: Cluster, body: dict[str, Any]) -> Path:
-    store, path = str(body["status"]["adapter"]["uri"]).split("pvc://coserve-artifacts/")
-    assert store == ""
-    return cluster.volumes / "artifacts" / path
 
 
 def base_url(cluster: Cluster) -> str:
@@ -63,19 +37,12 @@ def test_a_killed_agent_costs_no_step_and_not_one_bit(cluster: Cluster, endpoint
     bound = cluster.wait("ftj", "killed", lambda body: step(body) >= 12, "step 12", 120)
     first = bound["status"]["binding"]
     [pod] = [p for p in cluster.items("pods") if p["metadata"]["name"] == first["agent"]]
-    cluster.kill_agent(pod["metadata"]["uid"])
+    cluster.signal(pod["metadata"]["uid"], AGENT, signal.SIGKILL)
     killed = cluster.wait("ftj", "killed", complete, "Complete", 240)
 
     assert killed["status"]["binding"]["epoch"] > first["epoch"]
     assert killed["status"]["restarts"] == 1
-    folders = [version_folder(cluster, body) for body in (undisturbed, killed)]
-    logs = [[json.loads(line) for line in (f / "training_log.jsonl").read_text().splitlines()] for f in folders]
-    assert [row["step"] for row in logs[1]] == list(range(1, TRAINING["maxSteps"] + 1))
-    assert [row["samples"] for row in logs[1]] == [row["samples"] for row in logs[0]]
-    weights = [(f / "adapter_model.safetensors").read_bytes() for f in folders]
-    assert weights[0] == weights[1]
-    fresh = version_folder(cluster, undisturbed)
-    assert fresh.is_dir()
+    assert_the_same(cluster, undisturbed, killed)
 
 
 def test_the_adapter_answers_by_name_on_every_agent(cluster: Cluster, endpoint: dict[str, Any]) -> None:

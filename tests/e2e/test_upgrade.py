@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from demo.cluster import condition
+from jobs import complete, training_log, version_folder
 from system import ROOT, Cluster, example, step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
@@ -131,22 +132,6 @@ def ready(image: str) -> Any:
     return done
 
 
-def complete(body: dict[str, Any]) -> bool:
-    failed = condition(body, "Failed")
-    assert failed.get("status") != "True", failed
-    return condition(body, "Complete").get("status") == "True"
-
-
-def published(cluster: Cluster, body: dict[str, Any]) -> Path:
-    return (
-        cluster.volumes / "artifacts" / str(body["status"]["adapter"]["uri"]).removeprefix("pvc://coserve-artifacts/")
-    )
-
-
-def training_log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-
-
 def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) -> None:
     cluster = versions.cluster
     versions.install("old")
@@ -175,7 +160,7 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
     assert before["status"]["state"] == "Running"
     assert upgraded["status"]["binding"]["epoch"] > before["status"]["binding"]["epoch"]
     assert upgraded["status"].get("restarts", 0) == 0
-    folders = [published(cluster, body) for body in (undisturbed, upgraded)]
+    folders = [version_folder(cluster, body) for body in (undisturbed, upgraded)]
     logs = [training_log(folder) for folder in folders]
     assert [row["step"] for row in logs[1]] == list(range(1, STEPS + 1))
     # Both versions read the same samples in the same order. Whether their engines agree to the bit is no promise.

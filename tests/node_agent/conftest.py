@@ -28,8 +28,8 @@ from small_models import (
 )
 
 from coserve_agent.agent import Agent
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.settings import AgentSettings
-from coserve_agent.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.dataset import Dataset
 from coserve_agent.data.files import find
 from coserve_agent.data.reader import Reader
-from coserve_agent.rendering import Conversation, Rendered, Renderer
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Conversation, Rendered, Renderer
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_contract.shards import Sample
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coserve_agent.driver import Driver, Plan, Saved
-from coserve_agent.engine_client import EngineClient
-from coserve_agent.evaluations import EvalRecord
-from coserve_agent.trainlog import DriverState, StepRecord
+from coserve_agent.engine.client import EngineClient
+from coserve_agent.jobs.driver import Driver, Plan, Saved
+from coserve_agent.jobs.evaluations import EvalRecord
+from coserve_agent.jobs.trainlog import DriverState, StepRecord
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_contract.messages import BindingSpec
 from coserve_contract.shards import Sample, Shard

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from data_rows import renderer_of
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import end
 from coserve_agent.data.material import Material
 from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_contract.connect import command
 from coserve_contract.keys import Keys
 from coserve_contract.shards import Shard

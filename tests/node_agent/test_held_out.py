@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from coserve_agent.concurrency import alongside, end
 from coserve_agent.errors import JobFailedError
-from coserve_agent.held_out import NAME, HeldOut
-from coserve_agent.shard_reader import ShardReader
+from coserve_agent.jobs.held_out import NAME, HeldOut
+from coserve_agent.jobs.shard_reader import ShardReader
 from coserve_contract.connect import command
 from coserve_contract.keys import Keys
 from coserve_contract.messages import Binding, FeedStatus, Progress

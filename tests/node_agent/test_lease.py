@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from coserve_agent.concurrency import end
 from coserve_agent.errors import FencedError
-from coserve_agent.lease import LeaseKeeper
+from coserve_agent.jobs.lease import LeaseKeeper
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_contract.connect import command, connect
 from coserve_contract.keys import Keys

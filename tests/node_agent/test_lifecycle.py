@@ -16,9 +16,9 @@ import httpx
 import pytest
 import torch
 
-from coserve_agent.end_tokens import end_tokens
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.errors import StartError
-from coserve_agent.tokenizer import Tokenizer
 
 LONG = {"model": "base", "prompt": "one", "max_tokens": 250, "ignore_eos": True, "temperature": 0}
 

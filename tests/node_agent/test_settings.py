@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from coserve_agent.agent import device_choice, engine_config
-from coserve_agent.engine_client import POLL_S
+from coserve_agent.engine.client import POLL_S
 from coserve_agent.errors import StartError
-from coserve_agent.finetuning import LEAVE_S
-from coserve_agent.servers import GRACEFUL_S
+from coserve_agent.http.servers import GRACEFUL_S
+from coserve_agent.redis.finetuning import LEAVE_S
 from coserve_agent.settings import AgentSettings, FeederSettings, read
 from coserve_engine.config import DeviceChoice
 from coserve_engine.host import EngineHost

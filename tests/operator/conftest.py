@@ -5,6 +5,7 @@ on a real API server and a real Redis.
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from job_situation import Situation
 from live_operator import Agent, Cluster, Operator, eventually
 from redis.asyncio import Redis
@@ -34,6 +36,7 @@ from coserve_contract.messages import (
 from coserve_contract.store import Store
 
 ROOT = Path(__file__).parents[2]
+CHART, KUBERNETES = ROOT / "helm" / "coserve", "1.34.0"
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 SHA = "0123456789abcdef" * 4
 NAMESPACE = "ml"
@@ -149,8 +152,17 @@ def cluster(crds: Any, request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def operator(tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any) -> Iterator[Operator]:
+def operator_env() -> dict[str, str]:
+    """What its settings have beside the usual; a module may say otherwise."""
+    return {}
+
+
+@pytest.fixture
+def operator(
+    tmp_path: Path, cluster: Cluster, redis: Redis, redis_server: Any, operator_env: dict[str, str]
+) -> Iterator[Operator]:
     made = Operator(tmp_path, cluster, redis_server)
+    made.env |= operator_env
     made.start()
     yield made
     made.end()
@@ -188,3 +200,30 @@ async def served(operator: Operator, cluster: Cluster, redis_server: Any, make: 
     for agent in agents:
         await agent.stop()
     await client.aclose()
+
+
+# ---- the chart ----
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """Helm, as the development cluster builds it."""
+    folder = subprocess.run([ROOT / "hack" / "cluster", "bin"], capture_output=True, text=True, check=True).stdout
+    program = Path(folder.strip()) / "helm"
+    if not program.exists():
+        pytest.skip(f"{program} is missing: run hack/cluster build")
+    return program
+
+
+@pytest.fixture
+def render(helm: Path, tmp_path: Path) -> Any:
+    """Render the chart with values; the answer has returncode, stdout and stderr."""
+
+    def run(values: dict[str, Any], *flags: str, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+        words = [helm, "template", "coserve", chart, "--namespace", "coserve-system", "--kube-version", KUBERNETES]
+        return subprocess.run(
+            [*words, "--values", tmp_path / "values.yaml", *flags], capture_output=True, text=True, check=False
+        )
+
+    return run

@@ -25,6 +25,7 @@ class Situation:
         self.body = make.job_body()
         self.record = JobRecord(feed=make.feed())
         self.agents: dict[str, Any] = {}
+        self.owners: dict[str, str] = {}
         self.rivals: tuple[FinetuneJob, ...] = ()
         self.bindings: dict[str, Any] = {}
         self.published: dict[str, AdapterRecord] = {}
@@ -38,8 +39,9 @@ class Situation:
         )
         job, endpoint = FinetuneJob.from_dict(self.body), self.endpoint
         left = {each.metadata.name: checkpoint_left(each) for each in self.others}
+        claimed = claims((job, *self.rivals), self.published.keys(), self.owners)
         return ObservedJob(
-            job, endpoint, claims((job, *self.rivals), self.published.keys()), view if self.redis_up else None,
+            job, endpoint, claimed, view if self.redis_up else None,
             self.feeder, "inputs", self.leaving,
             source=continued_from(job, endpoint, self.published, left.get) if endpoint is not None else None,
             disrupted=self.disrupted,

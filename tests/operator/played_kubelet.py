@@ -33,6 +33,8 @@ class Kubelet:
 
     def __post_init__(self) -> None:
         self._running: dict[str, Program] = {}
+        self.by_pod: dict[str, Program] = {}
+        """What was started, by the pod's name."""
         self._told: dict[str, dict[str, Any]] = {}
 
     @property
@@ -67,7 +69,7 @@ class Kubelet:
             variables = [await self._variable(pod, each) for each in container["env"]]
             own = {"host": "127.0.0.1", "http_port": 0, "admin_port": 0}
             module = container["command"][-1].removeprefix("coserve_agent.")
-            self._running[uid] = self.programs.start(module, **dict(filter(None, variables)) | own)
+            self._running[uid] = self.by_pod[name] = self.programs.start(module, **dict(filter(None, variables)) | own)
         else:
             await self._tell(pod, await self._status(pod, program))
 

@@ -17,8 +17,8 @@ import yaml
 from aiohttp import web
 from live_operator import eventually
 
-from coserve_agent.metrics import Metrics
-from coserve_agent.slo import Slo, SloMeter
+from coserve_agent.telemetry.metrics import Metrics
+from coserve_agent.telemetry.slo import Slo, SloMeter
 from coserve_api.common import API_VERSION
 
 ROOT = Path(__file__).parents[2]

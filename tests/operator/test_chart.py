@@ -53,6 +53,7 @@ SETS: dict[str, dict[str, Any]] = {
         },
     },
     "redis-tls": {"redis": {"tls": {"existingSecret": "from-cert-manager"}}},
+    "publishers": {"admission": {"publishers": True}},
     "no-metrics-api": {
         "metricsApi": {"mode": "None"},
         "networkPolicies": {"enabled": False},
@@ -98,30 +99,6 @@ SETS: dict[str, dict[str, Any]] = {
         "redis": {"resources": {"limits": {"memory": "2Gi"}}},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def helm() -> Path:
-    """Helm, as the development cluster builds it."""
-    folder = subprocess.run([ROOT / "hack" / "cluster", "bin"], capture_output=True, text=True, check=True).stdout
-    program = Path(folder.strip()) / "helm"
-    if not program.exists():
-        pytest.skip(f"{program} is missing: run hack/cluster build")
-    return program
-
-
-@pytest.fixture
-def render(helm, tmp_path):
-    """Render the chart with values; the answer has returncode, stdout and stderr."""
-
-    def run(values: dict[str, Any], *flags: str, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
-        words = [helm, "template", "coserve", chart, "--namespace", "coserve-system", "--kube-version", KUBERNETES]
-        return subprocess.run(
-            [*words, "--values", tmp_path / "values.yaml", *flags], capture_output=True, text=True, check=False
-        )
-
-    return run
 
 
 def objects(rendered: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from coserve_contract.connect import command
 from coserve_contract.keys import Keys
-from coserve_contract.messages import AdapterRecord, Desired
+from coserve_contract.messages import AdapterRecord, Desired, FeedStatus
 from coserve_contract.scripts import Binder, Fencing
 from coserve_contract.store import JobRecord, Store
 from coserve_operator.decide.binding import binding_of
@@ -213,3 +213,21 @@ async def test_memory_stays_where_it_is_whatever_is_there(
     assert "a reply of more than" in found[BAD].message
     await asyncio.sleep(0)
     assert resident_kb() - before < 50 << 10
+
+
+async def test_what_is_as_it_was_is_not_parsed_anew_and_what_is_large_not_kept(
+    redis: Redis, store: OperatorStore
+) -> None:
+    async def feed(status: FeedStatus) -> FeedStatus | None:
+        await Store(redis, KEYS).set_feed(JOB, status)
+        view = (await store.read({BAD: [JOB]}))[BAD]
+        assert isinstance(view, RedisView)
+        return view.jobs[JOB].feed
+
+    first = await feed(FeedStatus(total_steps=10))
+    assert await feed(FeedStatus(total_steps=10)) is first
+    assert await feed(FeedStatus(total_steps=11)) == FeedStatus(total_steps=11)
+    large = FeedStatus(notes=("x" * (reader.KEPT_BYTES // 8),) * 9)
+    found = await feed(large)
+    assert found == large
+    assert await feed(large) is not found

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from api_http import async_client
 from live_operator import Cluster, Operator, eventually
 from next_version import DEFAULT, THIS, Version, make_next
 from played_kubelet import Kubelet
+from redis.asyncio import Redis
 from small_models import CONTEXT, write_model
+
+from coserve_contract.keys import Keys
+from coserve_contract.store import Store
 
 pytestmark = [pytest.mark.apiserver, pytest.mark.nightly]
 
-STEPS = 1500
 CHANGE_AT, STEPS_UNDER_EACH = 50, 20
+STEPS = 400
+"""More than are fed before the last change: five times what is asked for, and what the feeder has room for then."""
 CONTROLLERS = ("deployment", "replicaset", "job", "garbage-collector")
 
 
@@ -110,21 +116,46 @@ async def complete(cluster: Cluster, name: str) -> dict[str, Any]:
     return cluster.status("ftj", name)
 
 
-async def steps_more(cluster: Cluster, name: str, steps: int) -> dict[str, Any]:
-    """The job's status when so many more are told of."""
+class Feeding:
+    """A job's feeder, stopped but for when steps are wanted: however fast the machine is, the job outlives the test's
+    changes.
+    """
 
-    def step() -> int:
-        status = cluster.status("ftj", name)
-        assert status.get("state") in (None, "Pending", "Running"), f"STEPS is too small: {status}"
-        return int(status.get("progress", {}).get("step", 0))
+    def __init__(self, kubelet: Kubelet, cluster: Cluster, redis: Redis, name: str) -> None:
+        self.kubelet, self.cluster, self.name, self.fed = kubelet, cluster, name, 0
+        self.uid = str(cluster.get("ftj", name)["metadata"]["uid"])
+        self.store = Store(redis, Keys(cluster.get("iep", "tiny")["metadata"]["uid"]))
 
-    before = step()
-    await eventually(lambda: step() >= before + steps, 180.0)
-    return cluster.status("ftj", name)
+    def send(self, number: signal.Signals) -> None:
+        for pod, program in self.kubelet.by_pod.items():
+            if pod.startswith(f"{self.name}-feeder-"):
+                program.process.send_signal(number)
+
+    async def _last(self) -> int:
+        return (await self.store.job(self.uid)).last_shard
+
+    async def feed(self, steps: int) -> None:
+        """So many more, and what there is room for."""
+        self.send(signal.SIGCONT)
+        async with asyncio.timeout(180.0):
+            while await self._last() < self.fed + steps:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        self.send(signal.SIGSTOP)
+        self.fed = await self._last()
+
+    async def done(self) -> dict[str, Any]:
+        """The job's status when it tells of all the steps that were fed."""
+
+        def status() -> Any:
+            found = self.cluster.status("ftj", self.name)
+            assert found.get("state") in (None, "Pending", "Running"), f"STEPS is too small: {found}"
+            return found.get("progress", {}).get("step", 0) >= self.fed and found
+
+        return dict(await eventually(status, 180.0))
 
 
 async def test_the_next_version_and_back_and_again_under_a_running_job(
-    installation: Installation, kubelet: Kubelet, cluster: Cluster, make: Any, tmp_path: Path
+    installation: Installation, kubelet: Kubelet, cluster: Cluster, redis: Redis, make: Any, tmp_path: Path
 ) -> None:
     coming = make_next(tmp_path / "next")
     await installation.change(coming)
@@ -136,13 +167,17 @@ async def test_the_next_version_and_back_and_again_under_a_running_job(
     undisturbed = await complete(cluster, "undisturbed")
 
     cluster.apply(job(make, "changed"))
-    before = await steps_more(cluster, "changed", CHANGE_AT)
+    feeding = Feeding(kubelet, cluster, redis, "changed")
+    await feeding.feed(CHANGE_AT)
+    before = await feeding.done()
     kinds = (("iep", "tiny"), ("ftj", "changed"))
     known = {kind: fields(cluster.status(kind, name)) for kind, name in kinds}
     pods = {pod["metadata"]["uid"] for pod in await kubelet.pods()}
     for version in (THIS, coming):
+        await feeding.feed(STEPS_UNDER_EACH)  # of which some are done while no operator leads
         await installation.change(version)
-        after = await steps_more(cluster, "changed", STEPS_UNDER_EACH)
+        await feeding.feed(STEPS_UNDER_EACH)
+        after = await feeding.done()
         for kind, name in kinds:
             assert known[kind] - fields(cluster.status(kind, name)) == set()
             assert cluster.status(kind, name)["seenLater"] == DEFAULT
@@ -150,6 +185,7 @@ async def test_the_next_version_and_back_and_again_under_a_running_job(
         assert {pod["metadata"]["uid"] for pod in await kubelet.pods()} == pods
         assert after["binding"] == before["binding"]
 
+    feeding.send(signal.SIGCONT)
     changed = await complete(cluster, "changed")
     assert (changed["binding"]["epoch"], changed.get("restarts", 0)) == (1, 0)
     folders = [kubelet.volumes["/artifacts"] / status["adapter"]["uri"].removeprefix("pvc://artifacts/")

@@ -160,13 +160,28 @@ async def test_what_the_operator_writes_is_read_again(world: World) -> None:
     assert await world.poll() == []
 
 
-async def test_a_mark_of_another_type_is_read_again_and_again_and_disturbs_nobody(world: World) -> None:
+async def test_a_mark_of_another_type_disturbs_nobody(world: World) -> None:
     await command(world.redis, "DEL", Keys("e-1").changed())
     await command(world.redis, "LPUSH", Keys("e-1").changed(), "x")
     assert await world.poll() == ["e-1"]
     assert await world.poll() == []
-    await command(world.redis, "DEL", Keys("e-1").agents())
-    await command(world.redis, "SET", Keys("e-1").agents(), "x" * 100)
-    assert [await world.poll(), await world.poll()] == [["e-1"], ["e-1"]]
-    found = await world.store.read({"e-0": []})
-    assert isinstance(found["e-0"], RedisView)
+
+
+async def test_what_does_not_read_is_read_again_in_time_whatever_it_marks(world: World) -> None:
+    """The others' time is not the tenant's to take."""
+    keys = Keys("e-1")
+    agents = await command(world.redis, "DUMP", keys.agents())
+    await command(world.redis, "DEL", keys.agents())
+    await command(world.redis, "SET", keys.agents(), "x" * 100)
+    await command(world.redis, "SET", keys.changed(), "another")
+    assert (await world.poll(), world.due()) == (["e-1"], ["end-1"])
+    await command(world.redis, "SET", keys.changed(), "and another")
+    await world.store.register("e-1", ["j-9"])
+    assert await world.poll() == []
+    await command(world.redis, "DEL", keys.agents())
+    await command(world.redis, "RESTORE", keys.agents(), 0, agents)
+    world.queue._schedule._due.clear()
+    world.clock[0] += FULL_S
+    assert (await world.poll(), world.due()) == (["e-0", "e-1", "e-2"], ["end-1"])
+    found = await world.store.read({"e-1": []})
+    assert isinstance(found["e-1"], RedisView)

@@ -236,6 +236,13 @@ class Server:
         self.url = f"unix://{self.socket}"
 
 
+async def counted(client: Redis, connections: int) -> None:
+    """Wait until the server has accepted so many."""
+    async with asyncio.timeout(10):
+        while int((await command(client, "INFO", "clients"))["connected_clients"]) < connections:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("fault", ["Busy", "OutOfMemory", "TooManyConnections"])
 async def test_a_redis_in_trouble_is_not_asked_until_it_is_well(fault: str, servers: Any, tmp_path: Path) -> None:
     at = Server(servers, tmp_path, maxmemory="8mb", maxclients="10")
@@ -255,8 +262,7 @@ async def test_a_redis_in_trouble_is_not_asked_until_it_is_well(fault: str, serv
                     await command(tenant, "SET", f"k{number}", b"x" * (1 << 18))
         else:
             others = [await asyncio.open_unix_connection(str(at.socket)) for _ in range(9)]
-            while (await command(client, "INFO", "clients"))["connected_clients"] < 10:  # the last wait to be accepted
-                await asyncio.sleep(0.01)
+            await counted(client, 10)
         with pytest.raises(StoreError) as error:
             await store.check()
         assert error.value.reason == fault

@@ -12,12 +12,12 @@ from functools import cached_property
 
 from coserve_agent.data.dataset import Dataset, LineSize
 from coserve_agent.data.files import find
+from coserve_agent.data.order import StepOrder, capped, split
 from coserve_agent.data.problems import OTHER_NAMES, Problems, Refusal, is_name
 from coserve_agent.data.reader import NAME as UNWRITTEN_NAME
 from coserve_agent.data.reader import Reader
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.errors import DatasetError
-from coserve_agent.order import StepOrder, capped, split
-from coserve_agent.rendering import Renderer
 from coserve_agent.settings import FeederSettings
 from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedRefusal, FeedStatus

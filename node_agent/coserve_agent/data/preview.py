@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
+from coserve_agent.chat.variables import TemplateVariableError
 from coserve_agent.data.dataset import Dataset
 from coserve_agent.data.files import DataFile, find
 from coserve_agent.data.material import Material
+from coserve_agent.data.order import StepOrder
 from coserve_agent.data.problems import LineError, Reason
 from coserve_agent.data.reader import Reader, Reading
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.data.shown import Colours, Marks, one_line, pieces_of
-from coserve_agent.data.vocabulary import vocab_size
-from coserve_agent.end_tokens import end_tokens
 from coserve_agent.errors import DatasetError, StartError
-from coserve_agent.order import StepOrder
-from coserve_agent.rendering import Renderer
+from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import TerminalSettings
-from coserve_agent.template_variables import TemplateVariableError
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import OnInvalid
 from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample

@@ -10,8 +10,8 @@ from typing import TypeVar
 from coserve_agent.data.files import MAX_LINE_BYTES
 from coserve_agent.data.formats import Rules, detect, read
 from coserve_agent.data.problems import LineError, Reason
+from coserve_agent.data.rendering import Conversation, Rendered, Renderer, RenderingError
 from coserve_agent.data.rows import Completion, Text, parse
-from coserve_agent.rendering import Conversation, Rendered, Renderer, RenderingError
 from coserve_api.job import DatasetFormat, Learn
 from coserve_contract.shards import Sample
 

@@ -1,6 +1,6 @@
 """A line as a row of one of three kinds: a conversation, a prompt with its completion, or a text.
 
-Messages are read by the model that reads a request's (`chat_message`), and may say beside it whether an answer is
+Messages are read by the model that reads a request's (`chat.message`), and may say beside it whether an answer is
 learned: `weight` 0 or 1 (OpenAI, Mistral) and `train` true or false (Axolotl).
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import ValidationError, field_validator
 
 from coserve_agent import strict_json
-from coserve_agent.chat_message import ChatMessage, MessageError, fault, says_something
+from coserve_agent.chat.message import ChatMessage, MessageError, fault, says_something
 from coserve_agent.data.problems import LineError, Reason, is_name
-from coserve_agent.rendering import Conversation
+from coserve_agent.data.rendering import Conversation
 from coserve_api.job import Learn
 
 _BOM = b"\xef\xbb\xbf"

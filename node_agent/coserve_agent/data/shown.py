@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from coserve_agent.pieces import Pieces
+from coserve_agent.text.pieces import Pieces
 from coserve_contract.shards import Sample
 
 LINE_END = "↵"

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible API and the admin API."""
+"""HTTP itself: servers, connections, bodies, event streams and errors; and the admin port."""

@@ -9,11 +9,11 @@ from fastapi import FastAPI, Query
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from coserve_agent.engine_client import EngineClient
+from coserve_agent.engine.client import EngineClient
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.lifecycle import Lifecycle
-from coserve_agent.metrics import RING_SIZE, Metrics
-from coserve_agent.slo import SloMeter
+from coserve_agent.telemetry.metrics import RING_SIZE, Metrics
+from coserve_agent.telemetry.slo import SloMeter
 
 
 def build(lifecycle: Lifecycle, metrics: Metrics, meter: SloMeter, engine: EngineClient) -> FastAPI:

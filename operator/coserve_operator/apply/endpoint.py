@@ -8,8 +8,9 @@ from datetime import datetime
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_contract.messages import AdapterRecord
 from coserve_operator.apply.budget import LOAD, StatusBudget
-from coserve_operator.apply.events import Listener, Recorder
+from coserve_operator.apply.events import Recorder
 from coserve_operator.apply.hindrances import LISTEN_S, LOOK_AGAIN_S, Hindrances
+from coserve_operator.apply.listener import Listener
 from coserve_operator.apply.metrics_slot import MetricsSlotKeeper
 from coserve_operator.apply.objects import Applier
 from coserve_operator.apply.status import write_status
@@ -62,6 +63,7 @@ class Reconciliation:
     leaving_agents: frozenset[str] = frozenset()
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     published: Versions = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, AdapterRecord] = field(default_factory=dict)
     obstacles: dict[str, Obstacle] = field(default_factory=dict)
     """What keeps feeders from being made, by the job's uid."""
@@ -266,6 +268,7 @@ class EndpointApplier:
             unreadable=run.unreadable,
             agent_jobs=_agent_jobs(run),
             published=run.published,
+            owners=run.owners,
             adapters=run.adapters,
             autoscaler=views.autoscaler_report(run.group.autoscaler),
             autoscaler_obstacle=self.metrics_slot.slot.obstacle,

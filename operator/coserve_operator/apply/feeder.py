@@ -7,8 +7,8 @@ from typing import Any
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
-from coserve_operator.apply.events import Listener
 from coserve_operator.apply.hindrances import ForeignObjectError
+from coserve_operator.apply.listener import Listener
 from coserve_operator.decide.actions import FeederAction
 from coserve_operator.decide.decision import Decision, ObservedJob
 from coserve_operator.decide.observed import FeederView, Obstacle
@@ -105,7 +105,7 @@ class FeederApplier:
     async def listen(self, job: FinetuneJob, feeder: FeederView, now: datetime) -> Obstacle | None:
         """Return what keeps a feeder from starting, where that is told by events alone."""
         if feeder.podless:
-            return await self._listener.of_pods_of(job.metadata.namespace, feeder.uid)
+            return await self._listener.of_pods_of(job.metadata.namespace, feeder.uid, now)
         if feeder.creating is None:
             return None
         said = await self._listener.of_pod(job.metadata.namespace, feeder.creating, now)

@@ -55,6 +55,12 @@ def obstacle(job: FinetuneJob, endpoint: InferenceEndpoint, claims: Claims) -> O
     if adapter.name == endpoint.model_name:
         message = f"spec.adapter.name {adapter.name} is the name of the endpoint's base model: choose another"
         return PendingReason.NAME_TAKEN, message
+    owner = claims.owner_elsewhere(job)
+    if owner:
+        mine = repr(job.publisher) if job.publisher else "the publisher in its annotation coserve.dev/publisher"
+        remedy = f"choose another, or have the endpoint's spec.adapters give the name to {mine}"
+        message = f"spec.adapter.name {adapter.name} belongs to {owner!r}, who published it first: {remedy}"
+        return PendingReason.NAME_TAKEN, message
     holder = claims.holder(job)
     if holder.metadata.uid != job.metadata.uid:
         remedy = "this one begins when that one is over; or choose another spec.adapter.name"

@@ -1,7 +1,7 @@
 """An InferenceEndpoint's status from its pods, heartbeats and jobs, and the events that tell of its changes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from coserve_api.adapters import AdapterStatus
@@ -24,10 +24,11 @@ class ObservedEndpoint:
     """Everything that an endpoint's status is made from.
 
     `agent_jobs` maps agent ids to the names of the jobs bound there; `adapters` are those that agents are to serve, of
-    the `published` ones; `autoscaler` is what the HPA says of itself, None without one; `autoscaler_obstacle` is why
-    there can be none; `obstacle` is why an object or its pods could not be made; `template` is the digest of the newest
-    template of the pods, None while they are to be replaced for a new version of ours, and other endpoints' are
-    meanwhile: then any will do; `drifts` are fields of its objects that somebody else changes again and again.
+    the `published` ones; `owners` are those of their names; `autoscaler` is what the HPA says of itself, None without
+    one; `autoscaler_obstacle` is why there can be none; `obstacle` is why an object or its pods could not be made;
+    `template` is the digest of the newest template of the pods, None while they are to be replaced for a new version of
+    ours, and other endpoints' are meanwhile: then any will do; `drifts` are fields of its objects that somebody else
+    changes again and again.
     """
 
     endpoint: InferenceEndpoint
@@ -39,6 +40,7 @@ class ObservedEndpoint:
     agent_jobs: Mapping[str, Sequence[str]] | None = None
     published: Versions | None = None
     adapters: Mapping[str, AdapterRecord] | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
     autoscaler: Told | None = None
     autoscaler_obstacle: tuple[str, str] | None = None
     obstacle: Obstacle | None = None
@@ -262,7 +264,7 @@ def _adapters_ready(observed: ObservedEndpoint, serving: Sequence[Heartbeat]) ->
 def _adapters(observed: ObservedEndpoint, serving: Sequence[Heartbeat]) -> tuple[AdapterStatus, ...]:
     records = observed.adapters or {}
     loaded = {name: adapter_status.count(record, serving) for name, record in records.items()}
-    return statuses(observed.endpoint, observed.published or {}, records, loaded)
+    return statuses(observed.endpoint, observed.published or {}, records, loaded, observed.owners)
 
 
 def _agents(beats: Mapping[str, Heartbeat], jobs: Mapping[str, Sequence[str]]) -> tuple[AgentStatus, ...]:

@@ -31,6 +31,7 @@ class Publication:
     sha256: str
     rank: int
     ended: str | None = None
+    publisher: str = ""
 
 
 def publication(job: FinetuneJob, adapter: PublishedAdapter | None) -> Publication | None:
@@ -39,7 +40,8 @@ def publication(job: FinetuneJob, adapter: PublishedAdapter | None) -> Publicati
         return None
     rank = adapter.rank or job.spec.adapter.rank or DEFAULT_RANK
     ended = job.status.completion_time
-    return Publication(job.metadata.uid, adapter.name, adapter.version, adapter.uri, adapter.sha256, rank, ended)
+    uri, sha256 = adapter.uri, adapter.sha256
+    return Publication(job.metadata.uid, adapter.name, adapter.version, uri, sha256, rank, ended, job.publisher)
 
 
 def published(
@@ -53,6 +55,17 @@ def published(
         if record.name in found or len(found) < MAX_ADAPTERS:
             found.setdefault(record.name, {}).setdefault(record.number, record)
     return {name: tuple(each[number] for number in sorted(each, reverse=True)) for name, each in found.items()}
+
+
+def owners(endpoint: InferenceEndpoint, by_jobs: Iterable[Publication | None]) -> dict[str, str]:
+    """Return to whom names belong: to who published first, unless spec.adapters says otherwise."""
+    found = {each.name: each.publisher for each in endpoint.status.adapters}
+    found |= {each.name: each.publisher for each in endpoint.spec.adapters if each.publisher is not None}
+    free = {each.name for each in endpoint.spec.adapters if each.publisher == ""}
+    for each in sorted(filter(None, by_jobs), key=lambda one: one.version):
+        if not found.get(each.name) and each.name not in free and not _of_an_earlier_endpoint(each, endpoint):
+            found[each.name] = each.publisher
+    return {name: publisher for name, publisher in found.items() if publisher}
 
 
 def served(endpoint: InferenceEndpoint, known: Versions) -> dict[str, AdapterRecord]:
@@ -97,15 +110,22 @@ def last_numbers(endpoint: InferenceEndpoint, known: Versions) -> dict[str, int]
 
 
 def statuses(
-    endpoint: InferenceEndpoint, known: Versions, serving: Mapping[str, AdapterRecord], loaded: Mapping[str, int]
+    endpoint: InferenceEndpoint,
+    known: Versions,
+    serving: Mapping[str, AdapterRecord],
+    loaded: Mapping[str, int],
+    belongs: Mapping[str, str],
 ) -> tuple[AdapterStatus, ...]:
-    """Return the status of each name; `loaded` says how many agents have the version that is to be served."""
+    """Return the status of each name; `loaded` says how many agents have the version that is to be served, `belongs` to
+    whom names do.
+    """
     store = endpoint.spec.artifact_store.uri
     return tuple(
         AdapterStatus(
             name=name,
             served_version=serving[name].number if name in serving else None,
             ready_agents=loaded.get(name, 0),
+            publisher=belongs.get(name, ""),
             older=tuple(AdapterVersion(**_told(store, each)) for each in _kept(versions[1:], serving.get(name))),
             **_told(store, versions[0]),
         )

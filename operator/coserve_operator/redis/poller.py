@@ -1,4 +1,4 @@
-"""Redis has no watch that lasts: what says that it has changed is read each second, and everything now and then.
+"""Redis has no watch that lasts: what says that it has changed is read twice a second, and everything now and then.
 
 Agents and feeders mark an endpoint whose state they change; one of the version before does not, and figures are no
 change. A lost agent marks nothing: its last heartbeat is old.
@@ -14,6 +14,8 @@ from coserve_operator.watch.cache import Cache, Name
 
 BATCH = 100
 """Endpoints read at once."""
+SOON_S = 1.0
+"""After this time an endpoint is read again that is not yet as it is to be."""
 ASKED = 500
 """Endpoints whose marks are asked for at once."""
 
@@ -51,7 +53,8 @@ class Poller:
     """Compares what a Redis holds with what it held, and asks for reconciles.
 
     Each poll reads what was marked, what we have written to, and endpoints that lost an agent; every endpoint at the
-    latest after `full_s`, and after `pace.progress_s()` one with a job that runs.
+    latest after `full_s`, and after `pace.progress_s()` one with a job that runs. One that does not read waits for
+    `full_s` whatever it marks: reading rubbish takes the others' time.
     """
 
     def __init__(self, cache: Cache, store: OperatorStore, queue: KeyedQueue[Name], full_s: float, pace: Pace) -> None:
@@ -89,9 +92,11 @@ class Poller:
             self._queue.add(name)
 
     def _is_due(self, uid: str, mark: Any, lost: bool) -> bool:
-        if lost or uid not in self._marks or self._marks[uid] != mark or uid in self.store.written:
+        if self.store.clock() >= self._due.get(uid, 0.0):
             return True
-        return self.store.clock() >= self._due.get(uid, 0.0)
+        if isinstance(self._seen[uid][0], Unreadable):
+            return False
+        return lost or uid not in self._marks or self._marks[uid] != mark or uid in self.store.written
 
     async def _read(self, uids: Sequence[str], names: dict[str, Name]) -> None:
         self.store.written.difference_update(uids)
@@ -115,6 +120,6 @@ class Poller:
         if isinstance(view, Unreadable):
             return self._full_s
         if not view.settled or view.incarnation is None:
-            return 0.0
+            return SOON_S
         runs = any(beat.jobs for beat in view.agents.values())
         return min(self._full_s, self._pace.progress_s()) if runs else self._full_s

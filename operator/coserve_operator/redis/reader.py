@@ -33,6 +33,8 @@ JOBS_AT_ONCE = REPLY_BYTES // (6 * MESSAGE_BYTES)
 """Read by one command: five messages each, and no more than a reply may have."""
 TURN_BYTES = MESSAGE_BYTES
 """Parsed at a stretch, before others of the loop have their turn."""
+KEPT_BYTES = 4 << 10
+"""A message up to this size is kept with what it said: those of jobs are, by far, and rubbish takes no memory."""
 INVALID_CONTENT = "InvalidContent"
 _DELETE = "delete the key, and its writer writes it anew"
 
@@ -46,25 +48,39 @@ M = TypeVar("M", bound=Message)
 Wants = Mapping[str, Sequence[str]]
 """Job uids by endpoint uid."""
 Found = dict[str, RedisView | Unreadable]
+Parsed = dict[str, tuple[Any, Any]]
+"""Of what stood under a key what it said."""
 Settled = Callable[[str, bool], bool]
 """Of an endpoint, and whether it has no incarnation: whether a missing heartbeat proves something."""
 
 
-async def read(redis: Redis, wants: Wants, settled: Settled) -> Found:
-    """Return what Redis holds of each endpoint and of the jobs given for it.
+class Reader:
+    """Reads again and again: a message that is as it was is not parsed anew."""
 
-    RedisError, OSError: Redis could not be asked.
-    """
-    try:
-        return await _read(redis, wants, settled)
-    except ReplyTooLargeError as error:
-        if len(wants) == 1:
-            return {uid: _foreign(uid, str(error)) for uid in wants}
-    each, middle = list(wants.items()), len(wants) // 2  # it is one of them, or all of them together
-    return await read(redis, dict(each[:middle]), settled) | await read(redis, dict(each[middle:]), settled)
+    def __init__(self) -> None:
+        self._parsed: dict[str, Parsed] = {}
+        """By endpoint."""
+
+    async def read(self, redis: Redis, wants: Wants, settled: Settled) -> Found:
+        """Return what Redis holds of each endpoint and of the jobs given for it.
+
+        RedisError, OSError: Redis could not be asked.
+        """
+        try:
+            return await _read(redis, wants, settled, self._parsed)
+        except ReplyTooLargeError as error:
+            if len(wants) == 1:
+                return {uid: _foreign(uid, str(error)) for uid in wants}
+        each, middle = list(wants.items()), len(wants) // 2  # it is one of them, or all of them together
+        found = await self.read(redis, dict(each[:middle]), settled)
+        return found | await self.read(redis, dict(each[middle:]), settled)
+
+    def forget(self, uid: str) -> None:
+        """Drop what is remembered of an endpoint that is gone."""
+        self._parsed.pop(uid, None)
 
 
-async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
+async def _read(redis: Redis, wants: Wants, settled: Settled, parsed: dict[str, Parsed]) -> Found:
     first = redis.pipeline(transaction=False)
     for uid, jobs in wants.items():
         keys = Keys(uid)
@@ -76,7 +92,7 @@ async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
             names = [name for job in jobs[start : start + JOBS_AT_ONCE] for name in keys.all_of_job(job)]
             first.eval(lua.JOBS, len(names), *names, MESSAGE_BYTES)
     answers = iter(await _execute(first))
-    replies = {uid: _Replies.of(Keys(uid), jobs, answers) for uid, jobs in wants.items()}
+    replies = {uid: _Replies.of(Keys(uid), jobs, answers, parsed.get(uid, {})) for uid, jobs in wants.items()}
     second = redis.pipeline(transaction=False)
     for each in replies.values():
         for agent in each.agents:
@@ -84,7 +100,9 @@ async def _read(redis: Redis, wants: Wants, settled: Settled) -> Found:
         for job, agent in each.bound:
             second.hget(each.keys.bindings(agent), job)
     answers = iter(await _execute(second))
-    return {uid: await each.finish(answers, settled) for uid, each in replies.items()}
+    found = {uid: await each.finish(answers, settled) for uid, each in replies.items()}
+    parsed |= {uid: each.parsed for uid, each in replies.items()}
+    return found
 
 
 async def _execute(pipeline: Pipeline) -> list[Any]:
@@ -123,6 +141,8 @@ class _Replies:
     adapters: dict[bytes, bytes] = field(default_factory=dict)
     jobs: dict[str, list[Any]] = field(default_factory=dict)
     bound: list[tuple[str, str]] = field(default_factory=list)
+    before: Parsed = field(default_factory=dict)
+    parsed: Parsed = field(default_factory=dict)
     broken: list[MessageError] = field(default_factory=list)
     unreadable: str = ""
     parsed_bytes: int = 0
@@ -130,9 +150,9 @@ class _Replies:
     broken_bytes: int = 0
 
     @classmethod
-    def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any]) -> "_Replies":
+    def of(cls, keys: Keys, jobs: Sequence[str], answers: Iterator[Any], before: Parsed) -> "_Replies":
         """The answers of the first round trip."""
-        made = cls(keys)
+        made = cls(keys, before=before)
         incarnation, agents, known, adapters = (next(answers) for _ in range(4))
         for start in range(0, len(jobs), JOBS_AT_ONCE):
             made.jobs |= zip(jobs[start : start + JOBS_AT_ONCE], next(answers), strict=True)
@@ -232,7 +252,13 @@ class _Replies:
             if isinstance(raw, bytes) and len(raw) > MESSAGE_BYTES:
                 raise MessageError(key, "", f"longer than {MESSAGE_BYTES} bytes", _DELETE)
             self._count(size)
-            return load(key, raw) if raw else None
+            if not raw:
+                return None
+            known = self.before.get(key)
+            found: T | None = known[1] if known is not None and known[0] == raw else load(key, raw)
+            if size <= KEPT_BYTES:
+                self.parsed[key] = raw, found
+            return found
         except MessageError as error:
             self.broken.append(error)
             self.broken_bytes += size

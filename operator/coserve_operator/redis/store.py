@@ -24,7 +24,7 @@ from coserve_contract.scripts import HEARTBEAT_TTL_MS, Binder, Reason, Refused
 from coserve_contract.store import Store, changes, endpoint_uids
 from coserve_operator.decide.actions import Bind, ClearStreams, Forget, RedisAction, Unbind
 from coserve_operator.decide.observed import Obstacle, RedisView, Unreadable
-from coserve_operator.redis.reader import read
+from coserve_operator.redis.reader import Reader
 
 SETTLE_S = HEARTBEAT_TTL_MS / 1000 + 1.5
 """From the first reading after a gap until a missing heartbeat counts."""
@@ -90,6 +90,7 @@ class OperatorStore:
     """Why there may be no such Redis."""
     written: set[str] = field(default_factory=set, init=False)
     """Endpoints written to, and not read since."""
+    _reader: Reader = field(default_factory=Reader, init=False)
     _readable_since: float | None = field(default=None, init=False)
     _server: str = field(default="", init=False)
     _users: set[str] = field(default_factory=set, init=False)
@@ -144,7 +145,7 @@ class OperatorStore:
     async def read(self, wants: Mapping[str, Sequence[str]]) -> dict[str, RedisView | Unreadable]:
         """Return what Redis holds of each endpoint uid and of the job uids given for it."""
         self._ask()
-        found: dict[str, RedisView | Unreadable] = await self._run(read(self.redis, wants, self._settled))
+        found: dict[str, RedisView | Unreadable] = await self._run(self._reader.read(self.redis, wants, self._settled))
         return found
 
     async def changes(self, uids: Sequence[str]) -> dict[str, tuple[Any, bool]]:
@@ -196,6 +197,7 @@ class OperatorStore:
         await self._write(uid, lambda binder: self._store(binder).delete_endpoint())
         self._users.discard(uid)
         self._claimed.discard(uid)
+        self._reader.forget(uid)
         self._emptied_since.pop(uid, None)
 
     def _store(self, binder: Binder) -> Store:

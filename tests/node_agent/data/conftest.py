@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.chat.tokenizer import Tokenizer
 
 RICH_TEMPLATE = (
     "{% if tools %}<|user|>[{% for tool in tools %}{{ tool.function.name }} {% endfor %}]<|end|>{% endif %}"

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data import reader as reader_module
 from coserve_agent.data.problems import LineError, Reason
-from coserve_agent.rendering import Renderer
-from coserve_agent.tokenizer import Tokenizer
+from coserve_agent.data.rendering import Renderer
 from coserve_api.job import DatasetFormat, Learn
 
 ANY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -212,7 +212,7 @@ def test_a_templates_own_words_are_not_said_in_public(rich: Tokenizer, monkeypat
     def refuse(*arguments: Any, **more: Any) -> Any:
         raise TemplateError(f"unexpected {SECRET}")
 
-    monkeypatch.setattr("coserve_agent.chat_template._Environment.bounded", refuse)
+    monkeypatch.setattr("coserve_agent.chat.template._Environment.bounded", refuse)
     with pytest.raises(LineError, match=SECRET) as caught:
         samples_of(rich, GOOD)
     assert caught.value.public.startswith("messages[1]: the chat template does not accept these messages; change")

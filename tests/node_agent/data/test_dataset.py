@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from data_rows import GOOD, TURNS, learned, line_of, load, reader_of, samples_of, write
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.problems import LineError
 from coserve_agent.errors import DatasetError
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, OnInvalid
 from coserve_api.job_status import FailedReason
 

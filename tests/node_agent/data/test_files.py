@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from data_rows import GOOD, line_of, load, reader_of, write
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data import files as files_module
 from coserve_agent.data.dataset import Dataset
 from coserve_agent.data.files import MAX_LINE_BYTES, find
 from coserve_agent.data.problems import Reason
 from coserve_agent.errors import DatasetError
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, OnInvalid
 from coserve_api.job_status import FailedReason
 
@@ -164,7 +164,7 @@ def test_pyarrow_is_imported_where_a_parquet_file_is_read(folder: Path, model_fo
     code = (
         "import sys; from pathlib import Path; from coserve_agent.data.dataset import Dataset;"
         "from coserve_agent.data.files import find; from coserve_agent.data.reader import Reader;"
-        "from coserve_agent.rendering import Renderer; from coserve_agent.tokenizer import Tokenizer;"
+        "from coserve_agent.data.rendering import Renderer; from coserve_agent.chat.tokenizer import Tokenizer;"
         "from coserve_api.job import DatasetFormat, Learn, OnInvalid; name, model = map(Path, sys.argv[1:]); "
         "reader = Reader(Renderer(Tokenizer(model), (3,)), DatasetFormat.AUTO, Learn.ALL, 64, 320);"
         "Dataset(find(name, name.parent)[0], reader, OnInvalid.FAIL);"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from data_rows import GOOD, TURNS, learned, reader_of, samples_of
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.formats import REFUSED, detect
 from coserve_agent.data.problems import LineError, Reason
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, Learn
 
 SYSTEM = {"role": "system", "content": "fox"}

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from data_rows import TURNS, EachAnswer, write
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data import material as material_module
 from coserve_agent.data.material import Material
-from coserve_agent.data.vocabulary import vocab_size
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.errors import DatasetError, StartError
-from coserve_agent.rendering import Renderer
+from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedStatus

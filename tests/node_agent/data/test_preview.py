@@ -17,13 +17,13 @@ import pytest
 from data_rows import GOOD, TURNS, write
 from previewing import FIT, UNFIT, look, look_here
 
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
 from coserve_agent.data.problems import Reason
-from coserve_agent.data.vocabulary import vocab_size
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.rendering import Renderer
+from coserve_agent.data.rendering import Renderer
+from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 
 FORGETFUL = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last or m.role == 'user' else 'shorter' }}<|end|>"

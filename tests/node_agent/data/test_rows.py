@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from data_rows import TURNS, learned, line_of, reader_of, samples_of
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.problems import LineError, Reason
 from coserve_agent.data.reader import NAME
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import Learn
 
 USER = {"role": "user", "content": "one"}

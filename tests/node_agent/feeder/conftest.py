@@ -10,8 +10,8 @@ import pytest
 from feeding import JOB, KEYS, prepared
 from redis.asyncio import Redis
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
-from coserve_agent.tokenizer import Tokenizer
 from coserve_contract.store import Store
 
 

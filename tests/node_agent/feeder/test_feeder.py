@@ -10,9 +10,9 @@ from feeding import JOB, KEYS, Task, accept, finished, has, prepared, read, unti
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
 from coserve_agent.feeder import Feeder, room
-from coserve_agent.tokenizer import Tokenizer
 from coserve_contract.connect import command
 from coserve_contract.messages import Completed
 from coserve_contract.shards import Shard

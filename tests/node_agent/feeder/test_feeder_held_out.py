@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from feeding import prepared, write
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
 from coserve_agent.errors import DatasetError
-from coserve_agent.tokenizer import Tokenizer
 
 
 def test_one_line_cannot_be_held_out(variables: dict[str, object], tokenizer: Tokenizer, data: Path) -> None:

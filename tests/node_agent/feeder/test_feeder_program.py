@@ -62,7 +62,7 @@ async def test_the_program_feeds_and_ends_quickly_when_told(
 def test_the_feeder_needs_no_torch(model_folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import coserve_agent.feeder;"
-        "from coserve_agent.tokenizer import Tokenizer;"
+        "from coserve_agent.chat.tokenizer import Tokenizer;"
         f"t = Tokenizer(Path({str(model_folder)!r})); t.encode_chat([{{'role': 'assistant', 'content': 'x'}}]);"
         "sys.exit('torch' in sys.modules)"
     )

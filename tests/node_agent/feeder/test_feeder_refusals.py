@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from feeding import JOB, Task, accept, has, lines, prepared, read, refusal, until, write
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
 from coserve_agent.errors import DatasetError
 from coserve_agent.feeder import Feeder, feed
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_contract.store import SHARD_BOUND, Store
 
 

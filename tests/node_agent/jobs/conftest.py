@@ -15,14 +15,15 @@ from typing import Any
 
 import httpx
 import pytest
+from agent_programs import START_S
 from data_rows import renderer_of
 from redis.asyncio import Redis
 
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import end
 from coserve_agent.data.material import Material
 from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_contract.keys import Keys
 from coserve_contract.messages import (
@@ -76,7 +77,7 @@ class Cluster:
         """Agent processes that are ready; `.id` is the agent id."""
         chosen = self.pool.take(count, self.variables)
         for one in chosen:
-            one.id = await until(partial(self._ready, one), 90)
+            one.id = await until(partial(self._ready, one), START_S)
         return chosen  # type: ignore[no-any-return]
 
     async def agent(self, **changes: object) -> Any:
@@ -84,7 +85,7 @@ class Cluster:
         if not changes:
             return (await self.agents(1))[0]
         program = self.programs.start("main", **self.variables | {"pod_uid": "changed"} | changes)
-        program.id = await until(partial(self._ready, program), 90)
+        program.id = await until(partial(self._ready, program), START_S)
         return program
 
     async def _ready(self, program: Any) -> str | None:
@@ -111,7 +112,8 @@ class Cluster:
         epoch = changes.pop("epoch", self.epochs.get(job, 0) + 1)
         self.epochs[job] = epoch
         binding = Binding(epoch=epoch, spec=spec(job, **changes), resume=resume)
-        assert await self.binder.bind(job, agent.id, binding) is None
+        refused = await self.binder.bind(job, agent.id, binding)
+        assert refused is None, f"{job} epoch {epoch}: {refused}"
         return binding
 
     async def record(self, job: str) -> JobRecord:

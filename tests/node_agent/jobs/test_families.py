@@ -12,11 +12,11 @@ from chat_templates import all_templates, write_folder
 from small_models import write_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.rendering import Renderer
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import Schedule
 from coserve_contract.messages import AdapterRecord, Completed
 

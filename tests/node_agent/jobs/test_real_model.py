@@ -25,11 +25,11 @@ from random_models import Adapter
 from trainer_reference import UNLEARNED, Row, mean_loss, relative, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coserve_agent.chat.end_tokens import end_tokens
+from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.data.material import Material
-from coserve_agent.end_tokens import end_tokens
-from coserve_agent.rendering import Renderer
+from coserve_agent.data.rendering import Renderer
 from coserve_agent.settings import FeederSettings
-from coserve_agent.tokenizer import Tokenizer
 from coserve_api.job import OnInvalid, Schedule
 from coserve_contract.messages import Completed
 from coserve_contract.shards import Sample

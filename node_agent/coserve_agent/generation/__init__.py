@@ -1,0 +1,1 @@
+"""From a checked request to text: admission, the token stream, stop strings."""

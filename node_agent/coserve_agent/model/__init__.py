@@ -1,0 +1,1 @@
+"""What a model's folder says beside its weights, read without torch."""

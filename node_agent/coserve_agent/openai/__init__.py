@@ -1,0 +1,1 @@
+"""OpenAI's API: its routes, and how an answer is written."""

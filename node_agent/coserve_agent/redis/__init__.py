@@ -1,0 +1,1 @@
+"""What an agent says to Redis, and hears from it, beside its jobs."""

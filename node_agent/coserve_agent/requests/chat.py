@@ -1,0 +1,41 @@
+"""A request for a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationError
+
+from coserve_agent.chat.message import ChatMessage, without_nulls
+from coserve_agent.http.errors import bad_request
+from coserve_agent.requests.common import MAX_COUNT, Common, check_streamable, explain
+from coserve_agent.requests.supported import check_supported
+from coserve_engine.messages import MAX_LOGPROBS
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(without_nulls), Field(max_length=32)] | None = None
+
+    @property
+    def output_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+
+def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
+    try:
+        parsed = ChatRequest.model_validate(check_supported(body, frozenset(ChatRequest.model_fields)))
+    except ValidationError as error:
+        raise explain(error) from None
+    if parsed.top_logprobs and not parsed.logprobs:
+        raise bad_request(
+            f"top_logprobs is {parsed.top_logprobs} but logprobs is not true; set logprobs to true",
+            "top_logprobs",
+            "invalid_value",
+        )
+    check_streamable(parsed)
+    return parsed

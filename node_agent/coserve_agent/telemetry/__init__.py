@@ -1,0 +1,1 @@
+"""What is measured of requests and iterations, and the reserve that follows from it."""
