@@ -27,6 +27,7 @@ from coserve_operator.decide.actions import Forget
 from coserve_operator.decide.claims import claims
 from coserve_operator.decide.decision import Decision, ObservedJob, is_final
 from coserve_operator.decide.feeding import feed_the_next
+from coserve_operator.decide.finished import Finished
 from coserve_operator.decide.observed import Obstacle, Unreadable
 from coserve_operator.decide.placement import Bound, Waiting, capacity, created, place, surplus
 from coserve_operator.decide.published import (
@@ -115,13 +116,13 @@ class Controller:
             with faults.of(f"FinetuneJob {job.metadata.name}"):
                 await self._act(observed, decision, run)
             await asyncio.sleep(0)  # of thousands of jobs, a pass must not keep the Lease from being renewed
-        await self._end(run, faults)
         if group.endpoint is not None:
             run.decisions = decisions
             with faults.of("Redis"):
                 await self._clean_up(run, observations, decisions)
             with faults.of(f"InferenceEndpoint {name[1]}"):
                 await self._endpoints.act(run)
+        await self._end(run, self.cache.finished(name), faults)
         if run.obstacles:
             self._obstacles[name] = run.obstacles
         if run.obstacles != known:
@@ -248,9 +249,11 @@ class Controller:
             run.obstacles[job.metadata.uid] = obstacle
         hindrances.check()
 
-    async def _end(self, run: Reconciliation, faults: "_Faults") -> None:
-        """Pause the feeders of jobs that are over, and delete jobs whose ttlSecondsAfterFinished has passed."""
-        group, over = run.group, run.group.finished
+    async def _end(self, run: Reconciliation, over: Finished, faults: "_Faults") -> None:
+        """Pause the feeders of jobs that are over, also since this pass, and delete those whose ttlSecondsAfterFinished
+        has passed.
+        """
+        group = run.group
         for name, feeder in group.left_feeders.items():
             if name in over.by_name:
                 with faults.of(f"FinetuneJob {name}"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from demo.cluster import condition
-from jobs import assert_the_same, complete, job, ready, version_folder
+from job_checks import assert_the_same, complete, job, ready, version_folder
 from system import AGENT, Cluster, example, step
 
 pytestmark = pytest.mark.e2e

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from jobs import assert_the_same, complete, job, ready
+from job_checks import assert_the_same, complete, job, ready
 from system import AGENT, ENGINE, Cluster, example, step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from demo.cluster import condition
-from jobs import complete, training_log, version_folder
+from job_checks import complete, training_log, version_folder
 from system import ROOT, Cluster, example, step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]

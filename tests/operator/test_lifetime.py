@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from test_outages import World
+from test_simulation import GROUP, finish
 
 from coserve_api.conditions import condition, find_condition
 from coserve_api.job import FinetuneJob
@@ -166,3 +167,21 @@ def test_a_deleted_jobs_adapter_stays_and_nothing_of_the_job_is_made_anew(make: 
     world.store.clear()
     world.go(3)
     assert list(world.store.published) == ["adapter-1"], "also in a Redis that was emptied"
+
+
+@pytest.mark.parametrize("ttl", [0, 30])
+def test_the_pass_that_sees_a_changed_time_to_live_acts_on_it(make: Any, ttl: int) -> None:
+    """The status that it writes is no reason for another pass."""
+    world = World(make)
+    for name in world.names:
+        world.end(name, True)
+    world.go(5)
+    for name in world.names:
+        body = world.kube.objects["FinetuneJob", name]
+        changed = {"spec": body["spec"] | {"ttlSecondsAfterFinished": ttl}}
+        world.kube.put(body | changed | {"metadata": body["metadata"] | {"generation": 2}})
+        assert body["status"]["state"] == "Complete"
+    left = finish(world.controller.reconcile(GROUP))
+    gone = [("FinetuneJob", name) not in world.kube.objects for name in world.names]
+    assert gone == [ttl == 0] * 2
+    assert ttl == 0 or 20 < left <= 30

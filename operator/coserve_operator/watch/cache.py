@@ -197,6 +197,10 @@ class Cache:
         found = (shelf.objects[each] for each in shelf.members.get(name, ()))
         return [each.metadata.uid for each in found if isinstance(each, FinetuneJob)]
 
+    def finished(self, name: Name) -> Finished:
+        """Return the group's jobs that are over, as of now."""
+        return self._finished.get(name) or Finished()
+
     def group(self, name: Name) -> Group:
         """Return the group of the endpoint with this name."""
         ours = [*self._members(ENDPOINT, name), *self._members(FINETUNE_JOB, name)]
@@ -209,7 +213,7 @@ class Cache:
         return Group(
             endpoint=None if isinstance(endpoint, UnreadableObject) else endpoint,
             jobs=jobs,
-            finished=self._finished.get(name) or Finished(),
+            finished=self.finished(name),
             deployment=self._shelves[DEPLOYMENT].objects.get(name),
             autoscaler=self._shelves[AUTOSCALER].objects.get(name),
             pods=tuple(self._members(POD, name)),

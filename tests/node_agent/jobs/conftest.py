@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from agent_programs import START_S
+from binding_specs import binding_spec
 from data_rows import renderer_of
 from redis.asyncio import Redis
 
@@ -24,11 +25,9 @@ from coserve_agent.concurrency import end
 from coserve_agent.data.material import Material
 from coserve_agent.feeder import Feeder
 from coserve_agent.settings import FeederSettings
-from coserve_api.job import PublishPolicy, Schedule, TargetModule
 from coserve_contract.keys import Keys
 from coserve_contract.messages import (
     Binding,
-    BindingSpec,
     Checkpoint,
     Completed,
     Failed,
@@ -111,7 +110,7 @@ class Cluster:
     async def bind(self, job: str, agent: Any, resume: Checkpoint | None = None, **changes: Any) -> Binding:
         epoch = changes.pop("epoch", self.epochs.get(job, 0) + 1)
         self.epochs[job] = epoch
-        binding = Binding(epoch=epoch, spec=spec(job, **changes), resume=resume)
+        binding = Binding(epoch=epoch, spec=binding_spec(job, **changes), resume=resume)
         refused = await self.binder.bind(job, agent.id, binding)
         assert refused is None, f"{job} epoch {epoch}: {refused}"
         return binding
@@ -165,30 +164,6 @@ class Cluster:
             assert row["loss"] > 0
             assert row["grad_norm"] > 0
         return str(json.loads(manifest)["files"]["adapter_model.safetensors"]["sha256"])
-
-
-def spec(job: str, **changes: Any) -> BindingSpec:
-    values: dict[str, Any] = {
-        "job_uid": job,
-        "job_name": f"name-of-{job}",
-        "namespace": "default",
-        "adapter_name": "tuned",
-        "adapter_number": 1,
-        "rank": 4,
-        "alpha": 8,
-        "target_modules": tuple(TargetModule),
-        "learning_rate": 5e-3,
-        "schedule": Schedule.COSINE,
-        "warmup_steps": 2,
-        "batch_size": 4,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "seed": 3,
-        "checkpoint_every_steps": 5,
-        "checkpoint_keep": 2,
-        "publish": PublishPolicy.ALWAYS,
-    }
-    return BindingSpec(**values | changes)
 
 
 @dataclass

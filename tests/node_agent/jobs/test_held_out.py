@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from binding_specs import binding_spec
 from redis.asyncio import Redis
 
 from coserve_agent.concurrency import alongside, end
@@ -148,9 +149,7 @@ async def kept(reader: ShardReader, number: int) -> None:
 
 @pytest.fixture
 async def rig(redis: Redis, tmp_path: Path) -> AsyncIterator[Rig]:
-    from jobs.conftest import spec  # noqa: PLC0415
-
-    yield Rig(redis, tmp_path / "job", lambda epoch: Binding(epoch=epoch, spec=spec(JOB)))
+    yield Rig(redis, tmp_path / "job", lambda epoch: Binding(epoch=epoch, spec=binding_spec(JOB)))
 
 
 async def test_redis_holds_a_window_of_them_and_nothing_in_the_end(rig: Rig) -> None:
