@@ -82,7 +82,7 @@ def _glue(head: str, prompt: str) -> str:
     return head[len(prompt) :] if head.startswith(prompt) else ""
 
 
-def _tags(block: re.Match[str]) -> tuple[str, str]:
+def block_tags(block: re.Match[str]) -> tuple[str, str]:
     """The tags that open and close a think block."""
     tag = block[0].strip()
     return tag, tag[:1] + "/" + tag[1:]
@@ -92,7 +92,7 @@ def _once_opened(block: re.Match[str], message: Message, rest: str) -> str:
     """`rest` behind a prompt that opens a think block. Some templates close it where there is no reasoning_content, and
     write a content that begins with a block of its own behind that: it is this one.
     """
-    tag, close = _tags(block)
+    tag, close = block_tags(block)
     own = rest.lstrip().removeprefix(close).lstrip()
     if _BLOCK.match(plain(message)) is None or not rest.lstrip().startswith(close) or not own.startswith(tag):
         return rest
@@ -101,7 +101,7 @@ def _once_opened(block: re.Match[str], message: Message, rest: str) -> str:
 
 def _inside_block(block: re.Match[str], message: Message, rest: str) -> str:
     """`rest` behind a prompt that opens a think block, which the template leaves out of what it writes."""
-    tag, close = _tags(block)
+    tag, close = block_tags(block)
     if rest.lstrip().startswith(tag):
         return rest.lstrip()[len(tag) :].lstrip("\n")
     thought = str(message.get("reasoning_content") or "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coserve_agent.requests.prompts import Prompt
 from coserve_agent.text.detokenize import Detokenizer, StopStrings
+from coserve_agent.text.marks import unmarked
 from coserve_agent.text.pieces import Pieces
 from coserve_engine.messages import FinishReason, Token, TokenLogprobs
 
@@ -27,11 +28,13 @@ class Transcript:
     """One answer, token by token. It goes on behind its prompt: the first word keeps the space before it.
 
     Stop strings are looked for in what follows the first `min_tokens` tokens, as stop tokens are. Tokens are handed out
-    with the text that they begin in; those behind a stop string never are.
+    with the text that they begin in; those behind a stop string never are. Special tokens that `prompt.reading` looks
+    for are marks in the text.
     """
 
     def __init__(self, pieces: Pieces, prompt: Prompt, stop: Sequence[str], min_tokens: int) -> None:
         self._special = pieces.special
+        self._marks = prompt.reading.marks.of
         self._detokenizer = Detokenizer(pieces, prompt.tokens)
         self._stops = StopStrings(stop, pieces.special.values())
         self._min_tokens = min_tokens
@@ -54,7 +57,8 @@ class Transcript:
             if token.logprobs is not None:
                 start = self._origin + self._detokenizer.chars
                 self._scored.append(ScoredToken(token.token, token.logprobs, start, self._detokenizer.first))
-            text, special = self._detokenizer.push(token.token), self._special.get(token.token, "")
+            text = self._detokenizer.push(token.token) + self._marks.get(token.token, "")
+            special = self._special.get(token.token, "")
         return self._show(text, special, end=token.finish is not None)
 
     def end(self) -> str:
@@ -68,7 +72,7 @@ class Transcript:
             text = self._stops.push(text, special)
         if end and not self.stopped:
             text += self._stops.flush()
-        self._shown += len(text)
+        self._shown += len(unmarked(text))
         self._ended = end
         return text
 

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.http.errors import bad_request
 from coserve_agent.text.detokenize import Detokenizer
+from coserve_agent.tools.reading import PLAIN, Reading
 from coserve_engine.limits import shown
 
 
 @dataclass(frozen=True)
 class Prompt:
     """Tokens to go on from. `text` stands before the answer where the client asked for that, and `starts` says where
-    in it each token begins. `max_tokens` of an answer; None: as many as fit.
+    in it each token begins. `max_tokens` of an answer; None: as many as fit. `reading` is how that is read.
     """
 
     tokens: Sequence[int]
     max_tokens: int | None = None
     text: str = ""
     starts: Sequence[int] = ()
+    reading: Reading = PLAIN
 
 
 def read_prompts(

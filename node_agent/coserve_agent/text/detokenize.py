@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from coserve_agent.text.marks import MARKS
 from coserve_agent.text.pieces import REPLACEMENT, Pieces
 
 CHARACTER_BYTES = 4
@@ -60,7 +61,8 @@ class Detokenizer:
 class StopStrings:
     """Cuts text at the first stop string and holds back what could become the beginning of one.
 
-    Texts leave special tokens out. A stop string that holds the text of one is looked for in the text with them.
+    Texts leave special tokens out. A stop string that holds the text of one is looked for in the text with them. Marks
+    stay in a text, and no stop string sees them.
     """
 
     def __init__(self, stops: Sequence[str], special_texts: Iterable[str] = ()) -> None:
@@ -93,14 +95,19 @@ class StopStrings:
 
     def _cut(self) -> int:
         """Up to where what is held can be shown; notes a stop string that was found there."""
-        shown = [at for at in range(len(self._held)) if at not in self._left_out] if self._left_out else None
-        hits, keep = [], [len(self._held)]
-        for stops, places in ((self._plain, shown), (self._with_special, None)):
-            text = self._held if places is None else "".join(self._held[at] for at in places)
+        held = self._held
+        marked = not held.isascii() and MARKS.search(held) is not None
+        seen = [at for at, letter in enumerate(held) if not MARKS.match(letter)] if marked else None
+        shown = seen
+        if self._left_out:
+            shown = [at for at in (range(len(held)) if seen is None else seen) if at not in self._left_out]
+        hits, keep = [], [len(held)]
+        for stops, places in ((self._plain, shown), (self._with_special, seen)):
+            text = held if places is None else "".join(held[at] for at in places)
             for stop in stops:
                 if (at := text.find(stop)) >= 0:
                     hits.append((at if places is None else places[at], stop))
-                elif (length := _overlap(text, stop)) > 0:
+                elif (length := overlap(text, stop)) > 0:
                     at = len(text) - length
                     keep.append(at if places is None else places[at])
         if hits:
@@ -117,7 +124,7 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

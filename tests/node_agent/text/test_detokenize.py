@@ -12,6 +12,7 @@ from tokenizers import decoders, models
 
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.text.detokenize import Detokenizer, StopStrings
+from coserve_agent.text.marks import Marks, unmarked
 from coserve_agent.text.pieces import Pieces
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -198,3 +199,19 @@ def test_special_tokens_are_not_shown_but_stop(
     matcher = StopStrings(stops, special)
     text = "".join(matcher.push("", token) if token in special else matcher.push(token) for token in tokens)
     assert (text + matcher.flush(), matcher.found) == (shown, found)
+
+
+@given(st.text("abcEND ", max_size=12), st.data())
+def test_marks_stay_in_a_text_and_no_stop_string_sees_them(text: str, data: st.DataObject) -> None:
+    marks = Marks(["[A]", "[B]"], {1: "[A]", 2: "[B]", 3: "[C]"})
+    assert marks.of.keys() == {1, 2} and marks.seen("[C]") == "[C]"
+    marked = text
+    for token in data.draw(st.lists(st.sampled_from([1, 2]), max_size=3)):
+        at = data.draw(st.integers(0, len(marked)))
+        marked = marked[:at] + marks.of[token] + marked[at:]
+    assert unmarked(marked) == text
+    plain, matcher = StopStrings(["END", "a b"], ["[A]"]), StopStrings(["END", "a b"], ["[A]"])
+    expected = plain.push(text) + plain.flush()
+    found = "".join(matcher.push(letter) for letter in marked) + matcher.flush()
+    assert (unmarked(found), matcher.found) == (expected, plain.found)
+    assert found == marked[: len(found)]

@@ -1,0 +1,1 @@
+"""Calls of tools, and what was thought before them, in the text that a model writes: found, and asked for."""
