@@ -20,13 +20,15 @@ class AdapterVersion:
 
 class GrammarKind(StrEnum):
     """What a grammar's text is: nothing (any JSON object will do), a JSON Schema, a regular expression that the whole
-    answer matches, or a JSON array of strings of which the answer is one.
+    answer matches, a JSON array of strings of which the answer is one, or what a server makes of schemas, texts and
+    tokens (`grammar.expression`).
     """
 
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     CHOICE = "choice"
+    EXPRESSION = "expression"
 
 
 @dataclass(frozen=True, slots=True)

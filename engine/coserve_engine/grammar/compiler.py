@@ -16,6 +16,7 @@ from pathlib import Path
 import llguidance
 
 from coserve_engine.errors import ModelFolderError, RequestError
+from coserve_engine.grammar.expression import Expression
 from coserve_engine.grammar.sandbox import SECONDS, Sandbox
 from coserve_engine.grammar.schema import ROOT, Schema, shown
 from coserve_engine.grammar.source import refused, schema_source, source
@@ -116,7 +117,7 @@ class Compiler:
         if isinstance(self._trie, RequestError):
             raise self._trie
         text = source(grammar)
-        wrong = self._sandbox.wrong(text)
+        wrong = self._sandbox.wrong(source(grammar, spelt=True) if grammar.kind is GrammarKind.EXPRESSION else text)
         if not wrong:
             matcher = llguidance.LLMatcher(self._trie, text, log_level=0, limits=LIMITS)
             tried = matcher.deep_copy()
@@ -131,15 +132,20 @@ class Compiler:
         """What is said of a grammar that cannot be compiled; of a schema by the path of its deepest part that alone
         cannot be either.
         """
-        if grammar.kind is not GrammarKind.JSON_SCHEMA:
+        if grammar.kind is GrammarKind.JSON_SCHEMA:
+            schemas = [("", Schema(grammar.text))]
+        elif grammar.kind is GrammarKind.EXPRESSION:
+            schemas = Expression(grammar.text).schemas
+        else:
             return refused(f"cannot be compiled: {_said(wrong)}")
-        schema, until = Schema(grammar.text), time.monotonic() + SECONDS
-        for place in schema.places[:MOST_BLAMED]:
-            alone = self._sandbox.wrong(schema_source(schema.document(place)))
-            if alone:
-                return refused(f"cannot be compiled: the schema's {shown(place)}: {_said(alone)}")
-            if time.monotonic() > until:
-                break
+        until = time.monotonic() + SECONDS
+        for where, schema in schemas:
+            for place in schema.places[:MOST_BLAMED]:
+                alone = self._sandbox.wrong(schema_source(schema.document(place)))
+                if alone:
+                    return refused(f"cannot be compiled: the schema's {shown(place)}: {_said(alone)}", where)
+                if time.monotonic() > until:
+                    break
         return refused(f"cannot be compiled: the schema's #: {_said(wrong)}")
 
 

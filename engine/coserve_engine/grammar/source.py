@@ -12,6 +12,7 @@ from typing import Any
 import llguidance
 
 from coserve_engine.errors import RequestError
+from coserve_engine.grammar.expression import Expression
 from coserve_engine.grammar.schema import Schema
 from coserve_engine.messages import Grammar, GrammarKind
 
@@ -22,8 +23,8 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 _HEAD = '%llguidance {"no_forcing": true}\nstart: '
 
 
-def source(grammar: Grammar) -> str:
-    """Its text for llguidance; of a schema see `schema_source`.
+def source(grammar: Grammar, *, spelt: bool = False) -> str:
+    """Its text for llguidance; of a schema see `schema_source`. `spelt`: tokens are written as their texts.
 
     Raises:
         RequestError: it is too long or no text, or is not what its kind says.
@@ -45,16 +46,24 @@ def source(grammar: Grammar) -> str:
             return f"{_HEAD}/{llguidance.regex_to_lark(grammar.text)}/"
         case GrammarKind.CHOICE:
             return _HEAD + " | ".join(json.dumps(one) for one in _choices(grammar.text))
+        case GrammarKind.EXPRESSION:
+            expression = Expression(grammar.text)
+            rules = [f"s{n}: {_json(schema.document())}" for n, (_, schema) in enumerate(expression.schemas)]
+            return "\n".join([_HEAD + expression.rules(spelt=spelt), *rules])
 
 
 def schema_source(document: dict[str, Any]) -> str:
     """A schema's text for llguidance."""
-    return f"{_HEAD}%json {json.dumps(document | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
+    return _HEAD + _json(document)
 
 
-def refused(what: str) -> RequestError:
-    """Of a grammar."""
-    return RequestError("invalid_parameter", f"grammar {what}", "grammar")
+def _json(document: dict[str, Any]) -> str:
+    return f"%json {json.dumps(document | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
+
+
+def refused(what: str, where: str = "") -> RequestError:
+    """Of a grammar, or its part where the client has `where`."""
+    return RequestError("invalid_parameter", f"grammar{where} {what}", "grammar")
 
 
 def _choices(text: str) -> list[str]:
