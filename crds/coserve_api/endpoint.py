@@ -38,6 +38,14 @@ class FinetuningPolicy(StrEnum):
     DISABLED = "Disabled"
 
 
+class ToolCallParser(StrEnum):
+    """In vLLM's words."""
+
+    HERMES = "hermes"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+
+
 class GenerationConfig(StrEnum):
     MODEL = "Model"
     NEUTRAL = "Neutral"
@@ -203,6 +211,9 @@ class Engine(SpecModel):
     template_variables: TemplateVariables = Field(default_factory=dict)
     """Variables of the chat template by name, such as enable_thinking, where neither the request
     (chat_template_kwargs) nor the adapter has a value. At most 16 KiB of JSON, 32 deep."""
+    tool_call_parser: ToolCallParser | None = None
+    """How the model's answers write calls of tools: as hermes (Qwen, too), llama3_json or mistral. Unset: as its chat
+    template writes them."""
 
 
 class Rollout(SpecModel):

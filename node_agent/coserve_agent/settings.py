@@ -40,7 +40,15 @@ from coserve_api.common import (
     Threads,
     Uid,
 )
-from coserve_api.endpoint import Device, Dtype, FinetuningPolicy, GenerationConfig, KernelFallback, NumericsMode
+from coserve_api.endpoint import (
+    Device,
+    Dtype,
+    FinetuningPolicy,
+    GenerationConfig,
+    KernelFallback,
+    NumericsMode,
+    ToolCallParser,
+)
 from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_api.uris import DATA_ROOT, ModelUri
 
@@ -130,6 +138,7 @@ class AgentSettings(RedisSettings):
     threads: Threads = 1
     generation_config: GenerationConfig = GenerationConfig.MODEL
     template_variables: Annotated[TemplateVariables, NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)
+    tool_call_parser: Annotated[ToolCallParser | None, OrBlank] = None
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_comma_separated)] = ()
     artifacts: Path = Path("/artifacts")
     pod_name: Subdomain = "local"

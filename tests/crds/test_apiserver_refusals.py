@@ -40,6 +40,13 @@ FAULTS = [
     ("endpoint", "spec.slo.timePerOutputToken", "61m", "spec.slo.timePerOutputToken", "from 1ms to 1h"),
     ("endpoint", "spec.slo.percentile", 49, "spec.slo.percentile", "greater than or equal to 50"),
     ("endpoint", "spec.engine.generationConfig", "vllm", "spec.engine.generationConfig", '"Model", "Neutral"'),
+    (
+        "endpoint",
+        "spec.engine.toolCallParser",
+        "xml",
+        "spec.engine.toolCallParser",
+        '"hermes", "llama3_json", "mistral"',
+    ),
     ("endpoint", "spec.engine.device", "gpu", "spec.engine.device", '"auto", "cpu", "cuda"'),
     ("endpoint", "spec.engine.dtype", "float16", "spec.engine.dtype", '"auto", "float32", "bfloat16"'),
     ("endpoint", "spec.engine.numericsMode", "exact", "spec.engine.numericsMode", '"Fast", "Exact"'),

@@ -54,6 +54,7 @@ def test_an_agent_needs_only_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PASS_BYTES", "64Mi", ["COSERVE_PASS_BYTES", "'64Mi'", "integer"]),
         ("DEVICE", "cuda:1", ["COSERVE_DEVICE", "'cuda:1'", "'cuda'"]),
         ("DTYPE", "float16", ["COSERVE_DTYPE", "'float16'", "'bfloat16'"]),
+        ("TOOL_CALL_PARSER", "xml", ["COSERVE_TOOL_CALL_PARSER", "'xml'", "'hermes'"]),
         ("NUMERICS_MODE", "exact", ["COSERVE_NUMERICS_MODE", "'exact'", "'Exact'"]),
         ("MAX_REQUESTS", "0", ["COSERVE_MAX_REQUESTS", "greater"]),
         ("MAX_BATCH_TOKENS", "64", ["COSERVE_MAX_BATCH_TOKENS", "greater"]),

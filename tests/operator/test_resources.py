@@ -70,7 +70,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     spec = {"slo": {"timeToFirstToken": "1m30s", "timePerOutputToken": "50ms"}, "engine": {"kvCacheMemory": "2Gi"}}
     spec["engine"] |= {"device": "cuda", "dtype": "bfloat16", "numericsMode": "Exact"}
     spec["engine"] |= {"maxRequests": 32, "maxBatchTokens": 512}
-    spec["engine"]["kernelFallback"] = "Allowed"
+    spec["engine"] |= {"kernelFallback": "Allowed", "toolCallParser": "mistral"}
     spec |= {"finetuning": {"activationMemory": "64Mi"}}
     spec["cors"] = {"allowOrigins": ["https://chat.example.com", "http://localhost:3000"]}
     env = env_of(agents.deployment(make.endpoint(**spec), 1, "agent:1", REDIS))
@@ -86,6 +86,7 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
         "COSERVE_THREADS": "1",
         "COSERVE_ARTIFACTS": "/artifacts/store", "COSERVE_REDIS_URL": REDIS.url,
         "COSERVE_HTTP_PORT": "8000", "COSERVE_ADMIN_PORT": "8001", "COSERVE_GENERATION_CONFIG": "Model",
+        "COSERVE_TOOL_CALL_PARSER": "mistral",
         "COSERVE_CORS_ORIGINS": "https://chat.example.com,http://localhost:3000",
     }  # fmt: skip
     assert expected.items() <= env.items()
@@ -94,8 +95,13 @@ def test_an_agent_learns_all_it_needs_from_its_environment(make) -> None:
     assert (unset["COSERVE_DEVICE"], unset["COSERVE_DTYPE"]) == ("auto", "auto")
     assert unset["COSERVE_NUMERICS_MODE"] == "Fast"
     assert unset["COSERVE_KERNEL_FALLBACK"] == "Forbidden"
-    by_device = {"COSERVE_MAX_REQUESTS", "COSERVE_MAX_BATCH_TOKENS", "COSERVE_KV_CACHE_BYTES"}
-    assert not by_device & unset.keys(), "an agent's image from before takes no blank"
+    optional = {
+        "COSERVE_MAX_REQUESTS",
+        "COSERVE_MAX_BATCH_TOKENS",
+        "COSERVE_KV_CACHE_BYTES",
+        "COSERVE_TOOL_CALL_PARSER",
+    }
+    assert not optional & unset.keys(), "an agent's image from before takes no blank"
     assert env["COSERVE_POD_UID"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
     assert env["COSERVE_REDIS_PASSWORD"] == {"secretKeyRef": {"name": "tiny-redis-0123456789", "key": "password"}}
 

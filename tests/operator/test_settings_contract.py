@@ -102,6 +102,7 @@ def test_an_agent_takes_every_endpoint(body: dict[str, Any]) -> None:
     cache = spec.engine.kv_cache_memory
     assert got.kv_cache_bytes == (None if cache is None else quantity_bytes(cache))
     assert (got.generation_config, got.cors_origins) == (spec.engine.generation_config, spec.cors.allow_origins)
+    assert got.tool_call_parser == spec.engine.tool_call_parser
     assert engine_config(got, ()).numerics_mode == spec.engine.numerics_mode.lower()
     allowed = spec.engine.kernel_fallback is KernelFallback.ALLOWED
     assert engine_config(got, ()).kernel_fallback == allowed

@@ -20,6 +20,7 @@ from coserve_agent.tools.events import Arguments, CallBegun
 from coserve_agent.tools.format import Format
 from coserve_agent.tools.formats import MARKERS, NAMES, format_of
 from coserve_agent.tools.thought_parser import Tags
+from coserve_api.endpoint import ToolCallParser
 
 _NAME, _ARGUMENTS = "quokka", {"x": "wombat"}
 _TOOL: dict[str, Any] = {
@@ -50,13 +51,13 @@ class AnswerFormat:
     """
 
     shows_tools: bool
-    calls: str | None
+    calls: ToolCallParser | None
     tags: Tags | None
     marks: Marks
     format: Format | None
 
 
-def answer_format(tokenizer: Tokenizer, named: str | None = None) -> AnswerFormat:
+def answer_format(tokenizer: Tokenizer, named: ToolCallParser | None = None) -> AnswerFormat:
     """That of the model whose tokenizer and template these are; its calls are written as `named`, if that is given."""
     tags = _tags(tokenizer)
     special = tokenizer.pieces.special
@@ -72,7 +73,7 @@ def _shows_tools(tokenizer: Tokenizer) -> bool:
     return any(_NAME in tried(render, conversation) for conversation in ([USER], [system, USER]))
 
 
-def _calls(tokenizer: Tokenizer) -> str | None:
+def _calls(tokenizer: Tokenizer) -> ToolCallParser | None:
     render = partial(tokenizer.render, given=Given(tools=[_TOOL]))
     try:
         written = answer(render, [USER], _CALL, render([USER], add_generation_prompt=True), "")
@@ -81,7 +82,7 @@ def _calls(tokenizer: Tokenizer) -> str | None:
     return next((name for name in NAMES if _reads(name, tokenizer, written)), None)
 
 
-def _reads(name: str, tokenizer: Tokenizer, written: str) -> bool:
+def _reads(name: ToolCallParser, tokenizer: Tokenizer, written: str) -> bool:
     parser = CallParser(format_of(name, NO_MARKS, tokenizer.pieces), (_NAME,))
     events = parser.feed(written) + parser.end()
     found = [one for one in events if isinstance(one, CallBegun | Arguments)]

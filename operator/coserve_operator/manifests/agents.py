@@ -101,10 +101,12 @@ _REFERENCES = (
 def _environment(endpoint: InferenceEndpoint, access: RedisAccess, jobs: int, least_rank: int) -> list[dict[str, Any]]:
     spec, meta = endpoint.spec, endpoint.metadata
     kept, cache = spec.finetuning.activation_memory, spec.engine.kv_cache_memory
-    by_device = {
+    parser = spec.engine.tool_call_parser
+    optional = {
         "MAX_REQUESTS": spec.engine.max_requests,
         "MAX_BATCH_TOKENS": spec.engine.max_batch_tokens,
         "KV_CACHE_BYTES": None if cache is None else quantity_bytes(cache),
+        "TOOL_CALL_PARSER": None if parser is None else parser.value,
     }
     settings: dict[str, str | int] = {
         "ENDPOINT_UID": meta.uid,
@@ -134,7 +136,7 @@ def _environment(endpoint: InferenceEndpoint, access: RedisAccess, jobs: int, le
         "HTTP_PORT": HTTP_PORT,
         "ADMIN_PORT": ADMIN_PORT,
         # What is unset is left out: an older agent's image has defaults of its own, and takes no blank.
-        **{name: value for name, value in by_device.items() if value is not None},
+        **{name: value for name, value in optional.items() if value is not None},
     }
     downward = {"POD_NAME": "metadata.name", "POD_UID": "metadata.uid", "NODE_NAME": "spec.nodeName"}
     fields = [

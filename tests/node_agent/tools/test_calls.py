@@ -17,6 +17,7 @@ from coserve_agent.text.marks import NO_MARKS
 from coserve_agent.tools.answer_format import answer_format
 from coserve_agent.tools.formats import format_of
 from coserve_agent.tools.reading import AnswerParser, Reading
+from coserve_api.endpoint import ToolCallParser
 from coserve_engine.messages import FinishReason, Token
 
 ANY = tokenizer("qwen2_5")
@@ -24,7 +25,7 @@ NAMES = frozenset(("look", "f", "get_weather"))
 
 
 def reading(form: str, **more: Any) -> Reading:
-    return Reading(format=format_of(form, NO_MARKS, ANY.pieces), names=NAMES, **more)
+    return Reading(format=format_of(ToolCallParser(form), NO_MARKS, ANY.pieces), names=NAMES, **more)
 
 
 HERMES, LLAMA, MISTRAL = map(reading, ("hermes", "llama3_json", "mistral"))
@@ -93,8 +94,8 @@ def test_a_form_that_is_not_known_is_not_taken_for_another(name: str) -> None:
 
 
 def test_a_named_form_is_taken_as_it_is_named() -> None:
-    assert answer_format(tokenizer("phi3"), "hermes").calls == "hermes"
-    assert not answer_format(tokenizer("phi3"), "hermes").shows_tools
+    assert answer_format(tokenizer("phi3"), ToolCallParser.HERMES).calls == "hermes"
+    assert not answer_format(tokenizer("phi3"), ToolCallParser.HERMES).shows_tools
 
 
 json_values = st.recursive(

@@ -11,13 +11,14 @@ from coserve_agent.tools.answer_format import answer_format
 from coserve_agent.tools.formats import format_of
 from coserve_agent.tools.reading import Reading
 from coserve_agent.tools.thought_parser import Tags
+from coserve_api.endpoint import ToolCallParser
 
 TAGS = Tags("<think>", "</think>")
 CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 
 
 def thinking(inside: bool) -> Reading:
-    form = format_of("hermes", NO_MARKS, tokenizer("qwen3").pieces)
+    form = format_of(ToolCallParser.HERMES, NO_MARKS, tokenizer("qwen3").pieces)
     return Reading(format=form, names=frozenset("f"), tags=TAGS, thinking=inside)
 
 
