@@ -29,6 +29,7 @@ from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.pacing import Pacer
 from coserve_agent.telemetry.slo import Slo, SloMeter
+from coserve_agent.tools.answer_format import answer_format
 from coserve_api.endpoint import FinetuningPolicy, GenerationConfig, KernelFallback, NumericsMode
 from coserve_engine.config import EXACT, FAST, DeviceChoice, EngineConfig
 from coserve_engine.host import EngineHost, settle
@@ -92,7 +93,11 @@ class Agent:
             now_s=time.monotonic,
             defaults=defaults,
         )
-        api = wrap(routes.build(self.generator, version("coserve"), settings.max_body_bytes), settings.cors_origins)
+        answers = answer_format(self.tokenizer, settings.tool_call_parser)
+        log.info("agent: %s", answers)
+        api = wrap(
+            routes.build(self.generator, answers, version("coserve"), settings.max_body_bytes), settings.cors_origins
+        )
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
         self.admin = Server(CloseWhileDraining(inside, lambda: self.lifecycle.draining), admin_socket)

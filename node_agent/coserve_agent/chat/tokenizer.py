@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from coserve_agent.chat.call_format import CallFormat, call_format
+from coserve_agent.chat.continued import check_continued, cut_behind
 from coserve_agent.chat.format import USER, roles_in_one_part, roles_in_parts, shaped
 from coserve_agent.chat.roles import Roles
 from coserve_agent.chat.template import NOTHING, REASONING_FIELDS, ChatTemplate, ChatTemplateError, Given, Message
@@ -161,14 +162,21 @@ class Tokenizer:
 
     # ---- chats ----
 
-    def encode_chat(self, messages: Sequence[Message], given: Given = NOTHING) -> list[int]:
-        """Tokens of a conversation up to where the assistant begins to answer. A message's content is a string or a
+    def encode_chat(
+        self, messages: Sequence[Message], given: Given = NOTHING, *, asks: bool = True, continues: bool = False
+    ) -> list[int]:
+        """Tokens of a conversation up to where the assistant begins to answer; where nothing `asks` for that, up to its
+        end, and where it `continues` its last message, up to the end of that. A message's content is a string or a
         list of text parts, whichever the template takes.
 
         Raises:
-            ChatTemplateError: there is no template, or it refuses the messages.
+            ChatTemplateError: there is no template, it refuses the messages, or the last cannot be continued.
         """
-        return self.encode(self.render(messages, given, add_generation_prompt=True), add_special_tokens=False)
+        if continues:
+            check_continued(messages[-1])
+        text = self.render(messages, given, add_generation_prompt=asks and not continues)
+        text = cut_behind(text, *self._shaped(messages[-1:])) if continues else text
+        return self.encode(text, add_special_tokens=False)
 
     def render(self, messages: Sequence[Message], given: Given = NOTHING, *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it.

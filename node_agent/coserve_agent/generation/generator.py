@@ -115,7 +115,7 @@ class Generator:
         """
         self.check_open()
         served = self.served(request.model)
-        structure = structure_of(request)
+        structure = prompts[0].structure or structure_of(request)
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
         choices = len(prompts) * (request.n or 1)

@@ -32,13 +32,15 @@ from coserve_agent.openai.respond import respond
 from coserve_agent.requests.chat import parse_chat
 from coserve_agent.requests.completion import parse_completion
 from coserve_agent.requests.prompts import Prompt, check_ids, read_prompts
+from coserve_agent.requests.reading import check_offer, reading_of
+from coserve_agent.tools.answer_format import AnswerFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
 VARIABLES = "chat_template_kwargs"
 
 
-def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
-    """The application of the HTTP port."""
+def build(generator: Generator, answers: AnswerFormat, version: str, max_body_bytes: int) -> FastAPI:
+    """The application of the HTTP port; `answers` is how the model writes calls and thoughts."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_middleware(AnswerMistakes)
@@ -61,14 +63,21 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
         parsed = parse_chat(await body_of(request))
         served = generator.served(parsed.model)
         generator.check_choices(1, parsed)
+        check_offer(parsed, answers)
         given = parsed.chat_template_kwargs or {}
         with _blaming_variables():
             check_variables(tokenizer, given, VARIABLES)
-        variables = together(tokenizer, served.variables, given)
+        offered = Given([tool.shown() for tool in parsed.tools or ()], together(tokenizer, served.variables, given))
         try:
             messages = [message.plain(tokenizer.written_fields) for message in parsed.messages]
             # A template is a program of whoever made the model's folder: nobody else waits for it.
-            prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, Given(variables=variables))
+            prompt = await asyncio.to_thread(
+                tokenizer.encode_chat,
+                messages,
+                offered,
+                asks=parsed.add_generation_prompt is not False,
+                continues=bool(parsed.continue_final_message),
+            )
         except MessageError as error:
             code = "unsupported_parameter" if error.unsupported else "invalid_value"
             raise bad_request(str(error), "messages", code) from None
@@ -78,7 +87,9 @@ def build(generator: Generator, version: str, max_body_bytes: int) -> FastAPI:
             raise bad_request(f"messages: {error}", "messages", "invalid_value") from None
         check_ids(prompt, generator.vocab_size, "messages")
         limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
-        return await respond(generator, request, parsed, [Prompt(prompt, limit)], arrival_s)
+        reading, structure = reading_of(parsed, answers, tokenizer, prompt)
+        prompts = [Prompt(prompt, limit, reading=reading, structure=structure)]
+        return await respond(generator, request, parsed, prompts, arrival_s)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

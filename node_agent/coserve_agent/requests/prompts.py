@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.http.errors import bad_request
+from coserve_agent.requests.structured import Structure
 from coserve_agent.text.detokenize import Detokenizer
 from coserve_agent.tools.reading import PLAIN, Reading
 from coserve_engine.limits import shown
@@ -15,7 +16,8 @@ from coserve_engine.limits import shown
 @dataclass(frozen=True)
 class Prompt:
     """Tokens to go on from. `text` stands before the answer where the client asked for that, and `starts` says where
-    in it each token begins. `max_tokens` of an answer; None: as many as fit. `reading` is how that is read.
+    in it each token begins. `max_tokens` of an answer; None: as many as fit. `reading` is how that is
+    read, and `structure` what it is held to, where the request's fields for that do not say.
     """
 
     tokens: Sequence[int]
@@ -23,6 +25,7 @@ class Prompt:
     text: str = ""
     starts: Sequence[int] = ()
     reading: Reading = PLAIN
+    structure: Structure | None = None
 
 
 def read_prompts(

@@ -68,6 +68,9 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "structural_tag": _EMPTY,
 }
 
+TODAY: Mapping[str, str] = {"functions": "tools", "function_call": "tool_choice"}
+"""What OpenAI's API has for older parameters."""
+
 
 def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """`body` without the neutral parameters.
@@ -88,8 +91,9 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
                 "unknown_parameter",
             )
         elif not NEUTRAL[name](without_nulls(value)):
+            remedy = f"use {TODAY[name]}, which replaced it" if name in TODAY else "remove it"
             raise bad_request(
-                f"{name} is not supported here, and ignoring it would change the answer; remove it",
+                f"{name} is not supported here, and ignoring it would change the answer; {remedy}",
                 name,
                 "unsupported_parameter",
             )

@@ -56,6 +56,12 @@ class AnswerFormat:
     marks: Marks
     format: Format | None
 
+    def __str__(self) -> str:
+        tools = "shows tools" if self.shows_tools else "shows no tools"
+        calls = "in no form that is known here" if self.calls is None else f"as {self.calls}"
+        thinks = "" if self.tags is None else f"; what is thought stands in {self.tags.opening}"
+        return f"the chat template {tools}; calls are read {calls}{thinks}"
+
 
 def answer_format(tokenizer: Tokenizer, named: ToolCallParser | None = None) -> AnswerFormat:
     """That of the model whose tokenizer and template these are; its calls are written as `named`, if that is given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coserve_agent.text.marks import NO_MARKS, Marks
+from coserve_agent.text.marks import NO_MARKS, Marks, unmarked
 from coserve_agent.tools.call_parser import CallParser
 from coserve_agent.tools.events import Event, Said
 from coserve_agent.tools.format import Format
@@ -61,6 +61,6 @@ class AnswerParser:
             thoughts, text = self._thoughts.feed(text, ended=ended)
             events += thoughts
         if self._calls is None:
-            return [*events, Said(text)] if text else events
+            return [*events, Said(said)] if (said := unmarked(text)) else events
         events += self._calls.feed(text)
         return events + self._calls.end() if ended else events

@@ -33,10 +33,10 @@ def broken(served: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The agent, with a tokenizer that fails on one word."""
     encode = served.agent.tokenizer.encode_chat
 
-    def failing(messages: list[dict[str, str]], *rest: Any) -> list[int]:
+    def failing(messages: list[dict[str, str]], *rest: Any, **more: Any) -> list[int]:
         if "BROKEN" in messages[-1]["content"]:
             raise LookupError("broken on purpose")
-        return encode(messages, *rest)  # type: ignore[no-any-return]
+        return encode(messages, *rest, **more)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(served.agent.tokenizer, "encode_chat", failing)
     return served
