@@ -38,6 +38,7 @@ _CALL: Message = {
 }
 _THOUGHT: Message = {"role": "assistant", "content": "wombat", "reasoning_content": _NAME}
 _TAGS = re.compile(rf"(<(?:\w+:)?think\w*>|\[THINK\])\s*{_NAME}\s*(</(?:\w+:)?think\w*>|\[/THINK\])", re.IGNORECASE)
+_USUAL = Tags("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def answer_format(tokenizer: Tokenizer, named: ToolCallParser | None = None) -> 
     """That of the model whose tokenizer and template these are; its calls are written as `named`, if that is given."""
     tags = _tags(tokenizer)
     special = tokenizer.pieces.special
-    marks = Marks((*MARKERS, *([tags.opening, tags.closing] if tags else [])), special)
+    around = (tags, _USUAL) if tags else (_USUAL,)  # a variable may let it think that does not without
+    marks = Marks((*MARKERS, *(tag for one in around for tag in (one.opening, one.closing))), special)
     calls = named or _calls(tokenizer)
     form = None if calls is None else format_of(calls, marks, tokenizer.pieces)
     return AnswerFormat(_shows_tools(tokenizer), calls, tags, marks, form)
