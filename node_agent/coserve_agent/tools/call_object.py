@@ -60,7 +60,7 @@ def _arguments(reader: Reader, start: int) -> Steps[str]:
     first = yield from reader.peek()
     if first == '"':
         said = yield from string(reader)
-        inner = Reader(said, 0, None)
+        inner = Reader(said)
         inner.ended = True
         yield from inner.blank()
         yield from object_(inner)

@@ -31,7 +31,8 @@ class CallParser:
     def __init__(self, format: Format, names: Collection[str], *, held: bool = False, most: int | None = None) -> None:
         self._format, self._names, self._held, self._most = format, names, held, most
         self._events: list[Event] = []
-        self._pending = ""
+        self._text, self._at = "", 0
+        """What is left to read, from a place in it on: it is looked at where it lies, as calls may be many."""
         self._blank = ""
         """White space behind what was said."""
         self._place: re.Pattern[str] | None = _START
@@ -39,7 +40,7 @@ class CallParser:
         self._calls = 0
         self._unit: Steps[None] | None = None
         """What reads the call, or calls, behind a marker."""
-        self._reader = Reader("", 0, None)
+        self._reader = Reader("")
         self._opening = ""
         """What stands before them."""
         self._handed_out = False
@@ -54,7 +55,10 @@ class CallParser:
         return self._read("", ended=True)
 
     def _read(self, text: str, *, ended: bool) -> list[Event]:
-        self._pending += text
+        if self._unit is None:
+            self._text, self._at = self._text[self._at :] + text, 0
+        else:
+            self._reader.text += text
         while self._outside(ended) if self._unit is None else self._inside(self._unit, ended):
             pass
         if ended and self._blank and self._place is not _BEHIND:
@@ -64,48 +68,44 @@ class CallParser:
 
     def _outside(self, ended: bool) -> bool:
         """Read on outside calls; whether there is more to read."""
-        text = self._pending
+        text, at = self._text, self._at
         if self._format.bare and self._place is not None:
-            glue = found.end() if (found := self._place.match(text)) else 0
-            if glue == len(text) and not ended:
+            begin = found.end() if (found := self._place.match(text, at)) else at
+            if begin == len(text) and not ended:
                 return False
-            if text.startswith("{", glue):
-                self._begin(text[:glue], text[glue:], self._names)
+            if text.startswith("{", begin):
+                self._begin(text[at:begin], begin, self._names)
                 return True
-        markers = self._format.markers
-        at, marker = min(((text.find(one), one) for one in markers if one in text), default=(len(text), ""))
+        places = ((text.find(one, at), one) for one in self._format.markers)
+        end, marker = min((one for one in places if one[0] >= 0), default=(len(text), ""))
         if marker:
-            self._say(text[:at])
-            self._begin(marker, text[at + len(marker) :], None)
+            self._say(text[at:end])
+            self._begin(marker, end + len(marker), None)
             return True
-        end = len(text) - (0 if ended else max(overlap(text, one) for one in markers))
-        self._say(text[:end])
-        self._pending = text[end:]
+        end -= 0 if ended else max(overlap(text[max(at, end - len(one)) :], one) for one in self._format.markers)
+        self._say(text[at:end])
+        self._at = end
         return False
 
-    def _begin(self, opening: str, rest: str, names: Collection[str] | None) -> None:
-        self._opening, self._pending = opening, rest
-        self._reader = Reader("", self._calls, names)
+    def _begin(self, opening: str, at: int, names: Collection[str] | None) -> None:
+        self._opening, self._at = opening, at
+        self._reader = Reader(self._text, at, self._calls, names)
         self._unit = self._format.read(self._reader)
         self._handed_out = False
 
     def _inside(self, unit: Steps[None], ended: bool) -> bool:
         """Read on behind a marker; whether there is more to read."""
-        reader = self._reader
-        reader.text += self._pending
-        reader.ended, self._pending = ended, ""
+        self._reader.ended = ended
         try:
             next(unit)
         except StopIteration:
             self._hand_out()
-            self._unit, self._place = None, _BEHIND
-            self._pending = reader.text[reader.at :]
+            self._leave(self._reader.at, _BEHIND)
         except Malformed:
-            self._unit, self._place = None, None
             self._give_up()
         else:
             if self._held:
-                reader.flush()
+                self._reader.flush()
                 self._hand_out()
             return False
         return True
@@ -116,10 +116,15 @@ class CallParser:
             self._reader.flush()
             self._hand_out()
             self._calls += 1
-            self._pending = self._reader.text[self._reader.at :]
+            self._leave(self._reader.at, None)
         else:
             self._say(self._opening)
-            self._pending = self._reader.text
+            self._leave(self._at, None)
+
+    def _leave(self, at: int, place: re.Pattern[str] | None) -> None:
+        """Read on outside."""
+        self._text, self._at = self._reader.text, at
+        self._unit, self._place = None, place
 
     def _hand_out(self) -> None:
         if self._reader.events:

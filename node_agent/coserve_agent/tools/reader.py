@@ -26,12 +26,13 @@ class Reader:
     """The text behind a marker, and the calls found in it so far.
 
     Args:
+        at: where to begin.
         calls: how many the answer has had before.
         names: those that a call may have; None: any.
     """
 
-    def __init__(self, text: str, calls: int, names: Collection[str] | None) -> None:
-        self.text, self.at, self.ended = text, 0, False
+    def __init__(self, text: str, at: int = 0, calls: int = 0, names: Collection[str] | None = None) -> None:
+        self.text, self.at, self.ended = text, at, False
         self.events: list[Event] = []
         self.calls = calls
         self._names = names

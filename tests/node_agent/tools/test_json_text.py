@@ -20,7 +20,7 @@ values = st.recursive(
 
 def end(text: str, at_once: int = 1) -> int | None:
     """Where the value at the start of `text` ends, read so many characters at once; None if there is none."""
-    reader = Reader("", 0, None)
+    reader = Reader("")
     steps = value(reader)
     cuts = [text[at : at + at_once] for at in range(0, len(text), at_once)]
     try:
