@@ -6,6 +6,7 @@ default image is what changes, as in production.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 RELEASED = "386789f"
 SYSTEM, RELEASE = "coserve-system", "coserve"
-STEPS, UPGRADE_AT = 400, 40
+STEPS, UPGRADE_AT = 240, 40
 TRAINING = {
     "maxSteps": STEPS, "batchSize": 4, "learningRate": "4e-3", "schedule": "linear", "warmupSteps": 4, "seed": 11,
 }  # fmt: skip
@@ -68,6 +69,8 @@ class Versions:
 
     def _make_volumes(self) -> None:
         volumes = self.cluster.volumes
+        for name in ("demo", "artifacts"):  # what an earlier run left
+            shutil.rmtree(volumes / name, ignore_errors=True)
         (volumes / "demo").mkdir()
         subprocess.run(["cp", "-r", ROOT / "examples/base-model", volumes / "demo"], check=True)
         words = [ROOT / ".venv/bin/python", ROOT / "examples/make_dataset.py", "--out", volumes / "demo"]
@@ -136,9 +139,10 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
     cluster = versions.cluster
     versions.install("old")
     cluster.apply(endpoint())
+    cluster.run("kubectl", "wait", "--for=create", "deployment/tiny", "--timeout=60s")
     cluster.wait("deployment", "tiny", ready("localhost/coserve-agent:old"), "two agents of the old version", 240)
     cluster.apply(job("undisturbed"))
-    undisturbed = cluster.wait("ftj", "undisturbed", complete, "Complete", 400)
+    undisturbed = cluster.wait("ftj", "undisturbed", complete, "Complete", 900)
 
     autoscaler = cluster.get("hpa", "tiny")["metadata"]["uid"]
     keys = cluster.get("secret", "coserve-access", SYSTEM)["data"]
@@ -150,7 +154,7 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
         versions.install("new")
         new_agents = ready("localhost/coserve-agent:new")
         cluster.wait("deployment", "tiny", new_agents, "two agents of the new version", 400)
-        upgraded = cluster.wait("ftj", "upgraded", complete, "Complete", 600)
+        upgraded = cluster.wait("ftj", "upgraded", complete, "Complete", 900)
     finally:
         output, _ = streams.communicate("\n", timeout=120)
     result = json.loads(output)
