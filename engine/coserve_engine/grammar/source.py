@@ -36,9 +36,10 @@ def source(grammar: Grammar) -> str:
         raise refused(f"has {length:,} bytes; {MOST_BYTES:,} at most are taken")
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return schema_source({"type": "object"})
+            return schema_source({"type": "object"}, exclusive=True)
         case GrammarKind.JSON_SCHEMA:
-            return schema_source(Schema(grammar.text).document())
+            schema = Schema(grammar.text)
+            return schema_source(schema.document(), exclusive=schema.exclusive)
         case GrammarKind.REGEX:
             if (len(grammar.text) - len(grammar.text.rstrip("\\"))) % 2:  # llguidance leaves it out
                 raise refused("ends with a backslash that escapes nothing")
@@ -47,9 +48,10 @@ def source(grammar: Grammar) -> str:
             return _HEAD + " | ".join(json.dumps(one) for one in _choices(grammar.text))
 
 
-def schema_source(document: dict[str, Any]) -> str:
-    """A schema's text for llguidance."""
-    return f"{_HEAD}%json {json.dumps(document | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
+def schema_source(document: dict[str, Any], *, exclusive: bool) -> str:
+    """A schema's text for llguidance; `exclusive` as `Schema` says it."""
+    options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": exclusive}
+    return f"{_HEAD}%json {json.dumps(document | {'x-guidance': options})}"
 
 
 def refused(what: str) -> RequestError:
