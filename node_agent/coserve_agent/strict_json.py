@@ -25,6 +25,11 @@ class HalfCharacterError(FieldError):
     """A string holds half of a surrogate pair."""
 
 
+def whole(value: float) -> float:
+    """JSON has one kind of number: 16.0 is 16."""
+    return int(value) if value.is_integer() else value
+
+
 def loads(text: str, number: Callable[[float], float] = float) -> Any:
     """The value of `text`, numbers with a point or exponent as `number` makes them.
 

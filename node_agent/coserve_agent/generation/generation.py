@@ -9,6 +9,7 @@ from coserve_agent.errors import EngineGoneError
 from coserve_agent.generation.refusals import refusal
 from coserve_agent.generation.transcript import ScoredToken, Transcript
 from coserve_agent.http.errors import ApiError
+from coserve_agent.requests.structured import Structure
 from coserve_agent.telemetry.slo import RequestMeter
 from coserve_engine.messages import FinishReason, Token, TokenLogprobs
 
@@ -31,16 +32,25 @@ class Generation:
     """
 
     def __init__(
-        self, stream: TokenStream, meter: RequestMeter, transcript: Transcript, *, scoring_only: bool = False
+        self,
+        stream: TokenStream,
+        meter: RequestMeter,
+        transcript: Transcript,
+        structure: Structure | None,
+        *,
+        scoring_only: bool = False,
     ) -> None:
         self._stream = stream
         self.meter = meter
         self._transcript = transcript
+        self._structure = structure
         self._scoring_only = scoring_only
         self.completion_tokens = 0
         self.finish_reason: str | None = None
         self.failure: str | None = None
         """How the engine gave it up, as a result in the metrics: failed or refused."""
+        self.mistaken = False
+        """Whether that was the client's mistake, which breaks no promise."""
 
     @property
     def done(self) -> bool:
@@ -65,8 +75,10 @@ class Generation:
         try:
             return self._consume(await self._stream.next_tokens())
         except RefusedError as error:
-            self.failure = "refused" if error.code == "overloaded" else "failed"
-            raise refusal(error) from None
+            said = refusal(error, self._structure)
+            self.mistaken = said.status == 400
+            self.failure = "refused" if self.mistaken or error.code == "overloaded" else "failed"
+            raise said from None
         except EngineGoneError as error:
             self.failure = "failed"
             message = f"the engine stopped: {error}; send the request again"

@@ -23,6 +23,7 @@ from coserve_agent.model.generation_config import SamplingDefaults
 from coserve_agent.requests.chat import ChatRequest
 from coserve_agent.requests.common import Common
 from coserve_agent.requests.prompts import Prompt
+from coserve_agent.requests.structured import Structure, structure_of
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.slo import SloMeter
 from coserve_engine.messages import AddRequest
@@ -110,10 +111,11 @@ class Generator:
         From resolving the name on nothing waits, so it keeps the version it got.
 
         Raises:
-            ApiError: 400 if it does not fit the context, 404, 429 if too many wait, 503.
+            ApiError: 400 if it does not fit the context, or has no one structure, 404, 429 if too many wait, 503.
         """
         self.check_open()
         served = self.served(request.model)
+        structure = structure_of(request)
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
         choices = len(prompts) * (request.n or 1)
@@ -126,7 +128,7 @@ class Generator:
         begun: list[Generation] = []
         try:
             for prompt, max_tokens in zip(prompts, limits, strict=True):
-                params = sampling_params(request, max_tokens, self.defaults)
+                params = sampling_params(request, max_tokens, self.defaults, structure)
                 seed = secrets.randbits(62) if request.seed is None else request.seed
                 for n in range(request.n or 1):  # the choices of a seed are those of the seeds that follow it
                     command = AddRequest(
@@ -138,7 +140,7 @@ class Generator:
                     )
                     transcript = Transcript(self.tokenizer.pieces, prompt, request.stop or (), params.min_tokens)
                     generation = self._begin(
-                        command, transcript, streams=bool(request.stream), scoring_only=max_tokens == 0
+                        command, transcript, structure, streams=bool(request.stream), scoring_only=max_tokens == 0
                     )
                     begun.append(generation)
         except ApiError:
@@ -147,21 +149,32 @@ class Generator:
             raise
         return begun
 
-    def _begin(self, command: AddRequest, transcript: Transcript, *, streams: bool, scoring_only: bool) -> Generation:
+    def _begin(
+        self,
+        command: AddRequest,
+        transcript: Transcript,
+        structure: Structure | None,
+        *,
+        streams: bool,
+        scoring_only: bool,
+    ) -> Generation:
         meter = self._meter.request(command.arrival_s, command.request_id, streams=streams)
         try:
             stream = self._engine.generate(command, meter.token)
         except EngineGoneError as error:
             raise self._refused(500, f"the engine stopped: {error}", "engine_stopped") from None
         meter.placed_s = lambda: command.arrival_s if stream.prompt is None else stream.prompt.placed_s
-        return Generation(stream, meter, transcript, scoring_only=scoring_only)
+        return Generation(stream, meter, transcript, structure, scoring_only=scoring_only)
 
     def end(self, generation: Generation) -> None:
         """Free the request in the engine if it runs still, and judge it."""
         generation.close()
         meter = generation.meter
         if generation.failure is not None:
-            meter.fail()
+            if generation.mistaken:
+                meter.void()
+            else:
+                meter.fail()
             self._metrics.on_request(generation.failure)
         elif not generation.done:
             meter.cancel()

@@ -6,13 +6,16 @@ from typing import TypeVar
 
 from coserve_agent.model.generation_config import SamplingDefaults
 from coserve_agent.requests.common import Common
+from coserve_agent.requests.structured import Structure
 from coserve_engine.messages import SamplingParams
 
 T = TypeVar("T")
 
 
-def sampling_params(request: Common, max_tokens: int, defaults: SamplingDefaults) -> SamplingParams:
-    """Of `request`; what it does not say is by `defaults`."""
+def sampling_params(
+    request: Common, max_tokens: int, defaults: SamplingDefaults, structure: Structure | None
+) -> SamplingParams:
+    """Of `request`, whose answer is held to `structure`; what it does not say is by `defaults`."""
     return SamplingParams(
         max_tokens=max(1, max_tokens),  # the engine computes a prompt for the token that follows it
         temperature=_said(request.temperature, defaults.temperature),
@@ -28,6 +31,7 @@ def sampling_params(request: Common, max_tokens: int, defaults: SamplingDefaults
         min_tokens=request.min_tokens or 0,
         logprobs=request.output_logprobs,
         prompt_logprobs=request.scored_prompt,
+        grammar=None if structure is None else structure.grammar,
     )
 
 

@@ -39,7 +39,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         # Given bytes, json.loads would let encoded surrogates pass.
         text = body.decode(json.detect_encoding(body))
-        data = strict_json.loads(text, number=_whole)
+        data = strict_json.loads(text, number=strict_json.whole)
     except strict_json.FieldError as error:
         raise bad_request(str(error), error.name or None, "invalid_value") from None
     except (ValueError, RecursionError) as error:
@@ -47,7 +47,3 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ApiError(400, f"the body is a JSON {type(data).__name__}; send an object", code="invalid_json")
     return data
-
-
-def _whole(value: float) -> float:
-    return int(value) if value.is_integer() else value

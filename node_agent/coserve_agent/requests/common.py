@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, StrictInt, ValidationError, field_valida
 from coserve_agent.chat.message import StrictModel, fault, without_nulls
 from coserve_agent.http.errors import ApiError, bad_request
 from coserve_agent.model.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
+from coserve_agent.requests.structured import StructuredRequest
 from coserve_engine.messages import MAX_LOGPROBS
 
 MAX_STOPS = 16
@@ -30,7 +31,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: StrictBool | None = None
 
 
-class Common(StrictModel):
+class Common(StructuredRequest):
     """What both kinds of completion share. Token counts; temperature 0 is greedy. Names beyond OpenAI's are vLLM's."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]

@@ -48,7 +48,6 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "tool_choice": _neutral("none", "auto"),
     "functions": _EMPTY,
     "function_call": _neutral("none", "auto"),
-    "response_format": _neutral({"type": "text"}),
     "modalities": _neutral(["text"]),
     "audio": _EMPTY,
     "prediction": _EMPTY,
@@ -63,8 +62,10 @@ NEUTRAL: Mapping[str, Callable[[object], bool]] = {
     "continue_final_message": _OFF,
     "chat_template": _EMPTY,
     "truncate_prompt_tokens": _EMPTY,
-    "guided_json": _EMPTY,
-    "structured_outputs": _EMPTY,
+    "guided_grammar": _EMPTY,
+    "guided_whitespace_pattern": _EMPTY,
+    "guided_decoding_backend": _EMPTY,
+    "structural_tag": _EMPTY,
 }
 
 

@@ -167,6 +167,10 @@ class RequestMeter:
             self._judge(False)
         self._judged = True
 
+    def void(self) -> None:
+        """The client's mistake: nothing was promised."""
+        self._judged = True
+
     def fail(self) -> None:
         """Refused, or broken off by the server."""
         self._judge(False)

@@ -135,11 +135,12 @@ def test_top_p_of_zero_is_greedy(client: openai.OpenAI) -> None:
 
 
 COMMON_FIELDS = (
-    "frequency_penalty", "guided_json", "ignore_eos", "logit_bias", "logprobs", "max_tokens", "metadata", "min_p",
-    "min_tokens", "model", "n", "no_such_field", "presence_penalty", "repetition_penalty", "seed", "stop",
-    "stop_token_ids", "stream", "stream_options", "suffix", "temperature", "top_k", "top_p", "user",
+    "frequency_penalty", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "logit_bias",
+    "logprobs", "max_tokens", "metadata", "min_p", "min_tokens", "model", "n", "no_such_field", "presence_penalty",
+    "repetition_penalty", "response_format", "seed", "stop", "stop_token_ids", "stream", "stream_options",
+    "structured_outputs", "suffix", "temperature", "top_k", "top_p", "user",
 )  # fmt: skip
-CHAT_FIELDS = (*COMMON_FIELDS, "max_completion_tokens", "response_format", "tools", "tool_choice", "top_logprobs")
+CHAT_FIELDS = (*COMMON_FIELDS, "max_completion_tokens", "tools", "tool_choice", "top_logprobs")
 
 
 def test_null_is_neutral_in_every_field(http: httpx.Client) -> None:

@@ -51,7 +51,7 @@ REFUSED = [
     ({"min_tokens": 3}, "min_tokens"),
     ({"min_tokens": -1}, "min_tokens"),
     ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json"}}, "response_format"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
     ({"top_k": 1 << 31}, "top_k"),

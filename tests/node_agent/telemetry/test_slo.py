@@ -122,6 +122,13 @@ def test_refused_and_failed_requests_are_missed(meter: SloMeter, clock: Clock) -
     assert report.attainment_percent == pytest.approx(100 / 3)
 
 
+def test_a_mistake_of_the_client_counts_for_nothing(meter: SloMeter, clock: Clock) -> None:
+    wrong = meter.request(clock.now_s - 2.0)
+    wrong.void()
+    wrong.fail()
+    assert meter.report().requests == 0
+
+
 def test_a_client_that_leaves_counts_only_if_the_promise_was_broken(meter: SloMeter, clock: Clock) -> None:
     early, late = meter.request(clock.now_s), meter.request(clock.now_s - 2.0)
     early.cancel()
