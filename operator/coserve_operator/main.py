@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 
 from aiohttp import web
@@ -206,9 +207,8 @@ class Operator:
 class Lifetime:
     """An operator in kopf's loop: it waits for the Lease, works while it has it, and gives it back."""
 
-    def __init__(self, operator: Operator, leader: Leader, telemetry: Telemetry, health_port: int) -> None:
-        self._operator, self._leader, self._telemetry, self._port = operator, leader, telemetry, health_port
-        self._health = web.AppRunner(telemetry.application(), access_log=None)
+    def __init__(self, operator: Operator, leader: Leader, telemetry: Telemetry) -> None:
+        self._operator, self._leader, self._telemetry = operator, leader, telemetry
         self._leading: asyncio.Task[None] | None = None
         self.stop = asyncio.Event()
         """Set when nothing is left to do."""
@@ -219,13 +219,7 @@ class Lifetime:
         """Wait until this replica is to work, and begin; return when there is something to watch, since kopf looks only
         once which kinds there are.
         """
-        await self._health.setup()
-        await web.TCPSite(self._health, port=self._port).start()
-        try:
-            await self._leader.acquire()
-        except asyncio.CancelledError:  # told to stop: `end` is not asked for then
-            await self._health.cleanup()
-            raise
+        await self._leader.acquire()
         self._telemetry.leading.set(1)
         self._leading = asyncio.create_task(self._lead())
         listed = asyncio.create_task(self._operator.listed.wait())
@@ -253,12 +247,29 @@ class Lifetime:
             self.error = None if task.cancelled() else task.exception()
             if not isinstance(self.error, LeadershipLostError):
                 await self._leader.release()
-        await self._health.cleanup()
+
+
+@asynccontextmanager
+async def _answering(telemetry: Telemetry, port: int) -> AsyncIterator[None]:
+    """Answer the kubelet's questions, first of all: who waits for the API server is alive."""
+    server = web.AppRunner(telemetry.application(), access_log=None)
+    await server.setup()
+    try:
+        await web.TCPSite(server, port=port).start()
+        yield
+    finally:
+        await server.cleanup()
 
 
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, or until leadership is lost."""
     telemetry = Telemetry(time.monotonic)
+    telemetry.trouble = lambda: "it waits for the API server"
+    async with _answering(telemetry, settings.health_port):
+        await _operate(settings, telemetry)
+
+
+async def _operate(settings: Settings, telemetry: Telemetry) -> None:
     kube = await kubernetes.connect()
     settings = await with_access(settings, kube)
     tls = read_tls(settings.redis_tls)
@@ -266,7 +277,7 @@ async def run(settings: Settings) -> None:
     telemetry.trouble = lambda: leader.trouble
     stores = Stores(settings, leader, time.monotonic, tls)
     operator = Operator(settings, kube.guarded(leader.token), stores, telemetry, tls)
-    lifetime = Lifetime(operator, leader, telemetry, settings.health_port)
+    lifetime = Lifetime(operator, leader, telemetry)
     try:
         handlers = registry(operator.on_event, lifetime.start, lifetime.end)
         await operate(handlers, settings.identity, lifetime.stop)

@@ -1,11 +1,13 @@
 """`helm upgrade` from the first version that was released, with its chart, operator and agents, under a job and under
-streams. Agents of both versions have the packages of one volume; which, an image's PYTHONPATH says, so that the chart's
-default image is what changes, as in production.
+streams. Agents and feeders of both versions have their packages beside the model, in its claim, which each of them
+mounts at one place; whose, an image's PYTHONPATH says, so that the chart's default image is what changes, as in
+production.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +22,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 RELEASED = "386789f"
 SYSTEM, RELEASE = "coserve-system", "coserve"
-STEPS, UPGRADE_AT = 400, 40
+STEPS, UPGRADE_AT = 240, 40
 TRAINING = {
     "maxSteps": STEPS, "batchSize": 4, "learningRate": "4e-3", "schedule": "linear", "warmupSteps": 4, "seed": 11,
 }  # fmt: skip
-TEMPLATE = {
-    "volumes": [{"name": "env", "persistentVolumeClaim": {"claimName": "coserve-env", "readOnly": True}}],
-    "volumeMounts": [{"name": "env", "mountPath": "/env", "readOnly": True}],
-}
+PACKAGES = "/models/coserve-demo/packages"
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +52,16 @@ class Versions:
         self.cluster.script("cluster", "install")
         self.cluster.script("cluster", "up")
         self.cluster.script("cluster", "images", "redis", "agent-dev")
+        for name in ("demo", "artifacts"):  # what an earlier run left
+            shutil.rmtree(self.cluster.volumes / name, ignore_errors=True)
         images = ["redis"]
         for name, checkout in self.checkouts.items():  # this checkout last: others look for its image by that name
             self.cluster.script("cluster", "images", "operator", checkout=checkout)
-            self.cluster.script("cluster", "pod-env", str(self.cluster.volumes / "env" / name), checkout=checkout)
+            packages = self.cluster.volumes / "demo/packages" / name
+            self.cluster.script("cluster", "pod-env", str(packages), checkout=checkout)
             buildah("tag", "localhost/coserve-operator:dev", f"localhost/coserve-operator:{name}")
             container = buildah("from", "localhost/coserve-agent-dev:dev")
-            path = f"/env/{name}/coserve:/env/{name}/site-packages"
+            path = f"{PACKAGES}/{name}/coserve:{PACKAGES}/{name}/site-packages"
             buildah("config", "--env", f"PYTHONPATH={path}", container)
             buildah("commit", "-q", "--rm", container, f"localhost/coserve-agent:{name}")
             images += [f"localhost/coserve-{part}:{name}" for part in ("operator", "agent")]
@@ -68,7 +70,6 @@ class Versions:
 
     def _make_volumes(self) -> None:
         volumes = self.cluster.volumes
-        (volumes / "demo").mkdir()
         subprocess.run(["cp", "-r", ROOT / "examples/base-model", volumes / "demo"], check=True)
         words = [ROOT / ".venv/bin/python", ROOT / "examples/make_dataset.py", "--out", volumes / "demo"]
         subprocess.run(words, check=True)
@@ -110,7 +111,7 @@ def endpoint() -> dict[str, Any]:
     body = example("endpoint.yaml", autoscaling={"minReplicas": 2, "maxReplicas": 3, "targetSaturationPercent": 90})
     body["spec"].pop("image")
     body["spec"].pop("finetuning")
-    body["spec"]["template"] = {"resources": body["spec"]["template"]["resources"]} | TEMPLATE
+    body["spec"]["template"] = {"resources": body["spec"]["template"]["resources"]}
     return body
 
 
@@ -136,9 +137,10 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
     cluster = versions.cluster
     versions.install("old")
     cluster.apply(endpoint())
+    cluster.run("kubectl", "wait", "--for=create", "deployment/tiny", "--timeout=60s")
     cluster.wait("deployment", "tiny", ready("localhost/coserve-agent:old"), "two agents of the old version", 240)
     cluster.apply(job("undisturbed"))
-    undisturbed = cluster.wait("ftj", "undisturbed", complete, "Complete", 400)
+    undisturbed = cluster.wait("ftj", "undisturbed", complete, "Complete", 900)
 
     autoscaler = cluster.get("hpa", "tiny")["metadata"]["uid"]
     keys = cluster.get("secret", "coserve-access", SYSTEM)["data"]
@@ -150,7 +152,7 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
         versions.install("new")
         new_agents = ready("localhost/coserve-agent:new")
         cluster.wait("deployment", "tiny", new_agents, "two agents of the new version", 400)
-        upgraded = cluster.wait("ftj", "upgraded", complete, "Complete", 600)
+        upgraded = cluster.wait("ftj", "upgraded", complete, "Complete", 900)
     finally:
         output, _ = streams.communicate("\n", timeout=120)
     result = json.loads(output)

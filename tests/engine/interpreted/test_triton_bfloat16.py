@@ -107,9 +107,8 @@ def _coarse_low(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_backward, "shrink", rounded)
 
 
-@pytest.mark.parametrize(
-    "mutate", [pytest.param(_coarse_lse, marks=pytest.mark.nightly), _coarse_low], ids=lambda f: f.__name__
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("mutate", [_coarse_lse, _coarse_low], ids=lambda f: f.__name__)
 def test_eight_bits_show(ratios: Any, monkeypatch: pytest.MonkeyPatch, mutate: Any) -> None:
     """The control. One rounding to bfloat16 more is less than what PEFT itself errs, and is seen kernel by kernel."""
     mutate(monkeypatch)

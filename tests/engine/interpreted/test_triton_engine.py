@@ -52,7 +52,9 @@ def test_a_batch_without_adapters_meets_no_launch_of_theirs(plain: str, monkeypa
         assert len(found) == adapters
 
 
-@pytest.mark.parametrize("stale", ["entries", "blocks", "order"])
+@pytest.mark.parametrize(
+    "stale", ["order", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("entries", "blocks"))]
+)
 def test_adapters_that_are_not_put_in_anew_show(
     plain: str,
     random_adapter: Any,

@@ -32,7 +32,9 @@ def errors(rig: Any, path: str, draw_tokens: Any, random_adapter: Any, reference
     }
 
 
-@pytest.mark.parametrize("model", ["plain", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "model", ["plain", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("mistral", "qwen3"))]
+)
 def test_it_computes_what_peft_does(
     rig: Any, model_path: Any, draw_tokens: Any, random_adapter: Any, reference: Any, model: str
 ) -> None:
@@ -40,6 +42,7 @@ def test_it_computes_what_peft_does(
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.nightly
 def test_a_kernel_that_errs_shows(
     rig: Any, plain: str, draw_tokens: Any, random_adapter: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ def run(reserve: Any, pauses: Pauses = HEAVY, requests: int = 1500, seed: int = 
     return World(setup, at_rate(drawn(requests, 1.0, 1.0, 144, 53, seed), rate), decide, reserve=reserve).run()
 
 
+@pytest.mark.nightly
 def test_the_promise_holds_on_a_machine_that_pauses_at_nearly_the_best_rate() -> None:
     """Over four machines, for a single run hangs on where a few pauses fall."""
 

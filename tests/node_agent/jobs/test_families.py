@@ -20,7 +20,11 @@ from coserve_agent.settings import FeederSettings
 from coserve_api.job import Schedule
 from coserve_contract.messages import AdapterRecord, Completed
 
-FAMILIES = ("qwen3", "deepseek_r1_distill", "mistral", "llama3_2", "gemma3")
+FAMILIES = (
+    "qwen3",
+    "llama3_2",
+    *(pytest.param(each, marks=pytest.mark.nightly) for each in ("deepseek_r1_distill", "mistral", "gemma3")),
+)
 STEPS = 120
 ROWS = [
     [("system", "be"), ("user", "one"), ("assistant", "two! three"), ("user", "four"), ("assistant", "five, six")],
