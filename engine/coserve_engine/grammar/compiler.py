@@ -141,7 +141,7 @@ class Compiler:
         until = time.monotonic() + SECONDS
         for where, schema in schemas:
             for place in schema.places[:MOST_BLAMED]:
-                alone = self._sandbox.wrong(schema_source(schema.document(place)))
+                alone = self._sandbox.wrong(schema_source(schema.document(place), exclusive=schema.exclusive))
                 if alone:
                     return refused(f"cannot be compiled: the schema's {shown(place)}: {_said(alone)}", where)
                 if time.monotonic() > until:
@@ -170,6 +170,8 @@ def _said(wrong: str) -> str:
     line = wrong.strip().partition("\n")[0]
     if line.startswith("NoExtension"):
         return "nothing can be that"
+    if line.endswith("approximate oneOf with anyOf"):
+        return "oneOf has schemas that cannot be told apart; give each a required name with a const, or use anyOf"
     if _WHERE in line:
         line = line.partition(_WHERE)[2]
     return line.replace(f"json-schema:///{ROOT}", "#")[:300]

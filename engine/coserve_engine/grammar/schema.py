@@ -41,9 +41,12 @@ class Schema:
         self._found = set[Place]()
         self._below: defaultdict[Place, list[tuple[Place, bool]]] = defaultdict(list)
         """What the compiler goes to from a place, in its order, and whether by a reference."""
+        self._unions: list[list[Any]] = []
         self._copy = self._checked(_parsed(text), ())
         self._met = set[Place]()
         self._follow((), 0)
+        self.exclusive = all(map(self._told_apart, self._unions))
+        """Whether no value is valid by two schemas of a oneOf: each then means what anyOf does."""
 
     @property
     def places(self) -> list[Place]:
@@ -82,7 +85,10 @@ class Schema:
             case "anyOf" | "oneOf" | "allOf" | "prefixItems":
                 if not isinstance(value, list) or not value:
                     refuse(here, "must be an array of schemas, with one at least")
-                return [self._checked(one, (*here, str(n)), place) for n, one in enumerate(value)]
+                copies = [self._checked(one, (*here, str(n)), place) for n, one in enumerate(value)]
+                if keyword == "oneOf":
+                    self._unions.append(copies)
+                return copies
             case "properties" | "patternProperties":
                 _check_object(value, here)
                 return {name: self._checked(one, (*here, name), place) for name, one in value.items()}
@@ -101,11 +107,35 @@ class Schema:
             refuse(here, f"is {value}, and only names in required are sure to differ; name as many there")
         return value
 
+    def _told_apart(self, schemas: list[Any]) -> bool:
+        """Whether all are objects with one name whose texts differ, as pydantic writes a union with a discriminator.
+        The compiler sees that of schemas that stand there, but not of references.
+        """
+        tags: defaultdict[str, list[str]] = defaultdict(list)
+        for schema in map(self._referred, schemas):
+            if not isinstance(schema, dict) or schema.get("type") != "object":
+                return False
+            properties = schema.get("properties", {})
+            for name in properties.keys() & set(schema.get("required", ())):
+                tag = properties[name].get("const") if isinstance(properties[name], dict) else None
+                if isinstance(tag, str):
+                    tags[name].append(tag)
+        return any(len(set(texts)) == len(texts) == len(schemas) for texts in tags.values())
+
+    def _referred(self, schema: Any) -> Any:
+        """What a schema refers to, itself where it does not; None where no schema is."""
+        if not isinstance(schema, dict) or "$ref" not in schema:
+            return schema
+        place = _target("#" + schema["$ref"].removeprefix(ROOT))
+        found: Any = self._copy if place in self._found else None
+        for part in place if found is not None else ():
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        return found
+
     def _reference(self, value: Any, place: Place, here: Place) -> str:
         if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
             refuse(here, f'is {value!r}; it must refer to a schema of this document, as in "#/$defs/name"')
-        parts = unquote(value[2:]).split("/") if value != "#" else []
-        target = tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
+        target = _target(value)
         self._below[place].append((target, True))
         return ROOT + _pointer(target)
 
@@ -129,6 +159,11 @@ def shown(place: Place) -> str:
 
 def refuse(place: Place, what: str) -> NoReturn:
     raise RequestError("invalid_parameter", f"grammar: the schema's {shown(place)} {what}", "grammar")
+
+
+def _target(reference: str) -> Place:
+    parts = unquote(reference[2:]).split("/") if reference != "#" else []
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
 
 
 def _pointer(place: Place) -> str:

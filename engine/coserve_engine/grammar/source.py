@@ -37,9 +37,10 @@ def source(grammar: Grammar, *, spelt: bool = False) -> str:
         raise refused(f"has {length:,} bytes; {MOST_BYTES:,} at most are taken")
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return schema_source({"type": "object"})
+            return schema_source({"type": "object"}, exclusive=True)
         case GrammarKind.JSON_SCHEMA:
-            return schema_source(Schema(grammar.text).document())
+            schema = Schema(grammar.text)
+            return schema_source(schema.document(), exclusive=schema.exclusive)
         case GrammarKind.REGEX:
             if (len(grammar.text) - len(grammar.text.rstrip("\\"))) % 2:  # llguidance leaves it out
                 raise refused("ends with a backslash that escapes nothing")
@@ -48,17 +49,19 @@ def source(grammar: Grammar, *, spelt: bool = False) -> str:
             return _HEAD + " | ".join(json.dumps(one) for one in _choices(grammar.text))
         case GrammarKind.EXPRESSION:
             expression = Expression(grammar.text)
-            rules = [f"s{n}: {_json(schema.document())}" for n, (_, schema) in enumerate(expression.schemas)]
+            schemas = [schema for _, schema in expression.schemas]
+            rules = [f"s{n}: {_json(one.document(), exclusive=one.exclusive)}" for n, one in enumerate(schemas)]
             return "\n".join([_HEAD + expression.rules(spelt=spelt), *rules])
 
 
-def schema_source(document: dict[str, Any]) -> str:
-    """A schema's text for llguidance."""
-    return _HEAD + _json(document)
+def schema_source(document: dict[str, Any], *, exclusive: bool) -> str:
+    """A schema's text for llguidance; `exclusive` as `Schema` says it."""
+    return _HEAD + _json(document, exclusive=exclusive)
 
 
-def _json(document: dict[str, Any]) -> str:
-    return f"%json {json.dumps(document | {'x-guidance': {'whitespace_pattern': WHITESPACE}})}"
+def _json(document: dict[str, Any], *, exclusive: bool) -> str:
+    options = {"whitespace_pattern": WHITESPACE, "coerce_one_of": exclusive}
+    return f"%json {json.dumps(document | {'x-guidance': options})}"
 
 
 def refused(what: str, where: str = "") -> RequestError:

@@ -60,7 +60,7 @@ def chain(links: int) -> dict[str, Any]:
 
 def test_a_grammar_that_takes_too_long_is_given_up_and_nothing_is_left_of_it(of: Compiler) -> None:
     of._sandbox = sandbox = Sandbox(seconds=0.5)
-    assert not sandbox.wrong(schema_source(TEXT))
+    assert not sandbox.wrong(schema_source(TEXT, exclusive=True))
     process = sandbox.pid
     assert process is not None
     assert "longer than 0.5 s to compile" in refusal(of, schema(doubling(24)))
@@ -74,18 +74,18 @@ def test_a_grammar_that_overflows_the_compilers_stack_ends_no_engine() -> None:
     """What bounds a schema's depth is taken away: this would end a process that compiled it."""
     sandbox = Sandbox()
     with pytest.raises(RequestError, match="more memory, or is deeper"):
-        sandbox.wrong(schema_source(chain(5000)))
-    assert not sandbox.wrong(schema_source(TEXT))
+        sandbox.wrong(schema_source(chain(5000), exclusive=True))
+    assert not sandbox.wrong(schema_source(TEXT, exclusive=True))
 
 
 def test_a_process_that_was_killed_meanwhile_is_no_grammars_fault() -> None:
     sandbox = Sandbox()
-    sandbox.wrong(schema_source(TEXT))
+    sandbox.wrong(schema_source(TEXT, exclusive=True))
     process = sandbox._process
     assert process is not None
     process.kill()
     process.wait()
-    assert not sandbox.wrong(schema_source(TEXT))
+    assert not sandbox.wrong(schema_source(TEXT, exclusive=True))
 
 
 def test_depths_that_are_taken_can_be_compiled(of: Compiler) -> None:

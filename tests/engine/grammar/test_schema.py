@@ -117,3 +117,36 @@ def test_depth_is_bounded_with_references_followed() -> None:
 def test_a_schema_that_contains_itself_has_an_end() -> None:
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#/$defs/leaf"}}}
     Schema(json.dumps(tree | {"$defs": {"leaf": {"anyOf": [{"$ref": "#/$defs/leaf"}, {"$ref": "#"}, TEXT]}}}))
+
+
+def union(*tags: object, **more: Any) -> dict[str, Any]:
+    """As pydantic writes one with a discriminator."""
+
+    def one(tag: object) -> dict[str, Any]:
+        return {"type": "object", "properties": {"kind": {"const": tag}}, "required": ["kind"], **more}
+
+    refs = [{"$ref": f"#/$defs/a~1{n}"} for n in range(len(tags))]
+    return {"items": {"oneOf": refs}, "$defs": {f"a/{n}": one(tag) for n, tag in enumerate(tags)}}
+
+
+@pytest.mark.parametrize(
+    ("document", "exclusive"),
+    [
+        (union("a", "b", "c"), True),
+        ({"type": "string"}, True),
+        (union("a", "b", "a"), False),
+        (union("a", 1), False),
+        (union(1, 1.0), False),
+        (union("a", "b", required=[]), False),
+        (union("a", "b", type=["object", "null"]), False),
+        (union("a", "b", properties={"kind": True}), False),
+        ({"oneOf": [{"$ref": "#/oneOf/1"}, {"type": "string"}]}, False),
+        ({"oneOf": [True, {"type": "object"}]}, False),
+        ({"$defs": {"unused": {"oneOf": [{"$ref": "#/title"}]}}}, False),
+        ({"oneOf": [union("a")["$defs"]["a/0"], union("b")["$defs"]["a/0"]]}, True),
+    ],
+    ids=str,
+)
+def test_schemas_of_a_union_are_told_apart_by_a_name(document: dict[str, Any], exclusive: bool) -> None:
+    """Then oneOf means what anyOf does, and only then."""
+    assert Schema(json.dumps(document)).exclusive == exclusive

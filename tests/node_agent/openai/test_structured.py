@@ -321,6 +321,7 @@ ENGINES: list[tuple[dict[str, Any], str, str]] = [
     ({"items": [{}]}, "#/items is an array", ""),
     ({"type": "integer", "minimum": 5, "maximum": 4}, "#", "cannot be compiled"),
     ({"$ref": "#"}, "#", ""),
+    ({"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "#/items", "use anyOf"),
 ]
 """A schema, the path that is named, and more that is said."""
 

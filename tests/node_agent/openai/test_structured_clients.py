@@ -1,4 +1,6 @@
-"""Structured output as the openai client's helpers ask for it, and as LangChain and LiteLLM were seen to."""
+"""Structured output as the openai client's helpers ask for it, and with schemas as pydantic writes them. LangChain and
+LiteLLM were seen to send the same: the former by default, the latter where `strict` is not true.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +60,13 @@ class Times(BaseModel):
     moment: datetime.datetime
     clock: datetime.time
     id: uuid.UUID
-    url: HttpUrl
+
+
+class Loose(BaseModel):
+    """What its schema says less of than pydantic checks."""
+
+    link: HttpUrl
     price: Decimal
-
-
-class Counts(BaseModel):
     counts: dict[str, int]
     note: str | None = None
 
@@ -104,7 +108,7 @@ def test_a_stream_that_is_parsed_as_it_comes(client: openai.OpenAI, options: dic
     assert parsed == client.chat.completions.parse(response_format=Report, **options).choices[0].message.parsed
 
 
-@pytest.mark.parametrize("model", [*MODELS, Counts])
+@pytest.mark.parametrize("model", [*MODELS, Loose])
 def test_schemas_as_pydantic_writes_them(
     client: openai.OpenAI, options: dict[str, Any], model: type[BaseModel]
 ) -> None:
@@ -117,9 +121,9 @@ def test_schemas_as_pydantic_writes_them(
         choice = client.chat.completions.create(**options, **body).choices[0]
         if choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), plain)
-            model.model_validate_json(choice.message.content)
+            assert model is Loose or model.model_validate_json(choice.message.content)
         else:
-            assert model is Counts, "any number of names may come"
+            assert model is Loose, "any number of names may come"
 
 
 @pytest.mark.parametrize(
