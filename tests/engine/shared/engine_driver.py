@@ -27,7 +27,7 @@ from coserve_engine.model import executor
 from coserve_engine.scheduler.timeline import Timeline
 
 E = TypeVar("E")
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def gather(host: EngineHost, enough: Callable[[list[Event]], bool]) -> list[Event]:
