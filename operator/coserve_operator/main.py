@@ -4,11 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 
-from aiohttp import web
 from pydantic_settings import CliApp
 
 from coserve_operator import kube as kubernetes
@@ -21,7 +19,7 @@ from coserve_operator.apply.tenant_redis import TenantRedisKeeper
 from coserve_operator.controller import Controller, ReconcileError
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, KubeError, Manifest
 from coserve_operator.leader import Leader, LeadershipLostError
-from coserve_operator.process import first_of
+from coserve_operator.process import first_of, serving
 from coserve_operator.queue import BackOff, KeyedQueue
 from coserve_operator.redis.polling import Polling
 from coserve_operator.redis.store import OperatorStore, StoreError
@@ -249,23 +247,12 @@ class Lifetime:
                 await self._leader.release()
 
 
-@asynccontextmanager
-async def _answering(telemetry: Telemetry, port: int) -> AsyncIterator[None]:
-    """Answer the kubelet's questions, first of all: who waits for the API server is alive."""
-    server = web.AppRunner(telemetry.application(), access_log=None)
-    await server.setup()
-    try:
-        await web.TCPSite(server, port=port).start()
-        yield
-    finally:
-        await server.cleanup()
-
-
 async def run(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT, or until leadership is lost."""
     telemetry = Telemetry(time.monotonic)
     telemetry.trouble = lambda: "it waits for the API server"
-    async with _answering(telemetry, settings.health_port):
+    # the kubelet's questions first of all: who waits for the API server is alive
+    async with serving(telemetry.application(), settings.health_port):
         await _operate(settings, telemetry)
 
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+import ssl
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+
+from aiohttp import web
 
 CANCEL_EVERY_S = 1.0
 
@@ -31,6 +34,20 @@ async def _end(tasks: "list[asyncio.Task[Any]]") -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # seen; only the first one's counts
+
+
+@asynccontextmanager
+async def serving(
+    application: web.Application, port: int, context: ssl.SSLContext | None = None
+) -> AsyncIterator[None]:
+    """Answer on the port meanwhile, over TLS where there is a context."""
+    server = web.AppRunner(application, access_log=None)
+    await server.setup()
+    try:
+        await web.TCPSite(server, port=port, ssl_context=context).start()
+        yield
+    finally:
+        await server.cleanup()
 
 
 @contextmanager

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def kubeconfig(folder: Path) -> Path:
+def kubeconfig(folder: Path, port: int) -> Path:
     """Of a server that is not there."""
     path, name = folder / "kubeconfig", "away"
     config = {
         "current-context": name,
-        "clusters": [{"name": name, "cluster": {"server": f"http://127.0.0.1:{free_port()}"}}],
+        "clusters": [{"name": name, "cluster": {"server": f"http://127.0.0.1:{port}"}}],
         "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
         "users": [{"name": name, "user": {"token": "t"}}],
     }
@@ -32,10 +26,10 @@ def kubeconfig(folder: Path) -> Path:
     return path
 
 
-def test_it_is_alive_and_not_ready(tmp_path: Path) -> None:
-    port = free_port()
+def test_it_is_alive_and_not_ready(tmp_path: Path, servers: Any) -> None:
+    port, away = servers.free_port(), servers.free_port()
     settings = {"COSERVE_AGENT_IMAGE": "a", "COSERVE_NAMESPACE": "ns", "COSERVE_ACCESS_SECRET": "coserve-access"}
-    env = os.environ | settings | {"KUBECONFIG": str(kubeconfig(tmp_path)), "COSERVE_HEALTH_PORT": str(port)}
+    env = os.environ | settings | {"KUBECONFIG": str(kubeconfig(tmp_path, away)), "COSERVE_HEALTH_PORT": str(port)}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "coserve_operator.main"], env=env, stdout=log, stderr=log)
     try:

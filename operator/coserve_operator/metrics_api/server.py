@@ -25,7 +25,7 @@ from coserve_operator.manifests.endpoint import METRIC
 from coserve_operator.metrics_api import documents as custom_metrics
 from coserve_operator.metrics_api.front_proxy import Trust, load_certificate, read_trust, server_context
 from coserve_operator.metrics_api.registration import Registration
-from coserve_operator.process import first_of, stop_on_signals
+from coserve_operator.process import first_of, serving, stop_on_signals
 from coserve_operator.redis.bounded import connect_bounded
 from coserve_operator.settings import MetricsApiSettings
 from coserve_operator.tenants import redis_url
@@ -153,10 +153,7 @@ async def run(settings: MetricsApiSettings) -> None:
     try:
         trust = await read_trust(kube)
         context: ssl.SSLContext = server_context(trust, settings.certificates)
-        runner = web.AppRunner(MetricsApi(kube, connections, trust).application(), access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, port=settings.port, ssl_context=context).start()
+        async with serving(MetricsApi(kube, connections, trust).application(), settings.port, context):
             logger.info("serving %s on port %d to %s", ROOT, settings.port, ", ".join(trust.names) or "every name")
             registration = Registration(kube, settings, time.monotonic)
             with stop_on_signals() as stopped:
@@ -167,8 +164,6 @@ async def run(settings: MetricsApiSettings) -> None:
                     *([until_renewed(settings.redis_tls, tls)] if settings.redis_tls else []),
                     stopped.wait(),
                 )
-        finally:
-            await runner.cleanup()
     finally:
         await connections.aclose()
         await kube.close()
