@@ -22,8 +22,7 @@ MOST_BYTES = 256 << 20
 NO_TEXT = 0xFF
 """No text in UTF-8 has this byte, and llguidance marks special tokens with it."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MARKER = re.compile(r"<.*>", re.DOTALL)
-"""What markup looks like that a tokenizer calls no special token: `<tool_call>`, `<think>`."""
+_MARKUP = re.compile(r"<.*>", re.DOTALL)
 
 Spelling = Callable[[str], bytes]
 
@@ -50,7 +49,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         added = {int(one["id"]): one for one in plan.get("added_tokens") or ()}
         added |= {int(id): one for id, one in (config.get("added_tokens_decoder") or {}).items()}
         names = {plan["model"].get("unk_token"), *_special_names(config)}
-        special = {id for id, one in added.items() if one.get("special") or _MARKER.fullmatch(one["content"])}
+        special = {id for id, one in added.items() if one.get("special") or is_markup(one["content"])}
         pieces |= {id: one["content"] for id, one in added.items()}
         special |= {id for id, piece in pieces.items() if piece in names}
         tokens = [b""] * size
@@ -65,6 +64,13 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     for id in never:
         tokens[id] = b""
     return Vocabulary(tokens, sorted(id for id in special if 0 <= id < size))
+
+
+def is_markup(text: str) -> bool:
+    """Whether an added token looks like markup, and so writes no text though its tokenizer calls it no special one:
+    `<tool_call>`, `<think>`.
+    """
+    return _MARKUP.fullmatch(text) is not None
 
 
 class _DecoderError(Exception):

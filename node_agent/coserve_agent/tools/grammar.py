@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coserve_agent.text.pieces import Pieces
 from coserve_agent.tools.format import Format, Part, Schema
 from coserve_agent.tools.thought_parser import Tags
+from coserve_engine.grammar.vocabulary import is_markup
 from coserve_engine.messages import Grammar, GrammarKind
 
-_MARKUP = re.compile(r"<.*>", re.DOTALL)
-"""What the engine takes for a special token, also where a tokenizer calls it none."""
 Expression = str | dict[str, Any]
 Functions = Mapping[str, tuple[str, dict[str, Any]]]
 """By name: where in the request the schema of the arguments stands, and the schema."""
@@ -23,7 +21,7 @@ def calls_grammar(
     form: Format, functions: Functions, pieces: Pieces, *, several: bool, tags: Tags | None, thinking: bool
 ) -> Grammar:
     """Of one call, or of `several`. A model with `tags` may think before; where it is `thinking`, it does already."""
-    ids = {text: id for id, text in pieces.added.items() if id in pieces.special or _MARKUP.fullmatch(text)}
+    ids = {text: id for id, text in pieces.added.items() if id in pieces.special or is_markup(text)}
 
     def written(part: Part, schema: Expression) -> Expression:
         if isinstance(part, Schema):
