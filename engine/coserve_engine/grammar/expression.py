@@ -22,7 +22,6 @@ class Expression:
         """Each with where the client has it."""
         self._root = json.loads(text)
         self._read(self._root)
-        self._seen, self._rules = 0, list[str]()
 
     def _read(self, part: Any) -> None:
         match part:
@@ -42,33 +41,42 @@ class Expression:
         """In llguidance's dialect of Lark, from what `start` is on: `s0` and so on are the schemas' names. Where it is
         `spelt` each token is its text, for a vocabulary that has none of them.
         """
-        self._seen, self._rules = 0, []
-        start = self._written(self._root, spelt)
-        return "\n".join([start, *self._rules])
+        lark = _Lark(spelt)
+        start = lark.written(self._root)
+        return "\n".join([start, *lark.rules])
 
-    def _written(self, part: Any, spelt: bool) -> str:
+
+class _Lark:
+    """One writing of an expression; `rules` are those that it needs of its own."""
+
+    def __init__(self, spelt: bool) -> None:
+        self._spelt = spelt
+        self._schemas = 0
+        self.rules: list[str] = []
+
+    def written(self, part: Any) -> str:
         match part:
             case str():
                 return json.dumps(part)
             case {"token": id, "text": text}:
-                return json.dumps(text) if spelt else f"<[{id}]>"
+                return json.dumps(text) if self._spelt else f"<[{id}]>"
             case {"schema": _}:
-                self._seen += 1
-                return f"s{self._seen - 1}"
+                self._schemas += 1
+                return f"s{self._schemas - 1}"
             case {"all": several}:
-                return "( " + " ".join(self._written(one, spelt) for one in several) + " )"
+                return "( " + " ".join(map(self.written, several)) + " )"
             case {"any": several}:
-                return "( " + " | ".join(self._written(one, spelt) for one in several) + " )"
+                return "( " + " | ".join(map(self.written, several)) + " )"
             case {"several": one, **more}:
-                between = self._written(more["between"], spelt) if "between" in more else ""
-                name = self._rule("r", f": {self._written(one, spelt)}")
+                between = self.written(more["between"]) if "between" in more else ""
+                name = self._rule("r", f": {self.written(one)}")
                 return f"{name} ( {between} {name} )*"
             case {"maybe": one}:
-                return f"( {self._written(one, spelt)} )?"
+                return f"( {self.written(one)} )?"
             case {"until": str(end)}:
                 return self._until(end)
             case {"until": {"text": text} as token}:
-                return self._until(text) if spelt else f"/(?s:.*)/ {self._written(token, spelt)}"
+                return self._until(text) if self._spelt else f"/(?s:.*)/ {self.written(token)}"
         raise TypeError(f"an expression has {part!r}")
 
     def _until(self, text: str) -> str:
@@ -76,6 +84,6 @@ class Expression:
 
     def _rule(self, kind: str, what: str) -> str:
         """The name of a rule of its own."""
-        name = f"{kind}{len(self._rules)}"
-        self._rules.append(name + what)
+        name = f"{kind}{len(self.rules)}"
+        self.rules.append(name + what)
         return name
