@@ -25,13 +25,15 @@ def _unsupported(value: object) -> None:
 SchemaOrText = str | dict[str, Any]
 """A JSON Schema, or its JSON."""
 Choices = Annotated[list[str], Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+"""Of a schema or a function, as OpenAI takes it."""
 Unsupported = Annotated[None, BeforeValidator(_unsupported)]
 
 
 class JsonSchema(StrictModel):
     """The schema is enforced whatever `strict` says, as in vLLM."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: StrictBool | None = None

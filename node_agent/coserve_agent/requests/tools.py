@@ -8,10 +8,9 @@ from pydantic import Field, StrictBool, field_validator
 
 from coserve_agent.chat.message import StrictModel
 from coserve_agent.http.errors import bad_request
+from coserve_agent.requests.structured import Name
 
 MOST_TOOLS = 128
-
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class FunctionDefinition(StrictModel):

@@ -15,6 +15,11 @@ _MORE = ("id", "type")
 NONE = "{}"
 
 
+def head(name: str, arguments: str) -> str:
+    """A call of the function `name` up to its arguments, which are the member `arguments`."""
+    return f'{{"name": {json.dumps(name)}, "{arguments}": '
+
+
 def call_object(reader: Reader) -> Steps[None]:
     """Past a call, whose arguments are handed out as they come where its name stands before them.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from coserve_agent.text.marks import Marks
-from coserve_agent.tools.call_object import call_object
+from coserve_agent.tools.call_object import call_object, head
 from coserve_agent.tools.format import Marker, Schema, Written
 from coserve_agent.tools.reader import Reader, Steps
 
@@ -28,5 +26,4 @@ class Hermes:
             yield from reader.take(self._end)
 
     def written(self, name: str) -> Written:
-        head = f'\n{{"name": {json.dumps(name)}, "arguments": '
-        return Written((Marker(BEGIN), head, Schema(), "}\n", Marker(END)), between=("\n",))
+        return Written((Marker(BEGIN), "\n" + head(name, "arguments"), Schema(), "}\n", Marker(END)), between=("\n",))

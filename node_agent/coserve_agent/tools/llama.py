@@ -6,10 +6,8 @@ Without a marker an answer that is JSON may be no call: its name must be that of
 
 from __future__ import annotations
 
-import json
-
 from coserve_agent.text.marks import Marks
-from coserve_agent.tools.call_object import call_object
+from coserve_agent.tools.call_object import call_object, head
 from coserve_agent.tools.format import Schema, Written
 from coserve_agent.tools.reader import Reader, Steps
 
@@ -28,5 +26,4 @@ class Llama:
         yield from call_object(reader)
 
     def written(self, name: str) -> Written:
-        head = f'{{"name": {json.dumps(name)}, "parameters": '
-        return Written((head, Schema(), "}"), between=None)
+        return Written((head(name, "parameters"), Schema(), "}"), between=None)

@@ -4,11 +4,10 @@ behind one, `[TOOL_CALLS]name[ARGS]{…}`. Both are read; which one is asked for
 
 from __future__ import annotations
 
-import json
 import re
 
 from coserve_agent.text.marks import Marks
-from coserve_agent.tools.call_object import call_object
+from coserve_agent.tools.call_object import call_object, head
 from coserve_agent.tools.format import Marker, Schema, Written
 from coserve_agent.tools.json_text import another, object_
 from coserve_agent.tools.reader import Reader, Steps
@@ -56,5 +55,4 @@ class Mistral:
     def written(self, name: str) -> Written:
         if self._named:
             return Written((Marker(CALLS), name, Marker(ARGS), Schema()), between=())
-        head = f'{{"name": {json.dumps(name)}, "arguments": '
-        return Written((head, Schema(), "}"), (Marker(CALLS), "["), (", ",), ("]",))
+        return Written((head(name, "arguments"), Schema(), "}"), (Marker(CALLS), "["), (", ",), ("]",))
