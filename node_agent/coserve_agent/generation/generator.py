@@ -23,7 +23,7 @@ from coserve_agent.model.generation_config import SamplingDefaults
 from coserve_agent.requests.chat import ChatRequest
 from coserve_agent.requests.common import Common
 from coserve_agent.requests.prompts import Prompt
-from coserve_agent.requests.structured import Structure, structure_of
+from coserve_agent.requests.structured import Structure
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.slo import SloMeter
 from coserve_engine.messages import AddRequest
@@ -111,11 +111,10 @@ class Generator:
         From resolving the name on nothing waits, so it keeps the version it got.
 
         Raises:
-            ApiError: 400 if it does not fit the context, or has no one structure, 404, 429 if too many wait, 503.
+            ApiError: 400 if it does not fit the context, 404, 429 if too many wait, 503.
         """
         self.check_open()
         served = self.served(request.model)
-        structure = prompts[0].structure or structure_of(request)
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
         choices = len(prompts) * (request.n or 1)
@@ -128,7 +127,7 @@ class Generator:
         begun: list[Generation] = []
         try:
             for prompt, max_tokens in zip(prompts, limits, strict=True):
-                params = sampling_params(request, max_tokens, self.defaults, structure)
+                params = sampling_params(request, max_tokens, self.defaults, prompt.structure)
                 seed = secrets.randbits(62) if request.seed is None else request.seed
                 for n in range(request.n or 1):  # the choices of a seed are those of the seeds that follow it
                     command = AddRequest(
@@ -140,7 +139,11 @@ class Generator:
                     )
                     transcript = Transcript(self.tokenizer.pieces, prompt, request.stop or (), params.min_tokens)
                     generation = self._begin(
-                        command, transcript, structure, streams=bool(request.stream), scoring_only=max_tokens == 0
+                        command,
+                        transcript,
+                        prompt.structure,
+                        streams=bool(request.stream),
+                        scoring_only=max_tokens == 0,
                     )
                     begun.append(generation)
         except ApiError:

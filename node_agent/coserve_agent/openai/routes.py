@@ -33,6 +33,7 @@ from coserve_agent.requests.chat import parse_chat
 from coserve_agent.requests.completion import parse_completion
 from coserve_agent.requests.prompts import Prompt, check_ids, read_prompts
 from coserve_agent.requests.reading import check_offer, reading_of
+from coserve_agent.requests.structured import structure_of
 from coserve_agent.tools.answer_format import AnswerFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -96,15 +97,16 @@ def build(generator: Generator, answers: AnswerFormat, version: str, max_body_by
         arrival_s = generator.now_s()
         parsed = parse_completion(await body_of(request))
         generator.served(parsed.model)
-        prompts = []
         given, echo, vocab_size = parsed.prompts, bool(parsed.echo), generator.vocab_size
         generator.check_choices(len(given), parsed)
         chars = sum(len(one) for one in given)
         usual = min(DEFAULT_COMPLETION_TOKENS, generator.defaults.max_tokens or DEFAULT_COMPLETION_TOKENS)
-        for prompt in await generator.encode(lambda: read_prompts(tokenizer, given, vocab_size, echo=echo), chars):
+        encoded = await generator.encode(lambda: read_prompts(tokenizer, given, vocab_size, echo=echo), chars)
+        structure, prompts = structure_of(parsed), []
+        for prompt in encoded:
             room = generator.max_model_length - len(prompt.tokens)
             limit = min(usual, max(room, 1)) if parsed.max_tokens is None else parsed.max_tokens
-            prompts.append(replace(prompt, max_tokens=limit))
+            prompts.append(replace(prompt, max_tokens=limit, structure=structure))
         return await respond(generator, request, parsed, prompts, arrival_s)
 
     @app.get("/v1/models")

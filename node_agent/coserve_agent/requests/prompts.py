@@ -17,7 +17,7 @@ from coserve_engine.limits import shown
 class Prompt:
     """Tokens to go on from. `text` stands before the answer where the client asked for that, and `starts` says where
     in it each token begins. `max_tokens` of an answer; None: as many as fit. `reading` is how that is
-    read, and `structure` what it is held to, where the request's fields for that do not say.
+    read, and `structure` what it is held to.
     """
 
     tokens: Sequence[int]

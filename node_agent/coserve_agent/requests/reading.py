@@ -53,12 +53,16 @@ def check_offer(request: ChatRequest, known: AnswerFormat) -> None:
 def reading_of(
     request: ChatRequest, known: AnswerFormat, tokenizer: Tokenizer, prompt: Sequence[int]
 ) -> tuple[Reading, Structure | None]:
-    """How the answer behind `prompt` is read, and what the tools hold it to.
+    """How the answer behind `prompt` is read, and what it is held to, by the client's own word or by the tools.
 
     One that is held to a form of the client's is all content: the form begins with its first token.
+
+    Raises:
+        ApiError: 400, as `structure_of`.
     """
-    if structure_of(request) is not None:
-        return PLAIN, None
+    structure = structure_of(request)
+    if structure is not None:
+        return PLAIN, structure
     tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
     block = opened(tail)
     tags = known.tags if block is None else Tags(*block_tags(block))
