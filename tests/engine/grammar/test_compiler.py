@@ -24,18 +24,6 @@ TEXT = {"type": "string"}
 BELOW = {"type": "integer", "minimum": 5, "maximum": 3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(path, PLAIN_TEMPLATE)
-    return path
-
-
-@pytest.fixture
-def of(folder: Path) -> Compiler:
-    return compiler(folder)
-
-
 def refusal(of: Compiler, grammar: Grammar) -> str:
     with pytest.raises(RequestError) as error:
         matching(of, grammar)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grammars import END, allowed, compiler, matching
-from small_models import PLAIN_TEMPLATE, write_tokenizer
+from grammars import END, allowed, matching
 from tokenizers import Tokenizer as Backend
 
 from coserve_engine.errors import RequestError
@@ -18,18 +17,6 @@ from coserve_engine.messages import Grammar, GrammarKind
 OPEN, CLOSE = 1, 2
 BEGIN, DONE = {"token": OPEN, "text": "<|user|>"}, {"token": CLOSE, "text": "<|assistant|>"}
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(path, PLAIN_TEMPLATE)
-    return path
-
-
-@pytest.fixture
-def of(folder: Path) -> Compiler:
-    return compiler(folder)
 
 
 def expression(part: Any) -> Grammar:

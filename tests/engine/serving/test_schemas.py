@@ -13,7 +13,7 @@ from engine_driver import Driver, FakeClock
 from grammars import END, schema
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from small_models import CONTEXT, write_model
+from small_models import CONTEXT
 
 from coserve_engine.config import EngineConfig
 from coserve_engine.engine import Engine
@@ -139,11 +139,6 @@ _TREE = {
 SCHEMAS = (_PARTS | st.just({"$ref": "#/$defs/tree"})).map(
     lambda part: {"$defs": {"short": {"type": "string", "maxLength": 5}, "tree": _TREE}, **part}
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def engine(folder: Path) -> Engine:

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_models import CONTEXT
 
 from coserve_engine.errors import RequestError
 from coserve_engine.grammar.compiler import Compiler
 from coserve_engine.grammar.matching import Matching
 from coserve_engine.layout.masks import words
 from coserve_engine.messages import Grammar, GrammarKind
+from coserve_engine.numerics import Numerics
 
 END = 3
 """What ends an answer in the models of `small_models.write_tokenizer`."""
+VOCAB = 320
+ROOMY = {"max_model_length": CONTEXT, "kv_cache_bytes": 1 << 20, "numerics": Numerics(page=16)}
+"""Of an engine for them."""
 
 
 def schema(document: Any) -> Grammar:
@@ -34,7 +39,7 @@ def choice(*texts: str) -> Grammar:
 JSON_OBJECT = Grammar(GrammarKind.JSON_OBJECT)
 
 
-def compiler(folder: Path, vocab: int = 320, ends: tuple[int, ...] = (END,)) -> Compiler:
+def compiler(folder: Path, vocab: int = VOCAB, ends: tuple[int, ...] = (END,)) -> Compiler:
     return Compiler(folder, vocab, ends)
 
 
