@@ -94,6 +94,16 @@ def settle() -> None:
     sys.setswitchinterval(SWITCH_S)
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """What is started here never sees a Ctrl-C, which reaches a terminal's whole group, not even while it imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class EngineHost:
     """The parent's end. Events come in batches: an iteration's tokens when it has them, the rest at its end."""
 
@@ -104,7 +114,10 @@ class EngineHost:
         with contextlib.suppress(PermissionError):  # no more than the system's limit for all pipes of a user
             fcntl.fcntl(self._events.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._process = context.Process(
-            target=_main, args=(config, choice, self._commands, self._engines_end), name="coserve-engine", daemon=True
+            target=_main,
+            args=(config, choice, self._commands, self._engines_end, logging.getLogger().level or logging.INFO),
+            name="coserve-engine",
+            daemon=True,
         )
 
     @classmethod
@@ -116,7 +129,8 @@ class EngineHost:
                 `config` is taken as it is.
         """
         host = cls(config, choice)
-        host._process.start()
+        with _no_interrupts():
+            host._process.start()
         host._engines_end.close()  # or the end of the process would not be seen
         return host
 
@@ -185,14 +199,16 @@ class _Inbox:
         return any(isinstance(command, AddRequest) for command in self._ahead)
 
 
-def _main(config: EngineConfig, choice: DeviceChoice | None, commands: Queue[Command], events: Connection) -> None:
+def _main(
+    config: EngineConfig, choice: DeviceChoice | None, commands: Queue[Command], events: Connection, log_level: int
+) -> None:
     set_environment(config.threads, config.dtype)
     os.nice(YIELDS)  # before torch starts threads
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)  # loading takes minutes, or fails
+    logging.basicConfig(level=log_level, stream=sys.stderr, format=LOG_FORMAT)  # loading takes minutes, or fails
     from coserve_engine import startup  # noqa: PLC0415  (torch belongs to this process, not to its parent)
     from coserve_engine.engine import Engine  # noqa: PLC0415
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # blocked so far; those that it starts ignore it, too
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         chosen = startup.Chosen(config) if choice is None else startup.prepare(config, choice)

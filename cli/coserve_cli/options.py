@@ -1,0 +1,44 @@
+"""Values as they are typed, within the bounds of the custom resources' fields."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from coserve_api.quantities import Memory, quantity_bytes
+
+
+class Checked(click.ParamType):
+    """What a field of that type takes."""
+
+    def __init__(self, name: str, kind: Any) -> None:
+        self.name = name
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError as error:
+            message = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
+            self.fail(f"{value!r}: {message[:1].lower()}{message[1:]}", param, ctx)
+
+
+class MemorySize(Checked):
+    """A quantity such as 1.5Gi, as bytes."""
+
+    def __init__(self) -> None:
+        super().__init__("quantity", Memory)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        checked = super().convert(value, param, ctx)
+        return quantity_bytes(checked) if isinstance(checked, str) else checked
+
+
+def names(kind: type[Enum]) -> click.Choice[str]:
+    """One of an enumeration's values."""
+    return click.Choice([str(one.value) for one in kind])
