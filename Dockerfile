@@ -14,6 +14,7 @@ COPY hack/build-requirements.txt /src/
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=ca.crt,target=/run/secrets/ca.crt \
     python3 -m venv /opt/coserve && pip install --no-cache-dir --require-hashes -r /src/build-requirements.txt
 COPY pyproject.toml README.md LICENSE /src/
+COPY cli/coserve_cli /src/cli/coserve_cli
 COPY crds/coserve_api /src/crds/coserve_api
 COPY crds/coserve_contract /src/crds/coserve_contract
 COPY engine/coserve_engine /src/engine/coserve_engine

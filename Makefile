@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLUSTER ?= dev
 MODEL ?= tiny
-SOURCES := crds engine node_agent operator examples tests bench
+SOURCES := cli crds engine node_agent operator examples tests bench
 
 .PHONY: help bench-quick demo test nightly lint format requirements images cluster-up cluster-down clean venv
 

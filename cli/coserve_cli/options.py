@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from coserve_api.quantities import Memory, quantity_bytes
 
 
-class Checked(click.ParamType):
+class Checked(click.ParamType[Any]):
     """What a field of that type takes."""
 
     def __init__(self, name: str, kind: Any) -> None:
@@ -19,8 +19,10 @@ class Checked(click.ParamType):
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
+        return self.checked(value, param, ctx) if isinstance(value, str) else value
+
+    def checked(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` within its bounds; raises click.BadParameter."""
         try:
             return self._adapter.validate_python(value)
         except ValidationError as error:

@@ -53,7 +53,9 @@ def _explained(error: Any) -> str:
 
 
 def run_server(
-    settings: AgentSettings, ready: Callable[[Agent, float], None], beside: Callable[[Agent], Awaitable[None]] | None = None
+    settings: AgentSettings,
+    ready: Callable[[Agent, float], None],
+    beside: Callable[[Agent], Awaitable[None]] | None = None,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM, or until `beside`, which begins when the server is ready, has ended. A second
     Ctrl-C does not wait for what runs.

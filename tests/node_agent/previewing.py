@@ -1,4 +1,4 @@
-"""`python -m coserve_agent.data`, as a process and without one."""
+"""`coserve data`, as a process and without one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from coserve_agent.data.arguments import parser
-from coserve_agent.data.preview import preview
+from coserve_cli.main import main
 
-COMMAND = [sys.executable, "-m", "coserve_agent.data"]
+COMMAND = [sys.executable, "-m", "coserve_cli.main", "data"]
 FIT, UNFIT, WRONG = 0, 1, 2
 
 
@@ -27,8 +26,10 @@ def look(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
 
 def look_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The same without a process of its own: exit status, output, errors."""
-    status = preview(parser().parse_args([*map(str, arguments)]))
-    return status, *capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main.main(["data", *map(str, arguments)], prog_name="coserve")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, *capsys.readouterr()
 
 
 def environment(more: dict[str, str]) -> dict[str, str]:

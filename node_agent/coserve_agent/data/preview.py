@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from coserve_agent.data.shown import Colours, Marks, one_line, pieces_of
 from coserve_agent.errors import DatasetError, StartError
 from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import TerminalSettings
-from coserve_api.job import OnInvalid
+from coserve_api.job import DatasetFormat, Learn, OnInvalid
 from coserve_api.job_status import FailedReason
 from coserve_contract.shards import Sample
 
@@ -34,7 +35,27 @@ _COUNT_EVERY = 500
 """Lines between two words of progress."""
 
 
-def preview(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Looked:
+    """What to read, as a job would with these fields, and which lines to show: the first `lines` usable ones (None:
+    three), or those numbers in `line`.
+    """
+
+    files: tuple[Path, ...]
+    model: Path
+    format: DatasetFormat
+    learn: Learn
+    max_length: int
+    template_variables: Mapping[str, Any]
+    date: date | None
+    batch_size: int
+    epochs: int
+    lines: int | None
+    line: tuple[int, ...]
+    ids: bool
+
+
+def preview(options: Looked) -> int:
     """Print all that is to be said of the data set. Returns the exit status."""
     style = Colours() if sys.stdout.isatty() and TerminalSettings().colours else Marks()
     try:
@@ -80,7 +101,7 @@ def preview(options: argparse.Namespace) -> int:
     return FIT
 
 
-def _found(paths: list[Path]) -> tuple[list[DataFile], list[str]]:
+def _found(paths: tuple[Path, ...]) -> tuple[list[DataFile], list[str]]:
     """What the names mean: one, or several that a shell made of a pattern."""
     files, left = list[DataFile](), list[str]()
     for path in sorted(paths):
@@ -90,14 +111,14 @@ def _found(paths: list[Path]) -> tuple[list[DataFile], list[str]]:
 
 
 def _wrong(what: str) -> int:
-    print(f"error: {one_line(what)}", file=sys.stderr)
+    print(f"Error: {one_line(what)}", file=sys.stderr)
     return WRONG
 
 
 class _View:
     """Prints lines as they are read, and counts."""
 
-    def __init__(self, style: Marks, tokenizer: Tokenizer, options: argparse.Namespace, several: bool) -> None:
+    def __init__(self, style: Marks, tokenizer: Tokenizer, options: Looked, several: bool) -> None:
         self._style, self._tokenizer, self._options, self._several = style, tokenizer, options, several
         self._first = (0 if options.line else _LINES) if options.lines is None else options.lines
         self._left_to_show = set[int](options.line)

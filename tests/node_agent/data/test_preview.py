@@ -1,4 +1,4 @@
-"""`python -m coserve_agent.data` shows what the shards hold, names every line that is not in them, and says by its exit
+"""`coserve data` shows what the shards hold, names every line that is not in them, and says by its exit
 status whether a job would take the data.
 """
 

@@ -8,16 +8,14 @@ import pytest
 from data_rows import GOOD, write
 from previewing import WRONG, look_here
 
-from coserve_agent.data.arguments import parser
-
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["FILE", "--model"]),
+        ([], ["FILE"]),
         (["--max-length", "7"], ["--max-length", "'7'", "8"]),
         (["--format", "csv"], ["--format", "'csv'", "sharegpt"]),
-        (["--learn", "Some"], ["--learn", "All or Last"]),
+        (["--learn", "Some"], ["--learn", "'All', 'Last'"]),
         (["--date", "2026-02-30"], ["--date", "'2026-02-30'", "calendar"]),
         (["--lines", "-1"], ["--lines", "-1"]),
         (["--line", "0"], ["--line", "'0'"]),
@@ -32,11 +30,10 @@ from coserve_agent.data.arguments import parser
 def test_a_wrong_argument_is_named_in_one_line(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parser().parse_args([*arguments, "data.jsonl", "--model", "x"] if arguments else [])
-    assert ended.value.code == WRONG
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    status, _, errors = look_here(capsys, *([*arguments, "data.jsonl", "--model", "x"] if arguments else []))
+    assert status == WRONG
+    *_, line = errors.splitlines()
+    assert line.startswith("Error: ")
     assert all(word in line for word in words), line
 
 
@@ -64,4 +61,4 @@ def test_wrong_names_are_said_in_one_line(
     )
     assert status == WRONG
     (line,) = errors.splitlines()
-    assert line.startswith("error: ") and words in line
+    assert line.startswith("Error: ") and words in line

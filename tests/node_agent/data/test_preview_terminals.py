@@ -1,4 +1,4 @@
-"""`python -m coserve_agent.data` in terminals, pipes and other encodings."""
+"""`coserve data` in terminals, pipes and other encodings."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_another_encoding_loses_nothing(tmp_path: Path, model_folder: Path) -> N
 def test_it_needs_no_torch(tmp_path: Path, model_folder: Path) -> None:
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['data', {str(write(tmp_path, GOOD))!r}, '--model', {str(model_folder)!r}]\n"
-        "try:\n    runpy.run_module('coserve_agent.data', run_name='__main__')\n"
+        f"sys.argv = ['coserve', 'data', {str(write(tmp_path, GOOD))!r}, '--model', {str(model_folder)!r}]\n"
+        "try:\n    runpy.run_module('coserve_cli.main', run_name='__main__')\n"
         "except SystemExit as end:\n    assert end.code == 0, end.code\n"
         "sys.exit('torch' in sys.modules)"
     )

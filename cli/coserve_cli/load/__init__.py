@@ -1,0 +1,1 @@
+"""Requests at a rate that does not wait for answers, and what their clients see."""
