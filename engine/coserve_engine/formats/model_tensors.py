@@ -35,7 +35,7 @@ def read_tensors(
             another shape or type, or is not finite.
     """
     seen: set[str] = set()
-    paths = _files(folder)
+    paths = weight_files(folder)
     for number, path in enumerate(paths, start=1):
         log.info("reading %s (%d of %d, %s bytes)", path.name, number, len(paths), f"{path.stat().st_size:,}")
         for name, stored in _read(path, shapes):
@@ -58,7 +58,8 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model's weights; ModelFolderError where one is missing."""
     index = folder / INDEX
     if index.exists():
         try:
