@@ -14,7 +14,8 @@ SKIPPED = ["original/*", "onnx/*", "openvino/*", "*.msgpack"]
 
 
 def find_model(text: str) -> Path:
-    """The model's folder here; what lies on the hub is downloaded, and gone on with where that broke off.
+    """The model's folder here; what lies on the hub is downloaded. A connection that breaks is gone on with where it
+    was; after a program that ended the files that are whole are kept.
 
     Raises:
         click.ClickException: there is no such folder or repository, or it cannot be had now.
@@ -38,9 +39,7 @@ def short_name(text: str) -> str:
 
 
 def _downloaded(text: str) -> Path:
-    import httpx  # noqa: PLC0415
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  (it takes a second)
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415  (it takes a second)
 
     repository, _, revision = text.removeprefix(HUB).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -49,22 +48,27 @@ def _downloaded(text: str) -> Path:
         folder = Path(
             snapshot_download(repository, revision=revision or None, allow_patterns=FILES, ignore_patterns=SKIPPED)
         )
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise click.BadParameter(f"{text!r}: {error}", param_hint="MODEL") from None
-    except HfHubHTTPError as error:
-        said = str(error).strip().partition("\n")[0]
+    except errors.GatedRepoError:
         raise click.ClickException(
-            f"{text} cannot be downloaded: {said}; check the name, and for a gated model log in with: hf auth login"
+            f"{text}: whoever made it asks who you are; accept its terms on its page, and log in with: hf auth login"
         ) from None
-    except LocalEntryNotFoundError:
+    except errors.RevisionNotFoundError:
+        raise click.ClickException(f"{text}: the repository has no revision {revision!r}") from None
+    except errors.RepositoryNotFoundError:
+        raise click.ClickException(
+            f"{text}: no such repository, or a private one; check the name, or log in with: hf auth login"
+        ) from None
+    except errors.LocalEntryNotFoundError:
         raise click.ClickException(
             f"{text} is not in the cache of this machine, and the hub cannot be reached; check the network, or name a "
             "folder"
         ) from None
-    except (httpx.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise click.ClickException(
-            f"{text}: the download broke off ({error or type(error).__name__}); run the same command again, it goes on "
-            "where it was"
+            f"{text}: the download broke off ({error or type(error).__name__}); run the same command again, the files "
+            "that are whole are kept"
         ) from None
     if not (folder / "config.json").is_file():
         raise click.ClickException(f"{text} has no config.json: it is not a model that transformers can read")

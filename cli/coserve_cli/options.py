@@ -27,7 +27,8 @@ class Checked(click.ParamType[Any]):
             return self._adapter.validate_python(value)
         except ValidationError as error:
             message = str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
-            self.fail(f"{value!r}: {message[:1].lower()}{message[1:]}", param, ctx)
+            shown = message if repr(value) in message else f"{value!r}: {message[:1].lower()}{message[1:]}"
+            self.fail(shown, param, ctx)
 
 
 class MemorySize(Checked):

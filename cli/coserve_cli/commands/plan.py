@@ -9,7 +9,7 @@ import click
 from coserve_api.common import ConcurrentJobs, Rank
 from coserve_api.job import TargetModule
 from coserve_cli.console import size
-from coserve_cli.models import find_model
+from coserve_cli.models import find_model, short_name
 from coserve_cli.options import Checked, MemorySize, names
 from coserve_cli.planning import Fit, adapter_bytes, fits, kept_bytes, lengths_of, settled
 from coserve_engine.config import LINEARS
@@ -67,8 +67,8 @@ def plan(
     dtype = configs[0].dtype
     found = fits(shape, configs, hardware, adapter, kv_bytes, jobs)
     click.echo(
-        f"{folder.name}: {weight_values(shape):,} parameters, {shape.layers} layers, at most {shape.max_positions:,} "
-        f"tokens; {dtype} on {hardware}"
+        f"{short_name(model)}: {weight_values(shape):,} parameters, {shape.layers} layers, at most "
+        f"{shape.max_positions:,} tokens; {dtype} on {hardware}"
     )
     longest = next((fit for fit in reversed(found) if fit.plan is not None), None)
     if longest is not None and longest.plan is not None:
