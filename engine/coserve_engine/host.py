@@ -107,7 +107,7 @@ def _no_interrupts() -> Iterator[None]:
 class EngineHost:
     """The parent's end. Events come in batches: an iteration's tokens when it has them, the rest at its end."""
 
-    def __init__(self, config: EngineConfig, choice: DeviceChoice | None) -> None:
+    def __init__(self, config: EngineConfig, choice: DeviceChoice | None, log_level: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._commands: Queue[Command] = context.Queue()
         self._events, self._engines_end = context.Pipe(duplex=False)
@@ -115,20 +115,23 @@ class EngineHost:
             fcntl.fcntl(self._events.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._process = context.Process(
             target=_main,
-            args=(config, choice, self._commands, self._engines_end, logging.getLogger().level or logging.INFO),
+            args=(config, choice, self._commands, self._engines_end, log_level),
             name="coserve-engine",
             daemon=True,
         )
 
     @classmethod
-    def start(cls, config: EngineConfig, choice: DeviceChoice | None = None) -> EngineHost:
+    def start(
+        cls, config: EngineConfig, choice: DeviceChoice | None = None, log_level: int = logging.INFO
+    ) -> EngineHost:
         """Start the process. Its first event is EngineReady or EngineFailed.
 
         Args:
             choice: settles what of `config` depends on the device, in the engine's process, which has torch; None:
                 `config` is taken as it is.
+            log_level: of the process's log on standard error.
         """
-        host = cls(config, choice)
+        host = cls(config, choice, log_level)
         with _no_interrupts():
             host._process.start()
         host._engines_end.close()  # or the end of the process would not be seen
