@@ -17,12 +17,14 @@ from coserve_engine.messages import FinishReason, Token, TokenLogprobs
 @dataclass(frozen=True)
 class Piece:
     """What came next of an answer: characters, the tokens behind them where their log-probabilities are wanted, and
-    the ids of all that the model said, those at which it stopped included.
+    the ids of all that the model said, those at which it stopped included. `texts` are the characters that each
+    brought.
     """
 
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Generation:
@@ -55,6 +57,11 @@ class Generation:
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended it."""
+        return self._transcript.stop_string
 
     @property
     def cached_tokens(self) -> int:
@@ -91,15 +98,15 @@ class Generation:
         if self._scoring_only:
             self.finish_reason = FinishReason.LENGTH.value
             return Piece(self._transcript.end())
-        text, ids = "", []
+        texts, ids = [], []
         for token in tokens:
             self.completion_tokens += 1
             ids.append(token.token)
-            text += self._transcript.push(token)
+            texts.append(self._transcript.push(token))
             if self._transcript.stopped:
                 self.finish_reason = FinishReason.STOP.value
             elif token.finish is not None:
                 self.finish_reason = token.finish.value
             if self.done:
                 break
-        return Piece(text, self._transcript.take_tokens(), tuple(ids))
+        return Piece("".join(texts), self._transcript.take_tokens(), tuple(ids), tuple(texts))

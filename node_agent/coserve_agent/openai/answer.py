@@ -10,7 +10,8 @@ from typing import Any
 from coserve_agent.generation.generation import Generation, Piece
 from coserve_agent.generation.interleaved import interleaved
 from coserve_agent.generation.transcript import ScoredToken, prompt_tokens
-from coserve_agent.http.stream import DONE, event
+from coserve_agent.http.errors import ApiError
+from coserve_agent.http.stream import DONE, error_event, event
 from coserve_agent.openai.choice import Choice
 from coserve_agent.openai.logprobs import Writer
 from coserve_agent.requests.chat import ChatRequest
@@ -89,6 +90,9 @@ class Answer:
         if self._with_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def _chunks(self, head: dict[str, Any], numbered: tuple[int, Piece], begun: set[int]) -> list[bytes]:
         n, piece = numbered

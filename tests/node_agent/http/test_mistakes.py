@@ -169,7 +169,7 @@ def app_that_fails() -> FastAPI:
 async def test_starlettes_own_handler_loses_the_next_request() -> None:
     """The control."""
     app = app_that_fails()
-    app.add_exception_handler(Exception, lambda request, error: mistake().response())
+    app.add_exception_handler(Exception, lambda request, error: mistake().response("/"))
     assert await second_answer(app) == b""
     app = app_that_fails()
     app.add_middleware(AnswerMistakes)

@@ -4,6 +4,7 @@ engine.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from coserve_agent.engine.client import TokenStream
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -136,11 +139,35 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 
 def test_small_routes(http: httpx.Client, served: Any) -> None:
-    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/health").json() == http.get("/ping").json() == {"status": "ok"}
     assert http.get("/version").json()["version"]
     tokens = http.post("/tokenize", json={"prompt": "one two 😀"}).json()
     assert tokens["count"] == len(tokens["tokens"])
     assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "one two 😀"}
+
+
+def test_load_counts_requests_that_are_being_answered(
+    served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM does: requests, however many choices they have."""
+    go_on, next_tokens = served.call(asyncio.Event), TokenStream.next_tokens
+
+    async def held(self: TokenStream) -> Any:
+        await go_on.wait()
+        return await next_tokens(self)
+
+    monkeypatch.setattr(TokenStream, "next_tokens", held)
+    body = {"model": "base", "messages": CHAT, "max_tokens": 3, "n": 2}
+    asking = threading.Thread(target=lambda: http.post("/v1/chat/completions", json=body))
+    asking.start()
+    try:
+        wait_for(lambda: http.get("/load").json() == {"server_load": 1})
+    finally:
+        served.call(go_on.set)
+        asking.join()
+    assert http.get("/load").json() == {"server_load": 0}
+    assert http.post("/v1/chat/completions", json=body | {"max_tokens": 9999}).status_code == 400
+    assert http.get("/load").json() == {"server_load": 0}
 
 
 def test_admin_port_shows_what_happened(served: Any, client: openai.OpenAI) -> None:
