@@ -10,6 +10,7 @@ from coserve_agent.generation.chat import Serving
 from coserve_agent.http.errors import ApiError, on_api_error, on_client_gone, on_unknown_path, on_wrong_method
 from coserve_agent.http.middleware import AnswerMistakes
 from coserve_agent.http.stream import ClientGoneError
+from coserve_agent.messages import routes as messages
 from coserve_agent.openai import routes as openai
 from coserve_agent.responses import routes as responses
 
@@ -24,5 +25,6 @@ def build(serving: Serving, version: str) -> FastAPI:
     app.add_exception_handler(405, on_wrong_method)
     openai.add(app, serving)
     responses.add(app, serving)
+    messages.add(app, serving)
     probes.add(app, serving.generator, version)
     return app
