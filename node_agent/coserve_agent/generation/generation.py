@@ -68,6 +68,10 @@ class Generation:
         """Tokens of the prompt that the engine had computed before."""
         return 0 if self._stream.prompt is None else self._stream.prompt.cached_tokens
 
+    def timing(self) -> dict[str, float | None]:
+        """Its times so far, as vLLM writes them."""
+        return self.meter.timing(self.completion_tokens)
+
     @property
     def prompt_scores(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each token of the prompt, if they were asked for; there with the first piece."""

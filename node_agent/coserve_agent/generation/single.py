@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ class Ending:
     finish: str
     stop_string: str | None
     usage: Usage
+    timing: Callable[[], dict[str, float | None]] = dict
 
 
 class Writer(Protocol):
@@ -101,8 +102,9 @@ class SingleAnswer:
                     self._thought_tokens = self._tokens
                 yield from self._writer.add(event)
         if ended:
-            finish = self._generation.finish_reason or ""
-            yield from self._writer.ending(Ending(finish, self._generation.stop_string, self._usage()))
+            generation, finish = self._generation, self._generation.finish_reason or ""
+            ending = Ending(finish, generation.stop_string, self._usage(), generation.timing)
+            yield from self._writer.ending(ending)
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, self._generation.cached_tokens, self._tokens, self._thought_tokens)

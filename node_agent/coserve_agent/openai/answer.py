@@ -67,7 +67,8 @@ class Answer:
             entry = choice.whole(_joined(parts[n]), self._generations[n].finish_reason)
             choices.append(entry if self._chat else entry | self._prompt_logprobs(n))
         kind = "chat.completion" if self._chat else "text_completion"
-        answer = {**self._head, "object": kind, "choices": choices, "usage": self._usage(), **self._prompt_ids()}
+        usage = {"usage": self._usage(), **self._metrics()}
+        answer = {**self._head, "object": kind, "choices": choices, **usage, **self._prompt_ids()}
         return answer | (self._prompt_logprobs(0) if self._chat else {})
 
     async def events(
@@ -88,7 +89,7 @@ class Answer:
                         other.meter.blocked(generation.meter.blocked_until_s)
                 numbered = await anext(pieces, None)
         if self._with_usage:
-            yield event({**head, "choices": [], "usage": self._usage()})
+            yield event({**head, "choices": [], "usage": self._usage(), **self._metrics()})
         yield DONE
 
     def failed(self, error: ApiError) -> bytes:
@@ -123,6 +124,12 @@ class Answer:
             return {}
         scored = prompt_tokens(self._pieces, self._prompt_of(n), self._generations[n].prompt_scores)
         return {"prompt_logprobs": self._writer.prompt(scored, top)}
+
+    def _metrics(self) -> dict[str, Any]:
+        """vLLM's field, where it is asked for: times are those of a single choice."""
+        if not self._request.include_metrics:
+            return {}
+        return {"metrics": self._generations[0].timing() if len(self._generations) == 1 else None}
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(len(one.tokens) for one in self._prompts)

@@ -32,6 +32,7 @@ class Common(StructuredRequest, SamplingRequest):
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
+    include_metrics: StrictBool | None = None
 
     @field_validator("prompt_logprobs", mode="before")
     @classmethod
@@ -55,6 +56,13 @@ def check_streamable(request: Common) -> None:
         raise bad_request(
             "prompt_logprobs are not there with stream true, as in vLLM; take one of them out",
             "prompt_logprobs",
+            "invalid_value",
+        )
+    if request.stream and request.include_metrics and not (request.stream_options or StreamOptions()).include_usage:
+        raise bad_request(
+            "include_metrics is true, and a stream has metrics beside its usage alone, as in vLLM; set "
+            "stream_options.include_usage to true, or leave include_metrics out",
+            "include_metrics",
             "invalid_value",
         )
 

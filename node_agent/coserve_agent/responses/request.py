@@ -149,6 +149,7 @@ class ResponsesRequest(SamplingRequest):
     store: StrictBool | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
+    include_metrics: StrictBool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(without_nulls), Field(max_length=32)] | None = None
 
     def of_chat(self, *, thoughts: bool) -> ChatRequest:

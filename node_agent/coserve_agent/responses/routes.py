@@ -29,7 +29,7 @@ def add(app: FastAPI, serving: Serving) -> None:
             prompt = await serving.prompt(parsed)
 
             def written(name: str, generations: list[Generation]) -> SingleAnswer:
-                writer = ResponseWriter(Body(name, asked, generator.defaults))
+                writer = ResponseWriter(Body(name, asked, generator.defaults), timed=bool(asked.include_metrics))
                 return SingleAnswer(writer, prompt, generations[0])
 
             return await respond(generator, request, parsed, [prompt], arrival_s, written)

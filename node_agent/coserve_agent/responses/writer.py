@@ -15,8 +15,8 @@ from coserve_engine.messages import FinishReason
 class ResponseWriter:
     """Of one response."""
 
-    def __init__(self, body: Body) -> None:
-        self._body = body
+    def __init__(self, body: Body, *, timed: bool) -> None:
+        self._body, self._timed = body, timed
         self._output: list[dict[str, Any]] = []
         self._open: TextItem | CallItem | None = None
         self._count = 0
@@ -49,6 +49,8 @@ class ResponseWriter:
         status = "incomplete" if cut else "completed"
         why = "max_output_tokens" if cut else None
         self._whole = self._body.written(status, self._output, ending.usage, incomplete=why)
+        if self._timed:
+            self._whole["metrics"] = ending.timing()
         return [*events, self._numbered({"type": f"response.{status}", "response": self._whole})]
 
     def whole(self) -> dict[str, Any]:

@@ -146,6 +146,36 @@ def test_small_routes(http: httpx.Client, served: Any) -> None:
     assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "one two 😀"}
 
 
+TIMES = {"time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"}
+
+
+def test_an_answer_carries_its_times_where_they_are_asked_for(http: httpx.Client) -> None:
+    body = {"model": "base", "max_tokens": 8, "ignore_eos": True, "include_metrics": True}
+    chat, text, response = body | {"messages": CHAT}, body | {"prompt": "one"}, body | {"input": "one"}
+    del response["max_tokens"], response["ignore_eos"]
+    for path, asked in (("chat/completions", chat), ("completions", text), ("responses", response)):
+        metrics = http.post(f"/v1/{path}", json=asked).json()["metrics"]
+        assert metrics.keys() == TIMES
+        decode_ms, gap_ms = metrics["generation_time_ms"], metrics["mean_itl_ms"]
+        assert all(value >= 0 for value in metrics.values())
+        if path != "responses":
+            assert abs(decode_ms - 7 * gap_ms) < 0.01
+        assert "metrics" not in http.post(f"/v1/{path}", json=asked | {"include_metrics": False}).json()
+    assert http.post("/v1/chat/completions", json=chat | {"n": 2}).json()["metrics"] is None
+    assert http.post("/v1/completions", json=text | {"prompt": ["a", "b"]}).json()["metrics"] is None
+
+    def last(path: str, asked: dict[str, Any]) -> Any:
+        with http.stream("POST", f"/v1/{path}", json=asked | {"stream": True}) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+        assert [line for line in lines if '"metrics"' in line] == lines[-1:]
+        return json.loads(lines[-1].removeprefix("data: "))
+
+    assert last("chat/completions", chat | {"stream_options": {"include_usage": True}})["metrics"].keys() == TIMES
+    assert last("responses", response)["response"]["metrics"].keys() == TIMES
+    refused = http.post("/v1/chat/completions", json=chat | {"stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include_metrics")
+
+
 def test_load_counts_requests_that_are_being_answered(
     served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
