@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
 
-from coserve_agent.api import probes
+from coserve_agent.api import openapi, probes
 from coserve_agent.generation.chat import Serving
 from coserve_agent.http.errors import ApiError, on_api_error, on_client_gone, on_unknown_path, on_wrong_method
 from coserve_agent.http.middleware import AnswerMistakes
@@ -27,4 +27,5 @@ def build(serving: Serving, version: str) -> FastAPI:
     responses.add(app, serving)
     messages.add(app, serving)
     probes.add(app, serving.generator, version)
+    openapi.add(app, version)
     return app

@@ -15,12 +15,12 @@ from coserve_agent.generation.chat import Serving
 from coserve_agent.generation.generation import Generation
 from coserve_agent.generation.respond import respond
 from coserve_agent.http.body import read_json
-from coserve_agent.http.errors import bad_request
 from coserve_agent.openai.answer import Answer
+from coserve_agent.openai.tokens import DetokenizeRequest, TokenizeRequest, parse_tokens
 from coserve_agent.requests.chat import parse_chat
 from coserve_agent.requests.common import Common
 from coserve_agent.requests.completion import parse_completion
-from coserve_agent.requests.prompts import Prompt, read_prompts
+from coserve_agent.requests.prompts import Prompt, check_ids, read_prompts
 from coserve_agent.requests.structured import structure_of
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -73,18 +73,15 @@ def add(app: FastAPI, serving: Serving) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = await read_json(request, serving.max_body_bytes)
-        text = body.get("prompt")
-        if not isinstance(text, str):
-            raise bad_request(f"prompt is {type(text).__name__}; send a string", "prompt", "invalid_value")
-        tokens = await generator.encode(lambda: tokenizer.encode(text), len(text))
+        asked = parse_tokens(TokenizeRequest, await read_json(request, serving.max_body_bytes))
+        text, special = asked.prompt, asked.add_special_tokens
+        tokens = await generator.encode(lambda: tokenizer.encode(text, special), len(text))
         return {"tokens": tokens, "count": len(tokens), "max_model_len": generator.max_model_length}
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
-        tokens = (await read_json(request, serving.max_body_bytes)).get("tokens")
-        if not isinstance(tokens, list) or not all(type(one) is int and 0 <= one < tokenizer.size for one in tokens):
-            raise bad_request(f"tokens must be a list of ids from 0 to {tokenizer.size - 1}", "tokens", "invalid_value")
+        tokens = parse_tokens(DetokenizeRequest, await read_json(request, serving.max_body_bytes)).tokens
+        check_ids(tokens, tokenizer.size, "tokens")
         return {"prompt": tokenizer.decode(tokens, skip_special_tokens=False)}
 
 
