@@ -119,7 +119,7 @@ R = TypeVar("R", bound=CountTokensRequest)
 def parse_messages(kind: type[R], body: Mapping[str, Any]) -> R:
     """Raises ApiError 400 naming the field that is wrong, or not supported."""
     try:
-        known = frozenset(kind.model_fields) - REMEDIES.keys()
+        known = frozenset(kind.model_fields)
         return kind.model_validate(check_supported(body, known, NEUTRAL, REMEDIES))
     except ValidationError as error:
         raise explain(error) from None

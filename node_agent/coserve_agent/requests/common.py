@@ -8,7 +8,7 @@ from pydantic import Field, StrictBool, StrictInt, ValidationError, field_valida
 
 from coserve_agent.chat.message import StrictModel, fault
 from coserve_agent.http.errors import ApiError, bad_request
-from coserve_agent.requests.sampling import Length, SamplingRequest
+from coserve_agent.requests.sampling import Length, OneOrMoreStops, SamplingRequest
 from coserve_agent.requests.structured import StructuredRequest
 from coserve_engine.messages import MAX_LOGPROBS
 
@@ -26,6 +26,7 @@ class Common(StructuredRequest, SamplingRequest):
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     max_tokens: Length | None = None
+    stop: OneOrMoreStops | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None

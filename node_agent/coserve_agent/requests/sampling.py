@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StrictBool, StrictInt, field_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, field_validator
 
 from coserve_agent.chat.message import StrictModel, without_nulls
 from coserve_agent.model.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
@@ -17,6 +17,13 @@ MAX_COUNT = (1 << 31) - 1
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+def _in_a_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+OneOrMoreStops = Annotated[Stops, BeforeValidator(_in_a_list, json_schema_input_type=Stop | Stops)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
 Length = Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)]
@@ -31,7 +38,6 @@ class SamplingRequest(StrictModel):
     top_k: TopK | None = None
     min_p: MinP | None = None
     seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    stop: Stops | None = None
     stop_token_ids: Annotated[list[Count], Field(max_length=64)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -46,8 +52,3 @@ class SamplingRequest(StrictModel):
     @classmethod
     def _given_biases(cls, value: object) -> object:
         return without_nulls(value)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value

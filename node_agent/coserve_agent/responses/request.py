@@ -12,7 +12,7 @@ from coserve_agent.chat.message import StrictModel, without_nulls
 from coserve_agent.http.errors import bad_request
 from coserve_agent.requests.chat import ChatRequest, parse_chat
 from coserve_agent.requests.common import explain
-from coserve_agent.requests.sampling import Length, SamplingRequest
+from coserve_agent.requests.sampling import Length, OneOrMoreStops, SamplingRequest
 from coserve_agent.requests.shapes import Other, Text, by_shape, of_text
 from coserve_agent.requests.structured import Name
 from coserve_agent.requests.supported import EMPTY, OFF, PLATFORM, Neutral, anything, check_supported, neutral
@@ -137,6 +137,7 @@ class ResponsesRequest(SamplingRequest):
     input: Annotated[Text | Other[Annotated[list[Item], Field(min_length=1, max_length=MOST_ITEMS)]], by_shape]
     instructions: str | None = None
     max_output_tokens: Length | None = None
+    stop: OneOrMoreStops | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: (
         Annotated[Annotated[Literal["none", "auto", "required"], of_text] | Other[NamedFunction], by_shape] | None
@@ -177,7 +178,7 @@ class ResponsesRequest(SamplingRequest):
         return parse_chat(asked)
 
 
-_ALIKE = {"model", "parallel_tool_calls", "stream", "chat_template_kwargs"}
+_ALIKE = {"model", "stop", "parallel_tool_calls", "stream", "chat_template_kwargs"}
 """What has the same name in a chat."""
 
 

@@ -21,12 +21,22 @@ LOOK = {"name": "look", "input_schema": {"type": "object", "properties": {}}}
 GOOD: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {"messages": CHAT, "max_tokens": 2, "temperature": 0.5, "logit_bias": {"5": 1}, "user": "u", "store": True},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]}], "max_tokens": 2, "n": 2},
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]}],
+            "max_tokens": 2,
+            "n": 2,
+            "stop": "x",
+        },
     ],
     "/v1/completions": [{"prompt": "one", "max_tokens": 2, "echo": True}, {"prompt": [[5, 6], [7]], "max_tokens": 1}],
     "/v1/responses": [
         {"input": "one", "max_output_tokens": 2, "metadata": {"a": "b"}, "truncation": "disabled"},
-        {"input": [*CHAT, {"type": "reasoning", "summary": []}], "max_output_tokens": 2, "tool_choice": "auto"},
+        {
+            "input": [*CHAT, {"type": "reasoning", "summary": []}],
+            "max_output_tokens": 2,
+            "stop": ["x"],
+            "tool_choice": "auto",
+        },
     ],
     "/v1/messages": [
         {"messages": CHAT, "max_tokens": 2, "top_k": 3, "metadata": {"user_id": "u"}},
@@ -77,6 +87,12 @@ def test_what_is_answered_is_what_it_allows(page: dict[str, Any], http: httpx.Cl
         refused = http.post(path, json=good | {"mood": 1})
         assert refused.status_code == 400
         error.validate(refused.json())
+
+
+def test_it_has_no_field_of_another_api(page: dict[str, Any]) -> None:
+    fields = page["components"]["schemas"]["MessagesRequest"]["properties"]
+    assert fields["stop"].keys() == {"description"}  # neutral where it is empty alone
+    assert "stop_sequences" in fields and "max_output_tokens" not in fields
 
 
 def _root(page: dict[str, Any]) -> dict[str, Any]:
