@@ -123,16 +123,22 @@ def tried(session: requests.Session, url: str, operation: Any, examples: int) ->
         max_examples=examples, database=None, deadline=None, derandomize=True, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode)))
-    def answers(case: Any) -> None:
+    @given(st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode)), st.data())
+    def answers(case: Any, data: st.DataObject) -> None:
         nonlocal answered
-        response = case.call(base_url=url, session=session)
-        kind = response.headers["content-type"][0].partition(";")[0]
-        assert response.status_code < 500, response.text
-        assert str(response.status_code) in documented, response.text
-        assert kind in ("application/json", "text/event-stream")
-        assert not (kind == "text/event-stream" and "see the agent's log" in response.text), response.text
-        answered += response.status_code == 200
+        responses = [case.call(base_url=url, session=session)]
+        if operation.path in GOOD and isinstance(case.body, dict) and case.body:
+            # Few such are right as a whole: each field also stands in a request that is.
+            name = data.draw(st.sampled_from(sorted(case.body)))
+            case.body = GOOD[operation.path][0] | {name: case.body[name]}
+            responses.append(case.call(base_url=url, session=session))
+        for response in responses:
+            kind = response.headers["content-type"][0].partition(";")[0]
+            assert response.status_code < 500, response.text
+            assert str(response.status_code) in documented, response.text
+            assert kind in ("application/json", "text/event-stream")
+            assert not (kind == "text/event-stream" and "see the agent's log" in response.text), response.text
+            answered += response.status_code == 200
 
     answers()
     return answered
@@ -144,10 +150,10 @@ def tried_all(page: dict[str, Any], url: str, examples: int) -> int:
 
 
 def test_no_request_is_a_mistake_of_the_servers(page: dict[str, Any], served: Any) -> None:
-    assert tried_all(page, served.url, 15) > 20
+    assert tried_all(page, served.url, 15) > 30
 
 
 @pytest.mark.nightly
 def test_no_request_of_very_many_is_a_mistake_of_the_servers(page: dict[str, Any], hermes: Any) -> None:
     """On a model that calls tools, too."""
-    assert tried_all(page, hermes.url, 400) > 500
+    assert tried_all(page, hermes.url, 300) > 800
