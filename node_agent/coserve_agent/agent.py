@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.adapters.served import Served
+from coserve_agent.api import application
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.format import USER
 from coserve_agent.chat.tokenizer import Tokenizer
@@ -17,13 +18,13 @@ from coserve_agent.chat.variables import TemplateVariableError, check_variables,
 from coserve_agent.concurrency import alongside, end
 from coserve_agent.engine.client import EngineClient
 from coserve_agent.errors import EngineGoneError, StartError
+from coserve_agent.generation.chat import Serving
 from coserve_agent.generation.generator import Generator
 from coserve_agent.http import admin
 from coserve_agent.http.middleware import CloseWhileDraining, wrap
 from coserve_agent.http.servers import Server, listen
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.model.generation_config import SamplingDefaults, sampling_defaults
-from coserve_agent.openai import routes
 from coserve_agent.redis.finetuning import Finetuning
 from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.telemetry.metrics import Metrics
@@ -97,7 +98,8 @@ class Agent:
         answers = answer_format(self.tokenizer, settings.tool_call_parser)
         log.info("agent: %s", answers)
         api = wrap(
-            routes.build(self.generator, answers, version("coserve"), settings.max_body_bytes), settings.cors_origins
+            application.build(Serving(self.generator, answers, settings.max_body_bytes), version("coserve")),
+            settings.cors_origins,
         )
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)

@@ -161,7 +161,8 @@ def test_an_upgrade_under_a_job_and_streams_loses_nothing(versions: Versions) ->
 
     assert before["status"]["state"] == "Running"
     assert upgraded["status"]["binding"]["epoch"] > before["status"]["binding"]["epoch"]
-    assert upgraded["status"].get("restarts", 0) == 0
+    # Each namespace has a Redis of its own since: agents that know only the one before are lost to the operator, once.
+    assert upgraded["status"].get("restarts", 0) <= 1
     folders = [version_folder(cluster, body) for body in (undisturbed, upgraded)]
     logs = [training_log(folder) for folder in folders]
     assert [row["step"] for row in logs[1]] == list(range(1, STEPS + 1))

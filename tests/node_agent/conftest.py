@@ -18,6 +18,8 @@ import openai
 import pytest
 from agent_programs import START_S, AgentProcess, Programs, running_programs, when_ready
 from driver_rig import MakeRig, rigs
+from hermes_model import SCRIPTS, TEMPLATE
+from scripted_model import write_scripted
 from small_models import (
     CONTEXT,
     INSTRUCT_TEMPLATE,
@@ -175,6 +177,12 @@ def start_agent(settings: Callable[..., AgentSettings]) -> Iterator[Callable[...
 def served(start_agent: Callable[..., AgentThread]) -> AgentThread:
     """One agent without Redis that all HTTP tests share."""
     return start_agent()
+
+
+@pytest.fixture(scope="session")
+def hermes(start_agent: Callable[..., AgentThread], tmp_path_factory: pytest.TempPathFactory) -> AgentThread:
+    """One whose model calls tools, and thinks."""
+    return start_agent(model_path=write_scripted(tmp_path_factory.mktemp("hermes"), TEMPLATE, SCRIPTS))
 
 
 @pytest.fixture

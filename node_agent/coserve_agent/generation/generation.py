@@ -17,12 +17,14 @@ from coserve_engine.messages import FinishReason, Token, TokenLogprobs
 @dataclass(frozen=True)
 class Piece:
     """What came next of an answer: characters, the tokens behind them where their log-probabilities are wanted, and
-    the ids of all that the model said, those at which it stopped included.
+    the ids of all that the model said, those at which it stopped included. `texts` are the characters that each
+    brought.
     """
 
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Generation:
@@ -57,9 +59,18 @@ class Generation:
         return self.finish_reason is not None
 
     @property
+    def stop_string(self) -> str | None:
+        """The one that ended it."""
+        return self._transcript.stop_string
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that the engine had computed before."""
         return 0 if self._stream.prompt is None else self._stream.prompt.cached_tokens
+
+    def timing(self) -> dict[str, float | None]:
+        """Its times so far, as vLLM writes them."""
+        return self.meter.timing(self.completion_tokens)
 
     @property
     def prompt_scores(self) -> tuple[TokenLogprobs | None, ...]:
@@ -91,15 +102,15 @@ class Generation:
         if self._scoring_only:
             self.finish_reason = FinishReason.LENGTH.value
             return Piece(self._transcript.end())
-        text, ids = "", []
+        texts, ids = [], []
         for token in tokens:
             self.completion_tokens += 1
             ids.append(token.token)
-            text += self._transcript.push(token)
+            texts.append(self._transcript.push(token))
             if self._transcript.stopped:
                 self.finish_reason = FinishReason.STOP.value
             elif token.finish is not None:
                 self.finish_reason = token.finish.value
             if self.done:
                 break
-        return Piece(text, self._transcript.take_tokens(), tuple(ids))
+        return Piece("".join(texts), self._transcript.take_tokens(), tuple(ids), tuple(texts))

@@ -59,6 +59,8 @@ class Generator:
         self._max_waiting = max_waiting
         self.now_s = now_s
         self.defaults = defaults
+        self.in_flight = 0
+        """Requests whose answers are being written."""
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +152,14 @@ class Generator:
             for generation in begun:
                 self.end(generation)
             raise
+        self.in_flight += 1
         return begun
+
+    def finish(self, generations: Sequence[Generation]) -> None:
+        """End all of a request that `begin` began."""
+        self.in_flight -= 1
+        for generation in generations:
+            self.end(generation)
 
     def _begin(
         self,

@@ -47,7 +47,11 @@ class Transcript:
     @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the answer."""
-        return self._stops.found is not None
+        return self.stop_string is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        return self._stops.found
 
     def push(self, token: Token) -> str:
         """Text that can be shown now. The token that the engine stopped at is no part of it."""

@@ -1,4 +1,6 @@
-"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
+"""Errors as clients expect them: OpenAI's {"error": {message, type, param, code}}, and on Anthropic's routes
+{"type": "error", "error": {type, message}}.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,15 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+ANTHROPIC_ROUTE = "/v1/messages"
 
 
 class ApiError(Exception):
@@ -37,20 +48,30 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
+    @property
+    def message(self) -> str:
+        """Whatever it quotes, it can be sent."""
+        return str(self).encode("utf-8", "backslashreplace").decode()
+
     def body(self) -> dict[str, Any]:
         return {
             "error": {
-                # Whatever a message quotes, it can be sent.
-                "message": str(self).encode("utf-8", "backslashreplace").decode(),
+                "message": self.message,
                 "type": _TYPES.get(self.status, "server_error"),
                 "param": self.param,
                 "code": self.code,
             }
         }
 
-    def response(self) -> JSONResponse:
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> JSONResponse:
+        """In the form of the route at `path`."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        anthropic = path == ANTHROPIC_ROUTE or path.startswith(f"{ANTHROPIC_ROUTE}/")
+        return JSONResponse(self.anthropic_body() if anthropic else self.body(), self.status, headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -64,7 +85,7 @@ def mistake() -> ApiError:
 
 async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
@@ -74,11 +95,11 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
 
 async def on_unknown_path(request: Request, error: Exception) -> JSONResponse:
     message = f"{request.method} {request.url.path}: no such route; try POST /v1/chat/completions or GET /v1/models"
-    return ApiError(404, message, code="not_found").response()
+    return ApiError(404, message, code="not_found").response(request.url.path)
 
 
 async def on_wrong_method(request: Request, error: Exception) -> JSONResponse:
     headers = getattr(error, "headers", None) or {}
     allowed = headers.get("Allow", headers.get("allow", "another method"))
     message = f"{request.url.path} does not take {request.method}; use {allowed}"
-    return ApiError(405, message, code="method_not_allowed").response()
+    return ApiError(405, message, code="method_not_allowed").response(request.url.path)

@@ -42,7 +42,7 @@ class AnswerMistakes:
             if started or scope["type"] != "http":
                 raise  # half an answer is out: only a broken connection says that it is no whole one
             log.exception("%s %s: the agent's own mistake", scope["method"], scope["path"])
-            await mistake().response()(scope, receive, send)
+            await mistake().response(scope["path"])(scope, receive, send)
 
 
 class CloseWhileDraining:

@@ -36,6 +36,15 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """The same, named by its `type`."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+
+
+def error_event(error: ApiError) -> bytes:
+    return event(error.body())
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client closes its connection.
 
@@ -61,16 +70,19 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events. `on_end` is called exactly once, as soon as the last is sent or the client has left.
 
-    An error after the first event becomes an event of its own, since the status is sent already.
+    An error after the first event becomes an event of its own, as `failed` writes it: the status is sent already.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], on_end: Callable[[], None], failed: Callable[[ApiError], bytes]
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._on_end = on_end
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -89,5 +101,5 @@ class EventStream(Response):
             if not isinstance(error, ApiError):
                 log.exception("%s: the agent's own mistake in the middle of a stream", path)
             said = error if isinstance(error, ApiError) else mistake()
-            await send({"type": "http.response.body", "body": event(said.body()), "more_body": True})
+            await send({"type": "http.response.body", "body": self._failed(said), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -10,7 +10,8 @@ from typing import Any
 from coserve_agent.generation.generation import Generation, Piece
 from coserve_agent.generation.interleaved import interleaved
 from coserve_agent.generation.transcript import ScoredToken, prompt_tokens
-from coserve_agent.http.stream import DONE, event
+from coserve_agent.http.errors import ApiError
+from coserve_agent.http.stream import DONE, error_event, event
 from coserve_agent.openai.choice import Choice
 from coserve_agent.openai.logprobs import Writer
 from coserve_agent.requests.chat import ChatRequest
@@ -66,7 +67,8 @@ class Answer:
             entry = choice.whole(_joined(parts[n]), self._generations[n].finish_reason)
             choices.append(entry if self._chat else entry | self._prompt_logprobs(n))
         kind = "chat.completion" if self._chat else "text_completion"
-        answer = {**self._head, "object": kind, "choices": choices, "usage": self._usage(), **self._prompt_ids()}
+        usage = {"usage": self._usage(), **self._metrics()}
+        answer = {**self._head, "object": kind, "choices": choices, **usage, **self._prompt_ids()}
         return answer | (self._prompt_logprobs(0) if self._chat else {})
 
     async def events(
@@ -87,8 +89,11 @@ class Answer:
                         other.meter.blocked(generation.meter.blocked_until_s)
                 numbered = await anext(pieces, None)
         if self._with_usage:
-            yield event({**head, "choices": [], "usage": self._usage()})
+            yield event({**head, "choices": [], "usage": self._usage(), **self._metrics()})
         yield DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return error_event(error)
 
     def _chunks(self, head: dict[str, Any], numbered: tuple[int, Piece], begun: set[int]) -> list[bytes]:
         n, piece = numbered
@@ -119,6 +124,12 @@ class Answer:
             return {}
         scored = prompt_tokens(self._pieces, self._prompt_of(n), self._generations[n].prompt_scores)
         return {"prompt_logprobs": self._writer.prompt(scored, top)}
+
+    def _metrics(self) -> dict[str, Any]:
+        """vLLM's field, where it is asked for: times are those of a single choice."""
+        if not self._request.include_metrics:
+            return {}
+        return {"metrics": self._generations[0].timing() if len(self._generations) == 1 else None}
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(len(one.tokens) for one in self._prompts)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Iterable
 from typing import Any
 
+from coserve_agent.tools.call_id import call_id
 from coserve_agent.tools.events import Arguments, CallBegun, CallEnded, Event, Said, Thought
 from coserve_agent.tools.reading import AnswerParser, Reading
-
-ID_LETTERS = 9
-"""Of a call's id: Mistral's templates take no other, and all take these."""
-_ALPHABET = string.ascii_letters + string.digits
 
 
 class Message:
@@ -71,5 +66,4 @@ def _delta(event: Event) -> dict[str, Any] | None:
 
 
 def _call(name: str) -> dict[str, Any]:
-    id = "".join(secrets.choice(_ALPHABET) for _ in range(ID_LETTERS))
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+    return {"id": call_id(), "type": "function", "function": {"name": name, "arguments": ""}}

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationEr
 
 from coserve_agent.chat.message import ChatMessage, without_nulls
 from coserve_agent.http.errors import bad_request
-from coserve_agent.requests.common import MAX_COUNT, Common, check_streamable, explain
+from coserve_agent.requests.common import Common, check_streamable, explain
+from coserve_agent.requests.sampling import Length
 from coserve_agent.requests.supported import check_supported
 from coserve_agent.requests.tools import ToolRequest, check_tools
 from coserve_engine.messages import MAX_LOGPROBS
@@ -17,7 +18,7 @@ from coserve_engine.messages import MAX_LOGPROBS
 
 class ChatRequest(ToolRequest, Common):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_completion_tokens: Length | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(without_nulls), Field(max_length=32)] | None = None

@@ -6,23 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
 
-from coserve_agent.chat.message import StrictModel, fault, without_nulls
+from coserve_agent.chat.message import StrictModel, fault
 from coserve_agent.http.errors import ApiError, bad_request
-from coserve_agent.model.generation_config import MinP, RepetitionPenalty, Temperature, TopK, TopP
+from coserve_agent.requests.sampling import Length, OneOrMoreStops, SamplingRequest
 from coserve_agent.requests.structured import StructuredRequest
 from coserve_engine.messages import MAX_LOGPROBS
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_SEED = (1 << 63) - 1
 MAX_CHOICES = 16
-MAX_BIASES = 1024
-MAX_COUNT = (1 << 31) - 1
-
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class StreamOptions(StrictModel):
@@ -31,47 +21,24 @@ class StreamOptions(StrictModel):
     include_obfuscation: StrictBool | None = None
 
 
-class Common(StructuredRequest):
-    """What both kinds of completion share. Token counts; temperature 0 is greedy. Names beyond OpenAI's are vLLM's."""
+class Common(StructuredRequest, SamplingRequest):
+    """What both kinds of completion share. Token counts; names beyond OpenAI's are vLLM's."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    seed: Annotated[StrictInt, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[Count], Field(max_length=64)] | None = None
+    max_tokens: Length | None = None
+    stop: OneOrMoreStops | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
-    ) = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    min_tokens: Count | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: StrictBool | None = None
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_token_ids: StrictBool | None = None
     return_tokens_as_token_ids: StrictBool | None = None
+    include_metrics: StrictBool | None = None
 
     @field_validator("prompt_logprobs", mode="before")
     @classmethod
     def _no_prompt_logprobs(cls, value: object) -> object:
         return None if value is False else value
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _given_biases(cls, value: object) -> object:
-        return without_nulls(value)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
 
     @property
     def output_logprobs(self) -> int | None:
@@ -90,6 +57,13 @@ def check_streamable(request: Common) -> None:
         raise bad_request(
             "prompt_logprobs are not there with stream true, as in vLLM; take one of them out",
             "prompt_logprobs",
+            "invalid_value",
+        )
+    if request.stream and request.include_metrics and not (request.stream_options or StreamOptions()).include_usage:
+        raise bad_request(
+            "include_metrics is true, and a stream has metrics beside its usage alone, as in vLLM; set "
+            "stream_options.include_usage to true, or leave include_metrics out",
+            "include_metrics",
             "invalid_value",
         )
 

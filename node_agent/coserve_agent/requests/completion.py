@@ -8,14 +8,15 @@ from typing import Annotated, Any, cast
 from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from coserve_agent.http.errors import bad_request
-from coserve_agent.requests.common import MAX_COUNT, Common, check_streamable, explain
+from coserve_agent.requests.common import Common, check_streamable, explain
+from coserve_agent.requests.sampling import Count
 from coserve_agent.requests.supported import check_supported
 from coserve_engine.messages import MAX_LOGPROBS
 
 
 class CompletionRequest(Common):
     prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
-    max_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] | None = None
+    max_tokens: Count | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: StrictBool | None = None
 

@@ -13,67 +13,80 @@ from typing import Any
 from coserve_agent.chat.message import without_nulls
 from coserve_agent.http.errors import bad_request
 
+Neutral = Callable[[object], bool]
+"""Whether a value changes nothing."""
 
-def _neutral(*values: object) -> Callable[[object], bool]:
+
+def neutral(*values: object) -> Neutral:
     # `is` for booleans: 1 == True would let logprobs=1 pass for True.
     return lambda value: any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
 
 
-def _anything(value: object) -> bool:
+def anything(value: object) -> bool:
     return True
 
 
-_EMPTY = _neutral([], {}, "")
-_OFF = _neutral(False)
+EMPTY = neutral([], {}, "")
+OFF = neutral(False)
+
+PLATFORM: Mapping[str, Neutral] = dict.fromkeys(
+    ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), anything
+)
+"""Harmless: they concern OpenAI's own platform."""
 
 # What changes nothing at the given values. null is neutral everywhere.
-NEUTRAL: Mapping[str, Callable[[object], bool]] = {
-    # harmless: they concern OpenAI's own platform
-    **dict.fromkeys(
-        ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        _anything,
-    ),
-    "store": _anything,
-    "parallel_tool_calls": _anything,
-    "priority": _anything,
-    "request_id": _anything,
+NEUTRAL: Mapping[str, Neutral] = {
+    **PLATFORM,
+    "metadata": anything,
+    "store": anything,
+    "parallel_tool_calls": anything,
+    "priority": anything,
+    "request_id": anything,
     # they would change the answer
-    "best_of": _neutral(1),
-    "top_logprobs": _neutral(0),
-    "echo": _OFF,
-    "suffix": _EMPTY,
-    "length_penalty": _neutral(1),
-    "use_beam_search": _OFF,
-    "tools": _EMPTY,
-    "tool_choice": _neutral("none", "auto"),
-    "functions": _EMPTY,
-    "function_call": _neutral("none", "auto"),
-    "modalities": _neutral(["text"]),
-    "audio": _EMPTY,
-    "prediction": _EMPTY,
-    "reasoning_effort": _neutral("none"),
-    "verbosity": _neutral("medium"),
-    "web_search_options": _EMPTY,
-    "skip_special_tokens": _neutral(True),
-    "spaces_between_special_tokens": _neutral(True, False),
-    "include_stop_str_in_output": _OFF,
-    "add_special_tokens": _neutral(True),
-    "add_generation_prompt": _neutral(True),
-    "continue_final_message": _OFF,
-    "chat_template": _EMPTY,
-    "truncate_prompt_tokens": _EMPTY,
-    "guided_grammar": _EMPTY,
-    "guided_whitespace_pattern": _EMPTY,
-    "guided_decoding_backend": _EMPTY,
-    "structural_tag": _EMPTY,
+    "best_of": neutral(1),
+    "top_logprobs": neutral(0),
+    "echo": OFF,
+    "suffix": EMPTY,
+    "length_penalty": neutral(1),
+    "use_beam_search": OFF,
+    "tools": EMPTY,
+    "tool_choice": neutral("none", "auto"),
+    "functions": EMPTY,
+    "function_call": neutral("none", "auto"),
+    "modalities": neutral(["text"]),
+    "audio": EMPTY,
+    "prediction": EMPTY,
+    "reasoning_effort": neutral("none"),
+    "verbosity": neutral("medium"),
+    "web_search_options": EMPTY,
+    "skip_special_tokens": neutral(True),
+    "spaces_between_special_tokens": neutral(True, False),
+    "include_stop_str_in_output": OFF,
+    "add_special_tokens": neutral(True),
+    "add_generation_prompt": neutral(True),
+    "continue_final_message": OFF,
+    "chat_template": EMPTY,
+    "truncate_prompt_tokens": EMPTY,
+    "guided_grammar": EMPTY,
+    "guided_whitespace_pattern": EMPTY,
+    "guided_decoding_backend": EMPTY,
+    "structural_tag": EMPTY,
 }
 
-TODAY: Mapping[str, str] = {"functions": "tools", "function_call": "tool_choice"}
-"""What OpenAI's API has for older parameters."""
+REMEDIES: Mapping[str, str] = {
+    "functions": "use tools, which replaced it",
+    "function_call": "use tool_choice, which replaced it",
+}
+"""For what is not just to be removed."""
 
 
-def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """`body` without the neutral parameters.
+def check_supported(
+    body: Mapping[str, Any],
+    known: frozenset[str],
+    neutral: Mapping[str, Neutral] = NEUTRAL,
+    remedies: Mapping[str, str] = REMEDIES,
+) -> dict[str, Any]:
+    """`body` without the `neutral` parameters.
 
     Raises:
         ApiError: 400 naming the first parameter that is unknown or asks for something that is not supported.
@@ -84,16 +97,16 @@ def check_supported(body: Mapping[str, Any], known: frozenset[str]) -> dict[str,
             continue
         if name in known:
             kept[name] = value
-        elif name not in NEUTRAL:
+        elif name not in neutral:
             raise bad_request(
                 f"{name} is no parameter of this API; remove it (supported: {', '.join(sorted(known))})",
                 name,
                 "unknown_parameter",
             )
-        elif not NEUTRAL[name](without_nulls(value)):
-            remedy = f"use {TODAY[name]}, which replaced it" if name in TODAY else "remove it"
+        elif not neutral[name](without_nulls(value)):
             raise bad_request(
-                f"{name} is not supported here, and ignoring it would change the answer; {remedy}",
+                f"{name} is not supported here, and ignoring it would change the answer; "
+                f"{remedies.get(name, 'remove it')}",
                 name,
                 "unsupported_parameter",
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coserve_agent.telemetry.passage import Cause, Passage, PathLog, RequestPath, cause_of_first, cause_of_gap
+from coserve_agent.telemetry.timing import timing
 
 WINDOW_S = 60.0
 LOAD_WINDOW_S = 15.0
@@ -103,6 +104,10 @@ class RequestMeter:
         self._passages.append(passage)
         if not self._streams:
             self._hand(passage.routed_s, passage.emitted_s)
+
+    def timing(self, tokens: int) -> dict[str, float | None]:
+        """The times of the request and of its first `tokens`."""
+        return timing(self._arrival_s, self.placed_s(), [one.emitted_s for one in self._passages[:tokens]])
 
     def writing(self) -> None:
         """The next piece of the stream is handed to the transport."""

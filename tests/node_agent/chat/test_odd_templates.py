@@ -14,8 +14,8 @@ from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.chat.variables import TemplateVariableError, try_variables
 from coserve_agent.data.rendering import Conversation, Rendered, Renderer, RenderingError
+from coserve_agent.generation.chat import VARIABLES, blaming_variables
 from coserve_agent.http.errors import ApiError
-from coserve_agent.openai.routes import VARIABLES, _blaming_variables
 
 USER, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}
 AGAIN, NO = {"role": "user", "content": "so"}, {"role": "assistant", "content": "ko"}
@@ -139,6 +139,6 @@ def test_a_value_that_the_template_cannot_take_is_the_variables_fault(tmp_path: 
     many = [{"role": f"r{n}", "content": "x"} for n in range(20)]
     try_variables(model.tokenizer, {"date_string": 5}, "the messages are at fault, too", many)
     wanted = pytest.raises(ApiError, match=r"chat_template_kwargs has values .*correct date_string")
-    with wanted as caught, _blaming_variables():
+    with wanted as caught, blaming_variables():
         try_variables(model.tokenizer, {"date_string": None}, VARIABLES, [USER])
     assert caught.value.status == 400

@@ -98,8 +98,17 @@ def test_the_request_after_a_mistake_is_answered_on_the_same_connection(
     clients.close()
 
 
+LAST: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "/v1/chat/completions": lambda event: event["error"]["code"] == CODE,
+    "/v1/responses": lambda event: (event["type"], event["response"]["status"]) == ("response.failed", "failed"),
+    "/v1/messages": lambda event: (event["type"], event["error"]["type"]) == ("error", "api_error"),
+}
+"""Whether an event says that there was a mistake, in the words of each API."""
+
+
+@pytest.mark.parametrize("path", LAST)
 def test_a_mistake_in_the_middle_of_a_stream_is_its_last_event(
-    served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     push, calls = Detokenizer.push, []
 
@@ -111,11 +120,13 @@ def test_a_mistake_in_the_middle_of_a_stream_is_its_last_event(
 
     with monkeypatch.context() as patch:
         patch.setattr(Detokenizer, "push", failing)
-        body = GOOD | {"max_tokens": 50, "ignore_eos": True, "stream": True}
-        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        said = {"input": "one"} if path == "/v1/responses" else {"messages": CHAT, "max_tokens": 50}
+        with http.stream(
+            "POST", path, json={"model": "base", "ignore_eos": True, "stream": True, "temperature": 0} | said
+        ) as answer:
             assert answer.status_code == 200
             lines = [line for line in answer.iter_lines() if line]
-    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == CODE
+    assert LAST[path](json.loads(lines[-1].removeprefix("data: ")))
     assert "broken on purpose" in caplog.text
     assert http.post("/v1/chat/completions", json=GOOD).status_code == 200
 
@@ -169,7 +180,7 @@ def app_that_fails() -> FastAPI:
 async def test_starlettes_own_handler_loses_the_next_request() -> None:
     """The control."""
     app = app_that_fails()
-    app.add_exception_handler(Exception, lambda request, error: mistake().response())
+    app.add_exception_handler(Exception, lambda request, error: mistake().response("/"))
     assert await second_answer(app) == b""
     app = app_that_fails()
     app.add_middleware(AnswerMistakes)

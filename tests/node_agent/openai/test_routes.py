@@ -4,6 +4,7 @@ engine.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from coserve_agent.engine.client import TokenStream
 
 CHAT = [{"role": "user", "content": "the quick brown fox"}]
 
@@ -136,11 +139,65 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 
 def test_small_routes(http: httpx.Client, served: Any) -> None:
-    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/health").json() == http.get("/ping").json() == {"status": "ok"}
     assert http.get("/version").json()["version"]
     tokens = http.post("/tokenize", json={"prompt": "one two 😀"}).json()
     assert tokens["count"] == len(tokens["tokens"])
     assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "one two 😀"}
+
+
+TIMES = {"time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"}
+
+
+def test_an_answer_carries_its_times_where_they_are_asked_for(http: httpx.Client) -> None:
+    body = {"model": "base", "max_tokens": 8, "ignore_eos": True, "include_metrics": True}
+    chat, text, response = body | {"messages": CHAT}, body | {"prompt": "one"}, body | {"input": "one"}
+    del response["max_tokens"], response["ignore_eos"]
+    for path, asked in (("chat/completions", chat), ("completions", text), ("responses", response)):
+        metrics = http.post(f"/v1/{path}", json=asked).json()["metrics"]
+        assert metrics.keys() == TIMES
+        decode_ms, gap_ms = metrics["generation_time_ms"], metrics["mean_itl_ms"]
+        assert all(value >= 0 for value in metrics.values())
+        if path != "responses":
+            assert abs(decode_ms - 7 * gap_ms) < 0.01
+        assert "metrics" not in http.post(f"/v1/{path}", json=asked | {"include_metrics": False}).json()
+    assert http.post("/v1/chat/completions", json=chat | {"n": 2}).json()["metrics"] is None
+    assert http.post("/v1/completions", json=text | {"prompt": ["a", "b"]}).json()["metrics"] is None
+
+    def last(path: str, asked: dict[str, Any]) -> Any:
+        with http.stream("POST", f"/v1/{path}", json=asked | {"stream": True}) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+        assert [line for line in lines if '"metrics"' in line] == lines[-1:]
+        return json.loads(lines[-1].removeprefix("data: "))
+
+    assert last("chat/completions", chat | {"stream_options": {"include_usage": True}})["metrics"].keys() == TIMES
+    assert last("responses", response)["response"]["metrics"].keys() == TIMES
+    refused = http.post("/v1/chat/completions", json=chat | {"stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include_metrics")
+
+
+def test_load_counts_requests_that_are_being_answered(
+    served: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM does: requests, however many choices they have."""
+    go_on, next_tokens = served.call(asyncio.Event), TokenStream.next_tokens
+
+    async def held(self: TokenStream) -> Any:
+        await go_on.wait()
+        return await next_tokens(self)
+
+    monkeypatch.setattr(TokenStream, "next_tokens", held)
+    body = {"model": "base", "messages": CHAT, "max_tokens": 3, "n": 2}
+    asking = threading.Thread(target=lambda: http.post("/v1/chat/completions", json=body))
+    asking.start()
+    try:
+        wait_for(lambda: http.get("/load").json() == {"server_load": 1})
+    finally:
+        served.call(go_on.set)
+        asking.join()
+    assert http.get("/load").json() == {"server_load": 0}
+    assert http.post("/v1/chat/completions", json=body | {"max_tokens": 9999}).status_code == 400
+    assert http.get("/load").json() == {"server_load": 0}
 
 
 def test_admin_port_shows_what_happened(served: Any, client: openai.OpenAI) -> None:

@@ -10,25 +10,9 @@ import httpx
 import openai
 import pydantic
 import pytest
+from hermes_model import SCRIPTS
 from scripted_model import write_scripted
 
-SCRIPTS = {
-    "[call]": ["<tool_call>", '\n{"name": "look", ', '"arguments": {"at": ', '"é 😀 me"', "}}\n", "</tool_call>"],
-    "[two]": [
-        "Sure", ".\n<tool_", 'call>{"name": "look", "arguments": {}}</tool_call>\n<tool_call>{"na',
-        'me": "wait"}</tool_call>',
-    ],
-    "[text]": ["just ", "text"],
-    "[broken]": ['<tool_call>{"name": "look", ', "oops"],
-    "[hm]": ["<think>\nhm ", "hm\n</think>\n", "\nso ", "be it"],
-}  # fmt: skip
-TEMPLATE = (
-    "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}{% endif %}{% for m in messages %}"
-    "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
-    "{% endif %}{{ m.content }}{% for c in m.tool_calls %}\n<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|end|>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
-)
 MISTRAL_TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}{% endif %}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ m.content }}{% for c in m.tool_calls %}"
@@ -42,11 +26,6 @@ LOOK = {"type": "function", "function": {"name": "look", "parameters": AT}}
 WAIT = {"type": "function", "function": {"name": "wait"}}
 ARGUMENTS = '{"at": "é 😀 me"}'
 Ask = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def hermes(start_agent: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return start_agent(model_path=write_scripted(tmp_path_factory.mktemp("hermes"), TEMPLATE, SCRIPTS))
 
 
 @pytest.fixture(scope="module")

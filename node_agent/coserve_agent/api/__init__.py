@@ -1,0 +1,1 @@
+"""What clients talk to: the APIs together, on the HTTP port."""
