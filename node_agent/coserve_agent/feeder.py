@@ -17,8 +17,6 @@ from functools import lru_cache
 from types import FrameType
 from typing import NoReturn
 
-from redis.exceptions import RedisError
-
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.chat.variables import TemplateVariableError
@@ -30,9 +28,11 @@ from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import FeederMode, FeederSettings, read
 from coserve_api.errors import MessageError
 from coserve_api.job_status import FailedReason
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys
 from coserve_contract.messages import Completed, Failed, FeedError, FeedStatus
+from coserve_contract.protocols import JobStore
 from coserve_contract.store import SHARD_BOUND, WINDOW_BYTES, JobRecord, Push, Store
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Feeder:
     """Keeps the job's streams full until it has a result."""
 
     def __init__(
-        self, store: Store, job: str, material: Material, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self, store: JobStore, job: str, material: Material, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self._store = store
         self._job = job
@@ -88,7 +88,7 @@ class Feeder:
             except JobDeletedError:
                 log.info("feeder: the job was deleted")
                 return
-            except (RedisError, OSError, TimeoutError, MessageError) as error:
+            except (*STORE_AWAY, MessageError) as error:
                 log.warning("feeder: redis cannot be read, tries again in %g s: %s", RETRY_S, error)
                 await self._sleep(RETRY_S)
 
@@ -188,7 +188,7 @@ def _differ(before: str | None, now: str | None) -> bool:
     return before is not None and now is not None and before != now
 
 
-async def say_error(store: Store, job: str, error: DatasetError) -> None:
+async def say_error(store: JobStore, job: str, error: DatasetError) -> None:
     """Leave the reason for the operator, however long Redis takes."""
     # Whatever a message quotes, it can be sent.
     message = str(error).encode("utf-8", "backslashreplace").decode()[:2048]
@@ -197,7 +197,7 @@ async def say_error(store: Store, job: str, error: DatasetError) -> None:
         try:
             await store.set_feed(job, status)
             return
-        except (RedisError, OSError, TimeoutError) as problem:
+        except STORE_AWAY as problem:
             log.warning("feeder: redis cannot be reached, tries again in %g s: %s", RETRY_S, problem)
             await asyncio.sleep(RETRY_S)
 

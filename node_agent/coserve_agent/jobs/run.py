@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from redis.exceptions import RedisError
-
 from coserve_agent.chat.variables import rendering_file
 from coserve_agent.concurrency import alongside
 from coserve_agent.engine.client import EngineClient
@@ -29,9 +27,10 @@ from coserve_agent.telemetry.metrics import Metrics
 from coserve_api.errors import MessageError
 from coserve_api.job import PublishPolicy
 from coserve_api.job_status import FailedReason
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
-from coserve_contract.scripts import Fencing, Refused
-from coserve_contract.store import Store
+from coserve_contract.protocols import JobFencing, JobStore
+from coserve_contract.scripts import Refused
 from coserve_engine.errors import CheckpointError
 from coserve_engine.formats.folders import digest, verify_folder
 from coserve_engine.formats.opened import check_beneath
@@ -61,8 +60,8 @@ class Surroundings:
     """
 
     engine: EngineClient
-    fencing: Fencing
-    store: Store
+    fencing: JobFencing
+    store: JobStore
     metrics: Metrics
     artifacts: Path
     endpoint_uid: str
@@ -326,7 +325,7 @@ class JobRun:
                 raise StopRequested
             try:
                 feed = await self._around.store.feed(self.job)
-            except (RedisError, OSError, TimeoutError, MessageError) as error:
+            except (*STORE_AWAY, MessageError) as error:
                 log.warning("job %s: waits for the feeder: %s", self.name, error)
                 feed = None
             if feed is not None and feed.total_steps > 0 and feed.error is None:

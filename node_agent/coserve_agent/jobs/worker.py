@@ -6,11 +6,10 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError
-
 from coserve_agent.concurrency import end
 from coserve_agent.jobs.run import JobRun, Surroundings
 from coserve_agent.lifecycle import Lifecycle
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import Binding, Desired, JobBeat
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Worker:
         try:
             bindings, broken = await self._around.store.bindings(self._agent)
             current = await self._around.store.incarnation()
-        except (RedisError, OSError, TimeoutError):
+        except STORE_AWAY:
             return  # the heartbeat says so in the log; what runs goes on
         complaints = tuple(str(error) for error in broken)
         if complaints != self._complaints:

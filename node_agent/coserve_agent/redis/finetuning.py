@@ -8,8 +8,6 @@ import logging
 import time
 from contextlib import suppress
 
-from redis.exceptions import RedisError
-
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import alongside
@@ -24,6 +22,7 @@ from coserve_agent.settings import AgentSettings
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.slo import SloMeter
 from coserve_api.endpoint import FinetuningPolicy
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys, agent_id
 from coserve_contract.messages import Heartbeat, Load, SloReport
@@ -90,7 +89,7 @@ class Finetuning:
 
     async def leave(self) -> None:
         """Take the agent out of the index: it is not lost, it has ended."""
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*STORE_AWAY):
             async with asyncio.timeout(LEAVE_S):
                 await self._fencing.leave()
         await self._redis.aclose()
