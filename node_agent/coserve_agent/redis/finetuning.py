@@ -8,6 +8,7 @@ import logging
 import time
 from contextlib import suppress
 
+from coserve_agent.adapters.follower import AdapterFollower
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import alongside
@@ -16,7 +17,6 @@ from coserve_agent.jobs.run import Surroundings
 from coserve_agent.jobs.worker import Worker
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.model.base_model import base_model
-from coserve_agent.redis.follower import AdapterFollower
 from coserve_agent.redis.heartbeat import HeartbeatLoop
 from coserve_agent.settings import AgentSettings
 from coserve_agent.telemetry.metrics import Metrics
