@@ -80,7 +80,7 @@ class Agent:
             int(time.time()),
             variables=settings.template_variables,
         )
-        self.registry = AdapterRegistry(self.engine, base, settings.artifacts)
+        self.registry = AdapterRegistry(self.engine, base, settings.artifact_store)
         self.generator = Generator(
             self.engine,
             self.tokenizer,

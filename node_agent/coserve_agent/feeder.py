@@ -1,4 +1,4 @@
-"""`python -m coserve_agent.feeder`: turns a data set into shards in Redis, a bounded number ahead of the job.
+"""`python -m coserve_agent.feeder`: turns a data set into shards, a bounded number ahead of the job.
 
 It stays until the job has a result (or is deleted): should Redis be emptied, it feeds again from the accepted
 cursor. Nothing else could, since only this pod has the data. It needs no torch, and holds no state that is not a
@@ -12,7 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from types import FrameType
 from typing import NoReturn
@@ -31,6 +33,8 @@ from coserve_api.job_status import FailedReason
 from coserve_contract.away import STORE_AWAY
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys
+from coserve_contract.local.database import DATABASE, Database
+from coserve_contract.local.store import LocalStore
 from coserve_contract.messages import Completed, Failed, FeedError, FeedStatus
 from coserve_contract.protocols import JobStore
 from coserve_contract.store import SHARD_BOUND, WINDOW_BYTES, JobRecord, Push, Store
@@ -43,6 +47,8 @@ EVAL_WAIT_S = 0.05
 IDLE_WAIT_S = 2.0
 RETRY_S = 2.0
 LOOK_EVERY_S = 2.0
+BESIDE_A_SERVER = 10
+"""How nice it is to the server that shares its machine."""
 
 
 class JobDeletedError(Exception):
@@ -204,6 +210,28 @@ async def say_error(store: JobStore, job: str, error: DatasetError) -> None:
 
 async def feed(settings: FeederSettings, material: Material | DatasetError) -> None:
     """Push `material` or say what it is, by the mode; or say what is wrong with it."""
+    async with _opened(settings) as store:
+        try:
+            if isinstance(material, DatasetError):
+                raise material
+            feeder = Feeder(store, settings.job_uid, material)
+            await (feeder.check() if settings.mode is FeederMode.CHECK else feeder.run())
+        except DatasetError as error:
+            log.error("feeder: %s: %s", error.reason, error)
+            await say_error(store, settings.job_uid, error)
+
+
+@asynccontextmanager
+async def _opened(settings: FeederSettings) -> AsyncIterator[JobStore]:
+    """The store of jobs that the settings name."""
+    if settings.state is not None:
+        database = Database(settings.state / DATABASE)
+        try:
+            yield LocalStore(database)
+        finally:
+            await database.close()
+        return
+    assert settings.redis_url is not None
     password = settings.redis_password
     redis = connect(
         settings.redis_url,
@@ -211,17 +239,20 @@ async def feed(settings: FeederSettings, material: Material | DatasetError) -> N
         password.get_secret_value() if password else None,
         settings.redis_ca,
     )
-    store = Store(redis, Keys(settings.endpoint_uid))
     try:
-        if isinstance(material, DatasetError):
-            raise material
-        feeder = Feeder(store, settings.job_uid, material)
-        await (feeder.check() if settings.mode is FeederMode.CHECK else feeder.run())
-    except DatasetError as error:
-        log.error("feeder: %s: %s", error.reason, error)
-        await say_error(store, settings.job_uid, error)
+        yield Store(redis, Keys(settings.endpoint_uid))
     finally:
         await redis.aclose()
+
+
+def _end_with_parent() -> None:
+    """A server's feeder lives no longer than the server, whose end of our standard input closes with it."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -238,6 +269,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     try:
         settings = read(FeederSettings)
+        if settings.state is not None:
+            os.nice(BESIDE_A_SERVER)
+            _end_with_parent()
         tokenizer = Tokenizer(settings.model_path)
         size = vocab_size(settings.model_path)
         ends = end_tokens(settings.model_path, tokenizer)

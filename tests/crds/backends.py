@@ -9,7 +9,7 @@ import pytest
 
 from coserve_contract.keys import agent_id
 from coserve_contract.local.binder import LocalBinder
-from coserve_contract.local.database import Database
+from coserve_contract.local.database import DATABASE, Database
 from coserve_contract.local.fencing import LocalFencing
 from coserve_contract.local.rows import put
 from coserve_contract.local.store import LocalStore
@@ -42,6 +42,6 @@ class LocalWorld:
 
 def local_world(folder: Path) -> LocalWorld:
     """A database of its own, in `folder`."""
-    database = Database(folder / "coserve.db")
+    database = Database(folder / DATABASE)
     a, b = (LocalFencing(database, agent_id(pod, "boot-1")) for pod in ("pod-a", "pod-b"))
     return LocalWorld(database, LocalBinder(database), LocalStore(database), a, b)

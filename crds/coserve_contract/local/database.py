@@ -12,6 +12,8 @@ from typing import TypeVar
 from coserve_contract.away import StoreAwayError
 
 T = TypeVar("T")
+DATABASE = "coserve.db"
+"""The file's name in a directory."""
 FORMAT = 1
 """PRAGMA user_version of a file that this program reads."""
 BUSY_S = 5.0

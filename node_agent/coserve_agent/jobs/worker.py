@@ -7,7 +7,8 @@ import logging
 from dataclasses import dataclass
 
 from coserve_agent.concurrency import end
-from coserve_agent.jobs.run import JobRun, Surroundings
+from coserve_agent.jobs.run import JobRun
+from coserve_agent.jobs.surroundings import Surroundings
 from coserve_agent.lifecycle import Lifecycle
 from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import Binding, Desired, JobBeat
