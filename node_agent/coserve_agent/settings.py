@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from coserve_agent import strict_json
@@ -88,6 +88,10 @@ class _Settings(BaseSettings):
     )
 
 
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
 def _roots(value: object) -> object:
     return tuple(map(Path, filter(None, value.split(",")))) if isinstance(value, str) else value
 
@@ -97,7 +101,7 @@ class StoreSettings(_Settings):
     as does the CA (PEM) of a rediss:// one.
     """
 
-    state: Annotated[Path | None, OrBlank] = None
+    state: Annotated[Path | None, OrBlank, AfterValidator(_absolute)] = None
     redis_url: Annotated[str | None, OrBlank] = None
     redis_username: Annotated[str | None, OrBlank] = None
     redis_password: Annotated[SecretStr | None, OrBlank] = None

@@ -88,7 +88,7 @@ class Worker:
             self._running[job] = running = _Running(run, asyncio.create_task(run.run(), name=f"job {run.name}"))
         running.run.update(binding)
         if binding.desired is Desired.STOP:
-            running.run.request_stop("the operator asks for it")
+            running.run.request_stop("it is asked to")
 
     async def _drop(self, job: str, why: str) -> None:
         running = self._running[job]
