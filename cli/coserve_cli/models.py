@@ -39,6 +39,7 @@ def short_name(text: str) -> str:
 
 
 def _downloaded(text: str) -> Path:
+    import httpx2  # noqa: PLC0415
     from huggingface_hub import errors, snapshot_download  # noqa: PLC0415  (it takes a second)
 
     repository, _, revision = text.removeprefix(HUB).partition("@")
@@ -65,7 +66,7 @@ def _downloaded(text: str) -> Path:
             f"{text} is not in the cache of this machine, and the hub cannot be reached; check the network, or name a "
             "folder"
         ) from None
-    except (errors.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError) as error:
         raise click.ClickException(
             f"{text}: the download broke off ({error or type(error).__name__}); run the same command again, the files "
             "that are whole are kept"

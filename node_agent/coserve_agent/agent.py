@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from importlib.metadata import version
+from pathlib import Path
 
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.adapters.served import Served
@@ -27,6 +28,9 @@ from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.model.generation_config import SamplingDefaults, sampling_defaults
 from coserve_agent.redis.finetuning import Finetuning
 from coserve_agent.settings import PREFIX, AgentSettings
+from coserve_agent.standalone import routes as job_routes
+from coserve_agent.standalone.finetuning import LocalFinetuning
+from coserve_agent.standalone.lock import DirectoryLock
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.pacing import Pacer
 from coserve_agent.telemetry.slo import Slo, SloMeter
@@ -42,6 +46,9 @@ log = logging.getLogger(__name__)
 # After the engine ended: time for the last 500s to reach their clients.
 FLUSH_S = 0.5
 
+IN_A_CLUSTER = "in a cluster a job is a custom resource: kubectl apply a FinetuneJob that names this endpoint"
+SERVES_ONLY = "this server serves only: start it with COSERVE_STATE, the directory for its jobs, to train as well"
+
 WAY_SHARE = 0.1
 """Of the time per output token, what is kept free at least: the way from here to the client is not seen here."""
 
@@ -55,6 +62,7 @@ class Agent:
 
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
+        self._lock = None if settings.state is None else DirectoryLock(settings.state)
         self.boot_id = uuid.uuid4().hex
         self.lifecycle = Lifecycle()
         self.tokenizer = Tokenizer(settings.model_path)
@@ -82,7 +90,7 @@ class Agent:
             int(time.time()),
             variables=settings.template_variables,
         )
-        self.registry = AdapterRegistry(self.engine, base, settings.artifacts)
+        self.registry = AdapterRegistry(self.engine, base, settings.artifact_store)
         self.generator = Generator(
             self.engine,
             self.tokenizer,
@@ -97,14 +105,32 @@ class Agent:
         )
         answers = answer_format(self.tokenizer, settings.tool_call_parser)
         log.info("agent: %s", answers)
-        api = wrap(
-            application.build(Serving(self.generator, answers, settings.max_body_bytes), version("coserve")),
-            settings.cors_origins,
-        )
+        app = application.build(Serving(self.generator, answers, settings.max_body_bytes), version("coserve"))
+        self.finetuning: Finetuning | LocalFinetuning | None = None
+        if settings.state is not None:
+            self.finetuning = local = self._local_finetuning(settings.state)
+            job_routes.add(app, local.controller, settings.max_body_bytes)
+        elif settings.redis_url is not None:
+            self.finetuning = self._finetuning(settings.redis_url)
+            job_routes.refuse(app, IN_A_CLUSTER)
+        else:
+            job_routes.refuse(app, SERVES_ONLY)
+        api = wrap(app, settings.cors_origins)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
         self.admin = Server(CloseWhileDraining(inside, lambda: self.lifecycle.draining), admin_socket)
-        self.finetuning = None if settings.redis_url is None else self._finetuning(settings.redis_url)
+
+    def _local_finetuning(self, directory: Path) -> LocalFinetuning:
+        return LocalFinetuning(
+            self.settings,
+            directory,
+            self.boot_id,
+            engine=self.engine,
+            registry=self.registry,
+            tokenizer=self.tokenizer,
+            lifecycle=self.lifecycle,
+            metrics=self.metrics,
+        )
 
     def _finetuning(self, redis_url: str) -> Finetuning:
         return Finetuning(
@@ -155,6 +181,8 @@ class Agent:
             self.admin.stop()
             await asyncio.gather(*servers, return_exceptions=True)
             await self.engine.close()
+            if self._lock is not None:
+                self._lock.release()
 
     async def _serve(self) -> int:
         loading = asyncio.create_task(self._load())

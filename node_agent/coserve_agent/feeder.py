@@ -1,4 +1,4 @@
-"""`python -m coserve_agent.feeder`: turns a data set into shards in Redis, a bounded number ahead of the job.
+"""`python -m coserve_agent.feeder`: turns a data set into shards, a bounded number ahead of the job.
 
 It stays until the job has a result (or is deleted): should Redis be emptied, it feeds again from the accepted
 cursor. Nothing else could, since only this pod has the data. It needs no torch, and holds no state that is not a
@@ -12,12 +12,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from types import FrameType
 from typing import NoReturn
-
-from redis.exceptions import RedisError
 
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.tokenizer import Tokenizer
@@ -30,9 +30,13 @@ from coserve_agent.model.vocabulary import vocab_size
 from coserve_agent.settings import FeederMode, FeederSettings, read
 from coserve_api.errors import MessageError
 from coserve_api.job_status import FailedReason
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys
+from coserve_contract.local.database import DATABASE, Database
+from coserve_contract.local.store import LocalStore
 from coserve_contract.messages import Completed, Failed, FeedError, FeedStatus
+from coserve_contract.protocols import JobStore
 from coserve_contract.store import SHARD_BOUND, WINDOW_BYTES, JobRecord, Push, Store
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ EVAL_WAIT_S = 0.05
 IDLE_WAIT_S = 2.0
 RETRY_S = 2.0
 LOOK_EVERY_S = 2.0
+BESIDE_A_SERVER = 10
+"""How nice it is to the server that shares its machine."""
 
 
 class JobDeletedError(Exception):
@@ -53,7 +59,7 @@ class Feeder:
     """Keeps the job's streams full until it has a result."""
 
     def __init__(
-        self, store: Store, job: str, material: Material, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self, store: JobStore, job: str, material: Material, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
         self._store = store
         self._job = job
@@ -88,7 +94,7 @@ class Feeder:
             except JobDeletedError:
                 log.info("feeder: the job was deleted")
                 return
-            except (RedisError, OSError, TimeoutError, MessageError) as error:
+            except (*STORE_AWAY, MessageError) as error:
                 log.warning("feeder: redis cannot be read, tries again in %g s: %s", RETRY_S, error)
                 await self._sleep(RETRY_S)
 
@@ -188,7 +194,7 @@ def _differ(before: str | None, now: str | None) -> bool:
     return before is not None and now is not None and before != now
 
 
-async def say_error(store: Store, job: str, error: DatasetError) -> None:
+async def say_error(store: JobStore, job: str, error: DatasetError) -> None:
     """Leave the reason for the operator, however long Redis takes."""
     # Whatever a message quotes, it can be sent.
     message = str(error).encode("utf-8", "backslashreplace").decode()[:2048]
@@ -197,13 +203,35 @@ async def say_error(store: Store, job: str, error: DatasetError) -> None:
         try:
             await store.set_feed(job, status)
             return
-        except (RedisError, OSError, TimeoutError) as problem:
+        except STORE_AWAY as problem:
             log.warning("feeder: redis cannot be reached, tries again in %g s: %s", RETRY_S, problem)
             await asyncio.sleep(RETRY_S)
 
 
 async def feed(settings: FeederSettings, material: Material | DatasetError) -> None:
     """Push `material` or say what it is, by the mode; or say what is wrong with it."""
+    async with _opened(settings) as store:
+        try:
+            if isinstance(material, DatasetError):
+                raise material
+            feeder = Feeder(store, settings.job_uid, material)
+            await (feeder.check() if settings.mode is FeederMode.CHECK else feeder.run())
+        except DatasetError as error:
+            log.error("feeder: %s: %s", error.reason, error)
+            await say_error(store, settings.job_uid, error)
+
+
+@asynccontextmanager
+async def _opened(settings: FeederSettings) -> AsyncIterator[JobStore]:
+    """The store of jobs that the settings name."""
+    if settings.state is not None:
+        database = Database(settings.state / DATABASE)
+        try:
+            yield LocalStore(database)
+        finally:
+            await database.close()
+        return
+    assert settings.redis_url is not None
     password = settings.redis_password
     redis = connect(
         settings.redis_url,
@@ -211,17 +239,20 @@ async def feed(settings: FeederSettings, material: Material | DatasetError) -> N
         password.get_secret_value() if password else None,
         settings.redis_ca,
     )
-    store = Store(redis, Keys(settings.endpoint_uid))
     try:
-        if isinstance(material, DatasetError):
-            raise material
-        feeder = Feeder(store, settings.job_uid, material)
-        await (feeder.check() if settings.mode is FeederMode.CHECK else feeder.run())
-    except DatasetError as error:
-        log.error("feeder: %s: %s", error.reason, error)
-        await say_error(store, settings.job_uid, error)
+        yield Store(redis, Keys(settings.endpoint_uid))
     finally:
         await redis.aclose()
+
+
+def _end_with_parent() -> None:
+    """A server's feeder lives no longer than the server, whose end of our standard input closes with it."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -238,6 +269,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     try:
         settings = read(FeederSettings)
+        if settings.state is not None:
+            os.nice(BESIDE_A_SERVER)
+            _end_with_parent()
         tokenizer = Tokenizer(settings.model_path)
         size = vocab_size(settings.model_path)
         ends = end_tokens(settings.model_path, tokenizer)

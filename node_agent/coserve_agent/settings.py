@@ -8,12 +8,13 @@ server took is refused here.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from coserve_agent import strict_json
@@ -87,23 +88,40 @@ class _Settings(BaseSettings):
     )
 
 
-class RedisSettings(_Settings):
-    """How to reach Redis; the password comes from the endpoint's Secret, as does the CA (PEM) of a rediss:// one."""
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
+
+def _roots(value: object) -> object:
+    return tuple(map(Path, filter(None, value.split(",")))) if isinstance(value, str) else value
+
+
+class StoreSettings(_Settings):
+    """Where the state of jobs is: in Redis, or in the directory STATE. The password comes from the endpoint's Secret,
+    as does the CA (PEM) of a rediss:// one.
+    """
+
+    state: Annotated[Path | None, OrBlank, AfterValidator(_absolute)] = None
     redis_url: Annotated[str | None, OrBlank] = None
     redis_username: Annotated[str | None, OrBlank] = None
     redis_password: Annotated[SecretStr | None, OrBlank] = None
     redis_ca: str = ""
 
     @model_validator(mode="after")
-    def _check_url(self) -> RedisSettings:
+    def _one_store(self) -> StoreSettings:
         if self.redis_url is not None and not re.match(r"(rediss?|unix)://.", self.redis_url):
             raise ValueError(f"REDIS_URL is {self.redis_url!r}; it must look like redis://HOST:PORT/0")
+        if self.redis_url is not None and self.state is not None:
+            raise ValueError(
+                f"{PREFIX}STATE is {str(self.state)!r} and {PREFIX}REDIS_URL is set: the state of jobs is in a "
+                "directory or in Redis; set one of them"
+            )
         return self
 
 
-class AgentSettings(RedisSettings):
-    """An agent of one endpoint. Without REDIS_URL it serves only.
+class AgentSettings(StoreSettings):
+    """An agent of one endpoint. With STATE it trains by itself, without Redis and Kubernetes, from data below
+    DATA_ROOTS (none: from any path); with neither STATE nor REDIS_URL it serves only.
 
     Times in ms where not in seconds (_s), sizes in bytes, lengths in tokens; ports 0 are chosen by the kernel (tests).
     From SIGTERM on new connections are accepted for `drain_s`, and requests and jobs are cut off after `shutdown_s`.
@@ -141,6 +159,7 @@ class AgentSettings(RedisSettings):
     tool_call_parser: Annotated[ToolCallParser | None, OrBlank] = None
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_comma_separated)] = ()
     artifacts: Path = Path("/artifacts")
+    data_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_roots)] = ()
     pod_name: Subdomain = "local"
     pod_uid: Uid = "local"
     node_name: str = ""
@@ -151,6 +170,18 @@ class AgentSettings(RedisSettings):
     max_body_bytes: int = Field(1 << 20, ge=1024)
     drain_s: float = Field(10.0, ge=0)
     shutdown_s: float = Field(40.0, ge=0)
+
+    @property
+    def artifact_store(self) -> Path:
+        """Where checkpoints and adapters are."""
+        return self.artifacts if self.state is None else self.state / "artifacts"
+
+    @model_validator(mode="after")
+    def _absolute_roots(self) -> AgentSettings:
+        for root in self.data_roots:
+            if not root.is_absolute():
+                raise ValueError(f"{PREFIX}DATA_ROOTS has {str(root)!r}: name absolute folders, comma-separated")
+        return self
 
     @model_validator(mode="after")
     def _drains_within_shutdown(self) -> AgentSettings:
@@ -168,12 +199,11 @@ class FeederMode(StrEnum):
     """Read the data, say what they are, and end."""
 
 
-class FeederSettings(RedisSettings):
+class FeederSettings(StoreSettings):
     """A feeder of one job: exactly one of EPOCHS and MAX_STEPS is set. DATASET_ROOT is the folder that no link in the
     data set may lead out of, EVAL_ROOT that of EVAL_PATH, the held-out samples' own; with them EVAL_PERCENT is 0.
     """
 
-    redis_url: str
     mode: FeederMode = FeederMode.FEED
     endpoint_uid: Uid
     job_uid: Uid
@@ -199,11 +229,18 @@ class FeederSettings(RedisSettings):
 
     @model_validator(mode="after")
     def _one_length(self) -> FeederSettings:
+        if self.redis_url is None and self.state is None:
+            raise ValueError(f"set {PREFIX}REDIS_URL, or {PREFIX}STATE, where the state of jobs is in a directory")
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(f"set exactly one of {PREFIX}EPOCHS and {PREFIX}MAX_STEPS")
         if self.eval_path is not None and self.eval_percent:
             raise ValueError(f"{PREFIX}EVAL_PATH has the held-out samples: set {PREFIX}EVAL_PERCENT to 0")
         return self
+
+
+def inherited() -> dict[str, str]:
+    """The environment of a program that we start, but for its settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 class TerminalSettings(BaseSettings):

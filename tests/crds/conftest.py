@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_objects import EXAMPLES, ROOT
+from backends import LOCAL, REDIS, LocalWorld, local_world
 from redis.asyncio import Redis
 
 from coserve_api.job import PublishPolicy, Schedule, TargetModule
+from coserve_contract.connect import command
 from coserve_contract.keys import Keys, agent_id
 from coserve_contract.messages import Binding, BindingSpec, Checkpoint, Heartbeat, Progress
 from coserve_contract.scripts import Binder, Fencing
@@ -86,6 +89,10 @@ class World:
         for agent in (self.a, self.b):
             agent.register(await agent.heartbeat(Messages.heartbeat(agent.agent)))
 
+    async def expire(self, job: str) -> None:
+        """The lease ran out."""
+        await command(self.redis, "DEL", self.keys.owner(job))
+
 
 def new_world(redis: Redis) -> World:
     keys = Keys("endpoint-1")
@@ -104,11 +111,20 @@ def make_world() -> Callable[[Redis], World]:
 
 
 @pytest.fixture
-async def world(redis: Redis) -> World:
-    """An endpoint whose agents have registered; nothing is bound."""
-    world = new_world(redis)
-    await world.start()
-    return world
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World | LocalWorld]:
+    """An endpoint whose agents have registered; nothing is bound. In Redis, unless the test asks for `BOTH`."""
+    if getattr(request, "param", REDIS) == LOCAL:
+        local = local_world(tmp_path)
+        await local.start()
+        yield local
+        await local.database.close()
+    else:
+        client = request.getfixturevalue("redis_server").connect()
+        await command(client, "FLUSHALL")
+        world = new_world(client)
+        await world.start()
+        yield world
+        await client.aclose()
 
 
 @pytest.fixture

@@ -7,15 +7,19 @@ one; the operator binds and unbinds; leases run out; Redis is emptied. A small m
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from backends import local_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coserve_contract import lua
 from coserve_contract.connect import command
-from coserve_contract.scripts import Lease
+from coserve_contract.local.fencing import LocalFencing
+from coserve_contract.scripts import Lease, Reason
 
 JOB = "job-1"
 WRITES = ("checkpoint", "progress", "renew")
@@ -91,11 +95,14 @@ async def play(world, messages, events, *, careful: bool) -> Model:
                 if refused is None:
                     model.accepted.append(epoch)
             case "register":
-                actor.register(await actor.heartbeat(messages.heartbeat(actor.agent)))
+                actor.register(await world.store.incarnation() or "")
                 model.known[agent] = model.incarnation
             case "expire":
-                await command(world.redis, "DEL", world.keys.owner(JOB))
+                await world.expire(JOB)
                 model.lease = None
+            case "restart":  # a server that begins anew says so, and has to be known again
+                model.incarnation = str(step)
+                await world.store.set_incarnation(model.incarnation)
             case "empty":
                 await command(world.redis, "FLUSHALL")
                 model.fence, model.lease, model.incarnation = None, None, ""
@@ -122,6 +129,22 @@ def run(make_world, redis_server, messages, events, *, careful: bool = True) -> 
         return runner.run(scenario())
 
 
+def run_local(messages, events) -> Model:
+    """The same in a directory, which nobody empties: what begins anew there is the server."""
+    restarted = [("restart" if what == "empty" else what, agent, around) for what, agent, around in events]
+
+    async def scenario() -> Model:
+        with tempfile.TemporaryDirectory() as folder:
+            world = local_world(Path(folder))
+            try:
+                return await play(world, messages, restarted, careful=False)
+            finally:
+                await world.database.close()
+
+    with asyncio.Runner() as runner:
+        return runner.run(scenario())
+
+
 SETTINGS = settings(max_examples=150)
 
 
@@ -132,6 +155,18 @@ def test_redis_accepts_exactly_what_the_model_allows(make_world, redis_server, m
     @given(events=HISTORIES)
     def histories(events) -> None:
         seen.append(run(make_world, redis_server, messages, events, careful=False).accepted)
+
+    histories()
+    assert sum(map(bool, seen)) > len(seen) / 4, "most histories never get to write: they prove little"
+
+
+def test_a_directory_accepts_exactly_what_the_model_allows(messages) -> None:
+    seen = []
+
+    @SETTINGS
+    @given(events=HISTORIES)
+    def histories(events) -> None:
+        seen.append(run_local(messages, events).accepted)
 
     histories()
     assert sum(map(bool, seen)) > len(seen) / 4, "most histories never get to write: they prove little"
@@ -186,6 +221,20 @@ def test_a_missing_lease_check_is_noticed(make_world, redis_server, messages, mo
     monkeypatch.setattr(lua, "ACCEPT_CHECKPOINT", without(lua.ACCEPT_CHECKPOINT, "lost_lease"))
     with pytest.raises(AssertionError):
         run(make_world, redis_server, messages, [("bind", "a", 1), ("checkpoint", "a", 0)])
+
+
+@pytest.mark.parametrize("check", ["epoch", "owner"])
+def test_a_check_that_a_directory_lacks_is_noticed(messages, monkeypatch, check) -> None:
+    refused = LocalFencing._refused
+    missing = {"epoch": (Reason.STALE_EPOCH, Reason.NOT_OWNER), "owner": (Reason.LOST_LEASE,)}[check]
+
+    def lax(self, *arguments, **more):
+        why = refused(self, *arguments, **more)
+        return None if why is not None and why.reason in missing else why
+
+    monkeypatch.setattr(LocalFencing, "_refused", lax)
+    with pytest.raises(AssertionError):
+        run_local(messages, STALE if check == "epoch" else [("bind", "a", 1), ("checkpoint", "a", 0)])
 
 
 def test_a_missing_incarnation_check_is_noticed(make_world, redis_server, messages, monkeypatch) -> None:

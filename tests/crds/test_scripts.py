@@ -1,10 +1,11 @@
-"""Who may write, and what happens to the shards, step by step against a real Redis."""
+"""Who may write, and what happens to the shards, step by step against a real Redis and a real directory."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from backends import BOTH
 
 from coserve_contract.connect import command
 from coserve_contract.messages import Completed, Desired, Failed, Released
@@ -22,11 +23,13 @@ async def bound(world, messages, epoch: int = 1):
     return lease
 
 
+@BOTH
 async def test_nothing_is_accepted_before_the_operator_binds(world, messages) -> None:
     assert await world.a.take_lease(JOB, 1) == Refused(Reason.NO_FENCE)
     assert await world.a.report_progress(JOB, messages.progress(1, 0)) == Refused(Reason.NO_FENCE)
 
 
+@BOTH
 async def test_only_the_named_agent_takes_the_lease(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(3))
     assert await world.b.take_lease(JOB, 3) == Refused(Reason.NOT_OWNER, 3, world.a.agent)
@@ -35,12 +38,14 @@ async def test_only_the_named_agent_takes_the_lease(world, messages) -> None:
     assert await world.a.take_lease(JOB, 3) == Lease(None)
 
 
+@BOTH
 async def test_a_refusal_reads_as_a_sentence(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(3))
     refused = await world.a.take_lease(JOB, 2)
     assert str(refused) == "refused: stale_epoch (current epoch 3, pod-a.boot-1)"
 
 
+@BOTH
 async def test_every_write_needs_the_lease(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(1))
     lost = Refused(Reason.LOST_LEASE, 1, world.a.agent)
@@ -66,6 +71,7 @@ async def test_a_lease_runs_out_by_itself_and_the_fence_does_not(world, messages
     assert await world.a.take_lease(JOB, 1) == Lease(None)
 
 
+@BOTH
 async def test_a_new_binding_ends_the_old_agents_rights_at_once(world, messages) -> None:
     await bound(world, messages)
     assert await world.binder.bind(JOB, world.b.agent, messages.binding(2)) is None
@@ -78,6 +84,7 @@ async def test_a_new_binding_ends_the_old_agents_rights_at_once(world, messages)
     assert (await world.store.bindings(world.b.agent))[0] == {JOB: messages.binding(2)}
 
 
+@BOTH
 async def test_an_epoch_is_bound_once(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(5))
     for epoch in (1, 5):
@@ -86,6 +93,7 @@ async def test_an_epoch_is_bound_once(world, messages) -> None:
     assert (await world.store.job(JOB)).fence == Fence(5, world.a.agent)
 
 
+@BOTH
 async def test_an_accepted_checkpoint_drops_the_shards_it_covers_and_is_resumed_from(world, messages) -> None:
     await bound(world, messages)
     for seq in range(1, 6):
@@ -97,6 +105,7 @@ async def test_an_accepted_checkpoint_drops_the_shards_it_covers_and_is_resumed_
     assert await world.b.take_lease(JOB, 2) == Lease(messages.checkpoint(3))
 
 
+@BOTH
 async def test_an_older_checkpoint_never_replaces_a_later_one(world, messages) -> None:
     await bound(world, messages)
     assert await world.a.accept_checkpoint(JOB, 1, messages.checkpoint(20)) is None
@@ -105,6 +114,7 @@ async def test_an_older_checkpoint_never_replaces_a_later_one(world, messages) -
     assert (await world.store.job(JOB)).checkpoint == messages.checkpoint(20)
 
 
+@BOTH
 async def test_a_rewind_goes_back_and_has_the_data_fed_again(world, messages) -> None:
     await bound(world, messages)
     for seq in range(1, 31):
@@ -120,6 +130,7 @@ async def test_a_rewind_goes_back_and_has_the_data_fed_again(world, messages) ->
     assert await world.a.take_lease(JOB, 1) == Lease(None)
 
 
+@BOTH
 @pytest.mark.parametrize(
     "result", [Completed(epoch=1, step=100), Failed(epoch=1, reason="TrainingDiverged", message="lower learningRate")]
 )
@@ -137,6 +148,7 @@ async def test_a_finished_job_stays_finished(world, messages, result) -> None:
     assert refused == Refused(Reason.FINISHED, 1, world.a.agent)
 
 
+@BOTH
 async def test_a_released_job_goes_on_elsewhere(world, messages) -> None:
     await bound(world, messages)
     await world.store.push_shard(JOB, messages.shard(1))
@@ -151,6 +163,7 @@ async def test_a_released_job_goes_on_elsewhere(world, messages) -> None:
     assert [shard.seq for shard in await world.store.read_shards(JOB, 0)] == [1]
 
 
+@BOTH
 async def test_a_job_bound_to_nobody_takes_no_writes_and_keeps_its_epoch(world, messages) -> None:
     await bound(world, messages, 4)
     assert await world.binder.unbind(JOB, world.a.agent, 3) == Refused(Reason.STALE_EPOCH, 4, world.a.agent)
@@ -164,6 +177,7 @@ async def test_a_job_bound_to_nobody_takes_no_writes_and_keeps_its_epoch(world, 
     assert await world.binder.bind(JOB, world.b.agent, messages.binding(5)) is None
 
 
+@BOTH
 async def test_a_binding_is_changed_only_under_its_epoch(world, messages) -> None:
     assert await world.binder.rebrief(JOB, world.a.agent, messages.binding(1)) == Refused(Reason.NO_FENCE)
     await world.binder.bind(JOB, world.a.agent, messages.binding(2))
@@ -193,6 +207,7 @@ async def test_an_emptied_redis_accepts_nothing_until_the_operator_is_back(world
     assert await world.a.accept_checkpoint(JOB, 6, messages.checkpoint(27, 6)) is None
 
 
+@BOTH
 async def test_a_binding_brings_its_checkpoint_only_where_redis_knows_less(world, messages) -> None:
     await bound(world, messages)
     await world.a.accept_checkpoint(JOB, 1, messages.checkpoint(40))

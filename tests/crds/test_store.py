@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from backends import BOTH
 from pydantic import ValidationError
 
 from coserve_api.errors import InvalidValueError, MessageError, ShardError
@@ -27,6 +28,7 @@ async def start(world, messages) -> None:
     await world.a.take_lease(JOB, 1)
 
 
+@BOTH
 async def test_shards_come_out_as_they_went_in(world, messages) -> None:
     await push_all(world, messages, range(1, 4))
     assert await world.store.read_shards(JOB, 0, 2) == [messages.shard(1), messages.shard(2)]
@@ -36,6 +38,7 @@ async def test_shards_come_out_as_they_went_in(world, messages) -> None:
     assert await world.store.read_eval(JOB) == [messages.shard(1)]
 
 
+@BOTH
 async def test_the_feeder_may_send_again_but_leaves_no_gap(world, messages) -> None:
     await push_all(world, messages, [1, 2])
     again = await world.store.push_shard(JOB, messages.shard(1))
@@ -59,6 +62,7 @@ async def push_eval(world, messages, last, first=1) -> Push:
     return pushed.outcome
 
 
+@BOTH
 async def test_held_out_shards_go_through_a_window_that_follows_the_agent(world, messages) -> None:
     assert await push_eval(world, messages, SHARD_BOUND) is Push.ADDED
     assert await push_eval(world, messages, SHARD_BOUND + 1) is Push.FULL
@@ -68,10 +72,11 @@ async def test_held_out_shards_go_through_a_window_that_follows_the_agent(world,
     assert await push_eval(world, messages, SHARD_BOUND + 10) is Push.ADDED
     assert await push_eval(world, messages, SHARD_BOUND + 11) is Push.FULL
     await world.a.report_progress(JOB, kept(messages, SHARD_BOUND + 10))
-    assert await command(world.redis, "EXISTS", world.keys.eval(JOB)) == 0
+    assert (await world.store.job(JOB)).streamed == 0
     assert await push_eval(world, messages, SHARD_BOUND + 10) is Push.PRESENT, "a feeder that comes back pushes none"
 
 
+@BOTH
 async def test_an_agent_that_has_lost_its_file_is_fed_from_the_first(world, messages) -> None:
     await start(world, messages)
     await push_eval(world, messages, 20)
@@ -83,6 +88,7 @@ async def test_an_agent_that_has_lost_its_file_is_fed_from_the_first(world, mess
         assert [one.seq for one in await world.store.read_eval(JOB, 0, 99)] == list(range(1, last + 1))
 
 
+@BOTH
 async def test_a_new_binding_is_fed_from_the_first_until_it_says_more(world, messages) -> None:
     await start(world, messages)
     await push_eval(world, messages, 20)
@@ -107,6 +113,7 @@ async def test_an_agent_of_the_version_before_gets_all_held_out_shards(world, me
     assert len(await world.store.read_eval(JOB, 0, 999)) == SHARD_BOUND + 40
 
 
+@BOTH
 async def test_the_feeder_stops_at_the_bound_and_goes_on_with_the_reader(world, messages) -> None:
     await start(world, messages)
     await push_all(world, messages, range(1, SHARD_BOUND + 1))
@@ -119,9 +126,10 @@ async def test_the_feeder_stops_at_the_bound_and_goes_on_with_the_reader(world, 
     assert (await world.store.push_shard(JOB, messages.shard(SHARD_BOUND + 6))).outcome is Push.ADDED
     record = await world.store.job(JOB)
     assert record.last_shard == SHARD_BOUND + 6
-    assert await command(world.redis, "XLEN", world.keys.shards(JOB)) == SHARD_BOUND
+    assert record.streamed == SHARD_BOUND
 
 
+@BOTH
 async def test_a_feeder_starts_anywhere_and_is_told_where_to_go_on(world, messages) -> None:
     await world.binder.bind(JOB, world.a.agent, messages.binding(2, resume=messages.checkpoint(40)))
     pushed = await world.store.push_shard(JOB, messages.shard(1))
@@ -129,6 +137,7 @@ async def test_a_feeder_starts_anywhere_and_is_told_where_to_go_on(world, messag
     await push_all(world, messages, [pushed.last + 1])
 
 
+@BOTH
 async def test_shards_fed_before_the_checkpoint_was_known_are_dropped(world, messages) -> None:
     await push_all(world, messages, range(1, 4))  # into an emptied Redis, before the operator was back
     await world.binder.bind(JOB, world.a.agent, messages.binding(2, resume=messages.checkpoint(40)))
@@ -137,6 +146,7 @@ async def test_shards_fed_before_the_checkpoint_was_known_are_dropped(world, mes
     assert (await world.store.job(JOB)).last_shard == 42
 
 
+@BOTH
 async def test_two_feeders_write_each_shard_once(world, messages) -> None:
     async def feed() -> None:
         for seq in range(1, SHARD_BOUND + 1):
@@ -169,6 +179,7 @@ async def test_a_shard_under_anothers_number_is_refused(world, messages) -> None
         await world.store.read_shards(JOB, 1)
 
 
+@BOTH
 async def test_a_record_holds_all_that_redis_knows(world, messages) -> None:
     assert await world.store.job(JOB) == JobRecord()
     await start(world, messages)
@@ -243,17 +254,18 @@ async def test_a_fleet_is_what_has_a_heartbeat(world, messages) -> None:
     assert [error.key for error in fleet.broken] == [world.keys.agent(world.b.agent)]
 
 
+@BOTH
 async def test_published_adapters_are_replaced_as_a_whole(world) -> None:
     one, two, three = (
         AdapterRecord(name=name, number=1, path=f"adapters/{name}/v1", sha256="0" * 64, job_uid=JOB, rank=8)
         for name in ("one", "two", "three")
     )
     await world.store.set_adapters([one, two])
-    assert await world.store.adapters() == {"one": one, "two": two}
+    assert (await world.store.published())[0] == {"one": one, "two": two}
     await world.store.set_adapters([three])
-    assert await world.store.adapters() == {"three": three}
+    assert (await world.store.published())[0] == {"three": three}
     await world.store.set_adapters([])
-    assert await world.store.adapters() == {}
+    assert (await world.store.published())[0] == {}
 
 
 async def test_a_published_adapter_that_does_not_read_hides_no_other(world) -> None:

@@ -33,7 +33,6 @@ from coserve_engine.memory import plan_memory, sequence_bytes
 from coserve_operator.decide.binding import binding_of
 from coserve_operator.decide.sources import continued_from, is_uri
 from coserve_operator.manifests import agents, feeder
-from coserve_operator.manifests.feeder import sequence_length
 from coserve_operator.tenants import RedisAccess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -124,7 +123,7 @@ def test_a_feeder_and_an_agent_take_every_job(endpoint_body: dict[str, Any], job
     assert (got.batch_size, got.seed) == (training.batch_size, training.seed)
     served_with = {**endpoint.spec.engine.template_variables, **job.spec.dataset.template_variables}
     assert got.template_variables == served_with
-    assert got.max_sequence_length == sequence_length(job, endpoint)
+    assert got.max_sequence_length == (job.spec.dataset.max_sequence_length or endpoint.spec.model.max_model_length)
     binding = binding_of(job, endpoint, 1, Desired.RUN, 1, 0, JobRecord(), continued_from(job, endpoint, {}))
     assert Binding.loads("key", binding.dumps()) == binding
     assert binding.spec.template_variables == served_with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from coserve_cli.console import say, say_log
 from coserve_cli.models import find_model, short_name
 from coserve_cli.options import Checked, MemorySize, names
 from coserve_cli.server import run_server, settings_of
+from coserve_cli.state import state_folder
 
 
 @click.command(
@@ -41,14 +43,16 @@ from coserve_cli.server import run_server, settings_of
 @click.option("--max-rank", type=Checked("rank", Rank), help="Of adapters.  [default: 64]")
 @click.option("--tool-call-parser", type=names(ToolCallParser), help="[default: found by the chat template]")
 @click.option("--cors-origin", "cors_origins", multiple=True, type=Checked("origin", Origin), help="May be repeated.")
+@click.option("--state", type=click.Path(path_type=Path), help="Of jobs and adapters.  [default: one for each model]")
 @click.option("--no-finetuning", is_flag=True, help="Serve only.")
 @click.option("-v", "--verbose", is_flag=True, help="The whole log of server and engine.")
-def serve(model: str, verbose: bool, no_finetuning: bool, **chosen: Any) -> None:
+def serve(model: str, verbose: bool, no_finetuning: bool, state: Path | None, **chosen: Any) -> None:
     """Serve MODEL, a folder or hf:ORG/NAME, by OpenAI's API."""
     say_log(verbose)
     folder = find_model(model)
     chosen["model_name"] = chosen.pop("name") or short_name(model)
     chosen["http_port"] = chosen.pop("port")
+    chosen["state"] = state_folder(state, short_name(model))
     if no_finetuning:
         chosen["finetuning"] = FinetuningPolicy.DISABLED
     settings = settings_of(folder, **chosen)
@@ -61,6 +65,7 @@ def _say_ready(agent: Agent, seconds: float) -> None:
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"
     url = f"http://{host}:{agent.http.port}"
     say(f"ready in {seconds:.1f} s on {agent.engine.device or 'this machine'}: {url}/v1, model {settings.model_name}")
+    say(f"jobs and adapters: {settings.state}")
     say(f"metrics: http://{host}:{agent.admin.port}/metrics")
     where = "" if agent.http.port == 8000 else f" --url {url}"
     say(f"try: coserve chat{where}")

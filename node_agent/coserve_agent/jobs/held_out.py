@@ -11,17 +11,16 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 from coserve_agent.errors import JobFailedError
 from coserve_api.errors import ShardError
 from coserve_api.job_status import FailedReason
 from coserve_contract.messages import FeedStatus
-from coserve_contract.shards import MAX_SHARD_BYTES, Sample, Shard, decode_shard, encode_shard
+from coserve_contract.packed import pack, read_head, read_packed
+from coserve_contract.shards import Sample, Shard
 
 NAME = "held_out.shards"
 _PART = re.compile(r"\.held_out\.e[0-9]+")
-_LONGEST_HEAD = 4096
 
 
 class SpoolError(Exception):
@@ -51,7 +50,7 @@ class HeldOut:
         try:
             for _ in self._read():
                 pass
-        except (SpoolError, OSError):
+        except (SpoolError, ShardError, OSError):
             return False
         return True
 
@@ -66,11 +65,7 @@ class HeldOut:
     def append(self, shards: Iterable[Shard]) -> None:
         """Add the next shards. OSError."""
         with self._part.open("ab") as file:
-            for shard in shards:
-                fields = encode_shard(shard)
-                head = {name: len(value) for name, value in fields.items()}
-                file.write(json.dumps(head).encode() + b"\n")
-                file.writelines(fields.values())
+            file.writelines(map(pack, shards))
 
     def finish(self) -> None:
         """All shards were added. OSError."""
@@ -87,40 +82,19 @@ class HeldOut:
         try:
             for shard in self._read():
                 yield from shard.samples
-        except (SpoolError, OSError) as error:
+        except (SpoolError, ShardError, OSError) as error:
             raise JobFailedError(
                 FailedReason.ARTIFACT_STORE_ERROR, f"the held-out samples in {self._path} do not read: {error}"
             ) from None
 
     def _read(self) -> Iterator[Shard]:
         with self._path.open("rb") as file:
-            if _head(file) != self._head:
+            if read_head(file) != self._head:
                 raise SpoolError("it is of other data")
             for number in range(1, self.shards + 1):
-                shard = _shard(file)
+                shard = read_packed(file)
                 if shard.seq != number:
                     raise SpoolError(f"shard {shard.seq} stands where {number} is next")
                 yield shard
             if file.read(1):
                 raise SpoolError("more follows its last shard")
-
-
-def _head(file: IO[bytes]) -> dict[str, object]:
-    line = file.readline(_LONGEST_HEAD)
-    try:
-        head = json.loads(line)
-    except ValueError:
-        raise SpoolError("it is cut off, or was written by something else") from None
-    return head if isinstance(head, dict) and line.endswith(b"\n") else {}
-
-
-def _shard(file: IO[bytes]) -> Shard:
-    fields = {}
-    for name, size in _head(file).items():
-        if not isinstance(size, int) or not 0 <= size <= MAX_SHARD_BYTES:
-            raise SpoolError("the size of a field is damaged")
-        fields[name.encode()] = file.read(size)
-    try:
-        return decode_shard(fields)
-    except ShardError as error:
-        raise SpoolError(str(error)) from None

@@ -11,12 +11,12 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from redis.exceptions import RedisError
-
 from coserve_agent.errors import FencedError
 from coserve_api.errors import MessageError
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import Checkpoint
-from coserve_contract.scripts import Fencing, Lease, Reason, Refused
+from coserve_contract.protocols import JobFencing
+from coserve_contract.scripts import Lease, Reason, Refused
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        fencing: Fencing,
+        fencing: JobFencing,
         job: str,
         epoch: int,
         *,
@@ -100,7 +100,7 @@ class LeaseKeeper:
             await self._until_held()
             try:
                 reply = await send()
-            except (RedisError, OSError, TimeoutError) as error:
+            except STORE_AWAY as error:
                 self._complain(error)
                 await self._sleep(wait_s * random.uniform(0.8, 1.2))
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
@@ -115,7 +115,7 @@ class LeaseKeeper:
             return
         try:
             reply = await send()
-        except (RedisError, OSError, TimeoutError) as error:
+        except STORE_AWAY as error:
             self._complain(error)
             return
         if reply is not None and reply.reason is not Reason.BEHIND:
@@ -139,7 +139,7 @@ class LeaseKeeper:
         """The reply, or None if Redis could not be asked. With `sent_s`, a success extends the lease from then."""
         try:
             reply = await call()
-        except (RedisError, OSError, TimeoutError, MessageError) as error:
+        except (*STORE_AWAY, MessageError) as error:
             self._complain(error)
             return None
         if sent_s is not None and not isinstance(reply, Refused):

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from redis.exceptions import RedisError
-
 from coserve_agent.chat.variables import rendering_file
 from coserve_agent.concurrency import alongside
-from coserve_agent.engine.client import EngineClient
 from coserve_agent.errors import AgentError, EngineGoneError, FencedError, JobFailedError
 from coserve_agent.jobs.checkpoints import CheckpointStore
 from coserve_agent.jobs.driver import Driver, Plan, Saved, StopRequested
@@ -24,14 +20,14 @@ from coserve_agent.jobs.lease import LeaseKeeper
 from coserve_agent.jobs.progress import ProgressMeter
 from coserve_agent.jobs.resumed import check_resumed
 from coserve_agent.jobs.shard_reader import ShardReader
+from coserve_agent.jobs.surroundings import Surroundings
 from coserve_agent.jobs.trainlog import DriverState, StepRecord
-from coserve_agent.telemetry.metrics import Metrics
 from coserve_api.errors import MessageError
 from coserve_api.job import PublishPolicy
 from coserve_api.job_status import FailedReason
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import AdapterFiles, Binding, Checkpoint, Completed, Failed, FeedStatus, Released
-from coserve_contract.scripts import Fencing, Refused
-from coserve_contract.store import Store
+from coserve_contract.scripts import Refused
 from coserve_engine.errors import CheckpointError
 from coserve_engine.formats.folders import digest, verify_folder
 from coserve_engine.formats.opened import check_beneath
@@ -52,27 +48,6 @@ FINAL = (
 # The artifact store or the engine may recover soon; else the job is given back, and the operator has it tried again.
 RETRIED = (FailedReason.ARTIFACT_STORE_ERROR, FailedReason.INTERNAL_ERROR)
 RETRY_WAITS_S = (2.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What every job of this agent uses. `pass_ids` are unique over the engine's life, `digest` is the tokenizer's,
-    `base_model` is what an adapter's folder names as its base.
-    """
-
-    engine: EngineClient
-    fencing: Fencing
-    store: Store
-    metrics: Metrics
-    artifacts: Path
-    endpoint_uid: str
-    model_path: str
-    base_model: str
-    digest: str
-    max_model_length: int
-    max_rank: int
-    pass_ids: Iterator[int]
-    now_s: Callable[[], float]
 
 
 class JobRun:
@@ -188,9 +163,11 @@ class JobRun:
             self.step = state.step
             meter.add(state, record.lr)
             around.metrics.on_step(self.name, state.step, record.loss, record.tokens)
+            around.observe(self.job, record)
 
         def on_eval(record: EvalRecord) -> None:
             around.metrics.on_evaluation(self.name, record.loss)
+            around.observe(self.job, record)
 
         channel = around.engine.open_job(engine_job)
         self._held_out = HeldOut(self._checkpoints.root, self.epoch, feed)
@@ -326,7 +303,7 @@ class JobRun:
                 raise StopRequested
             try:
                 feed = await self._around.store.feed(self.job)
-            except (RedisError, OSError, TimeoutError, MessageError) as error:
+            except (*STORE_AWAY, MessageError) as error:
                 log.warning("job %s: waits for the feeder: %s", self.name, error)
                 feed = None
             if feed is not None and feed.total_steps > 0 and feed.error is None:

@@ -9,14 +9,13 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
-from redis.exceptions import RedisError
-
 from coserve_agent.errors import JobFailedError
 from coserve_agent.jobs.held_out import HeldOut
 from coserve_api.errors import ShardError
 from coserve_api.job_status import FailedReason
+from coserve_contract.away import STORE_AWAY
+from coserve_contract.protocols import JobStore
 from coserve_contract.shards import Sample, Shard
-from coserve_contract.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class ShardReader:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         job: str,
         *,
         after: int,
@@ -136,7 +135,7 @@ class ShardReader:
     async def _read(self, read: Callable[[], Awaitable[list[Shard]]]) -> list[Shard]:
         try:
             shards = await read()
-        except (RedisError, OSError, TimeoutError) as error:
+        except STORE_AWAY as error:
             log.warning("job %s: shards cannot be read for now: %s", self._job, error)
             await self._sleep(MAX_WAIT_S)
             return []

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError
-
 from coserve_agent.concurrency import end
-from coserve_agent.jobs.run import JobRun, Surroundings
+from coserve_agent.jobs.run import JobRun
+from coserve_agent.jobs.surroundings import Surroundings
 from coserve_agent.lifecycle import Lifecycle
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import Binding, Desired, JobBeat
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Worker:
         try:
             bindings, broken = await self._around.store.bindings(self._agent)
             current = await self._around.store.incarnation()
-        except (RedisError, OSError, TimeoutError):
+        except STORE_AWAY:
             return  # the heartbeat says so in the log; what runs goes on
         complaints = tuple(str(error) for error in broken)
         if complaints != self._complaints:
@@ -88,7 +88,7 @@ class Worker:
             self._running[job] = running = _Running(run, asyncio.create_task(run.run(), name=f"job {run.name}"))
         running.run.update(binding)
         if binding.desired is Desired.STOP:
-            running.run.request_stop("the operator asks for it")
+            running.run.request_stop("it is asked to")
 
     async def _drop(self, job: str, why: str) -> None:
         running = self._running[job]

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from contextlib import suppress
 
-from redis.exceptions import RedisError
-
+from coserve_agent.adapters.follower import AdapterFollower
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import alongside
 from coserve_agent.engine.client import EngineClient
-from coserve_agent.jobs.run import Surroundings
+from coserve_agent.jobs.surroundings import surroundings
 from coserve_agent.jobs.worker import Worker
 from coserve_agent.lifecycle import Lifecycle
-from coserve_agent.model.base_model import base_model
-from coserve_agent.redis.follower import AdapterFollower
 from coserve_agent.redis.heartbeat import HeartbeatLoop
 from coserve_agent.settings import AgentSettings
 from coserve_agent.telemetry.metrics import Metrics
 from coserve_agent.telemetry.slo import SloMeter
 from coserve_api.endpoint import FinetuningPolicy
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.connect import connect
 from coserve_contract.keys import Keys, agent_id
 from coserve_contract.messages import Heartbeat, Load, SloReport
@@ -66,20 +63,8 @@ class Finetuning:
         self._meter = meter
         self._fencing = Fencing(self._redis, keys, self.agent)
         store = Store(self._redis, keys)
-        around = Surroundings(
-            engine=engine,
-            fencing=self._fencing,
-            store=store,
-            metrics=metrics,
-            artifacts=settings.artifacts,
-            endpoint_uid=settings.endpoint_uid,
-            model_path=str(settings.model_path),
-            base_model=base_model(settings.model_path, settings.model_uri),
-            digest=tokenizer.digest,
-            max_model_length=settings.max_model_length,
-            max_rank=settings.max_rank,
-            pass_ids=itertools.count(1),
-            now_s=time.monotonic,
+        around = surroundings(
+            settings, engine=engine, fencing=self._fencing, store=store, metrics=metrics, tokenizer=tokenizer
         )
         self.worker = Worker(around, self.agent, lifecycle)
         self._heartbeat = HeartbeatLoop(self._fencing, self.beat, now_s=time.monotonic)
@@ -90,7 +75,7 @@ class Finetuning:
 
     async def leave(self) -> None:
         """Take the agent out of the index: it is not lost, it has ended."""
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*STORE_AWAY):
             async with asyncio.timeout(LEAVE_S):
                 await self._fencing.leave()
         await self._redis.aclose()

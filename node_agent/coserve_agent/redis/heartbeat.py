@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError
 
+from coserve_contract.away import STORE_AWAY
 from coserve_contract.messages import Heartbeat
 from coserve_contract.scripts import Fencing
 
@@ -44,7 +45,7 @@ class HeartbeatLoop:
     async def once(self) -> None:
         try:
             incarnation = await self._fencing.heartbeat(self._beat())
-        except (RedisError, OSError, TimeoutError) as error:
+        except STORE_AWAY as error:
             self._lost(error)
             return
         if not self.connected:

@@ -1,20 +1,13 @@
-"""When a job that met a fault is tried again, and when it has been tried often enough.
-
-Faults in a row, without a checkpoint in between, wait as a container does that crashes: the first attempt at once, then
-after 10 s, doubled up to 5 minutes (the kubelet's CrashLoopBackOff).
-"""
+"""When a job that met a fault is tried again, and when it has been tried often enough."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from coserve_api.common import timestamp
 from coserve_api.job import FinetuneJob
-from coserve_api.job_status import BackoffStatus, FailedReason
+from coserve_api.job_status import BackoffStatus
+from coserve_contract.backoff import wait_s
 from coserve_contract.messages import Checkpoint
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 10, 300
-COUNTED = (FailedReason.INTERNAL_ERROR,)
-"""Why an agent may have given a job back that the job, or our own program, is to blame for. All else is the world's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +40,6 @@ def after(
         message=fault.message[:1024],
         until=timestamp(now + timedelta(seconds=wait_s(attempts))),
     )
-
-
-def wait_s(attempts: int) -> int:
-    """Return how long to wait after so many faults in a row."""
-    return 0 if attempts <= 1 else min(FIRST_WAIT_S << min(attempts - 2, 10), LONGEST_WAIT_S)
 
 
 def left_s(backoff: BackoffStatus | None, now: datetime) -> float:

@@ -19,6 +19,7 @@ from coserve_api.job_status import (
     PublishedAdapter,
 )
 from coserve_api.uris import artifact_uri
+from coserve_contract.backoff import COUNTED
 from coserve_contract.messages import Binding, Completed, Desired, Failed, Heartbeat, Released
 from coserve_operator.decide import backoff, checks, lifetime
 from coserve_operator.decide.actions import Bind, FeederAction, Forget, RedisAction, Unbind, UpdateBinding
@@ -115,7 +116,7 @@ def _live(
                 return _bound(observed, base, endpoint, redis, fence.agent, now)
             return _lost(observed, base, endpoint, redis, now)
         if released is not None and released.reason is not None and released.epoch == status.binding.epoch:
-            reason, counts = released.reason, released.reason in backoff.COUNTED
+            reason, counts = released.reason, released.reason in COUNTED
             fault = backoff.Fault(reason, f"agent {named}: {released.message}", counts)
             return _again(observed, base, endpoint, fault, now)
         if fence is None:  # Redis was emptied, or we stopped between the status and the first binding

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 
 from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.errors import InvalidValueError
-from coserve_api.job import FinetuneJob, RsloraPolicy
+from coserve_api.job import FinetuneJob
 from coserve_api.job_status import ContinuedFrom
 from coserve_api.uris import ARTIFACTS_ROOT, artifact_uri, model_path, parse_uri, relative_path
 from coserve_contract.messages import AdapterRecord, Checkpoint, Start
+from coserve_contract.told import start_at
 
 _CHECKPOINT = re.compile(r"jobs/[^/]+/e([0-9]+)/s([0-9]+)")
 
@@ -94,15 +95,7 @@ def unreadable(source: str, endpoint: InferenceEndpoint) -> str | None:
 
 def start_of(job: FinetuneJob, endpoint: InferenceEndpoint, found: ContinuedFrom) -> Start:
     """Return what an agent is told of `found`."""
-    adapter = job.spec.adapter
-    return Start(
-        path=_path(endpoint, found.uri),
-        sha256=found.sha256,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
-        use_rslora=None if adapter.use_rslora is None else adapter.use_rslora is RsloraPolicy.ENABLED,
-    )
+    return start_at(job.spec, _path(endpoint, found.uri), found.sha256)
 
 
 def _path(endpoint: InferenceEndpoint, uri: str) -> str:

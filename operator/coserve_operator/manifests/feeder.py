@@ -7,6 +7,7 @@ from coserve_api.endpoint import InferenceEndpoint
 from coserve_api.job import FinetuneJob
 from coserve_api.pods import FeederTemplate
 from coserve_api.uris import dataset_path, dataset_root, model_path
+from coserve_contract.told import feeder_settings
 from coserve_operator.kube import BATCH_JOB, Manifest
 from coserve_operator.manifests import pods
 from coserve_operator.manifests.metadata import (
@@ -32,7 +33,6 @@ RETRIES = 6
 """Of a program that ends with an error; a pod that is taken away counts for nothing."""
 TERMINATED = 143
 """How the program ends when its pod is told to go."""
-DAY_CHARS = len("2026-07-26")
 RESOURCES = {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}}
 
 
@@ -48,11 +48,6 @@ def template_variables(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[st
 def feeder_name(job: str) -> str:
     """Return the name of a FinetuneJob's feeder."""
     return short_name(job, "feeder")
-
-
-def sequence_length(job: FinetuneJob, endpoint: InferenceEndpoint) -> int:
-    """Return at how many tokens samples are cut."""
-    return job.spec.dataset.max_sequence_length or endpoint.spec.model.max_model_length
 
 
 def inputs_digest(job: FinetuneJob, endpoint: InferenceEndpoint) -> str:
@@ -114,33 +109,22 @@ def _beside(own: FeederTemplate, model: FeederTemplate) -> FeederTemplate:
 
 
 def _settings(job: FinetuneJob, endpoint: InferenceEndpoint) -> dict[str, str | int]:
-    dataset, training = job.spec.dataset, job.spec.training
+    uris = job.spec.dataset.uri, job.spec.evaluation.uri
     settings: dict[str, str | int] = {
         "ENDPOINT_UID": endpoint.metadata.uid,
         "JOB_UID": job.metadata.uid,
         "JOB_NAME": job.metadata.name,
-        "DATASET_PATH": dataset_path(dataset.uri),
-        "DATASET_ROOT": dataset_root(dataset.uri),
+        "DATASET_PATH": dataset_path(uris[0]),
+        "DATASET_ROOT": dataset_root(uris[0]),
         "MODEL_PATH": model_path(endpoint.spec.model.uri),
-        "FORMAT": dataset.format.value,
-        "LEARN": dataset.learn.value,
-        "EVAL_PERCENT": job.spec.eval_percent,
-        "MAX_SEQUENCE_LENGTH": sequence_length(job, endpoint),
-        "ON_INVALID": dataset.on_invalid.value,
-        "TEMPLATE_VARIABLES": json.dumps(template_variables(job, endpoint), sort_keys=True),
-        "DATE": dataset.date or (job.metadata.creation_timestamp or "")[:DAY_CHARS],
-        "BATCH_SIZE": training.batch_size,
-        "WARMUP_STEPS": training.warmup_steps,
-        "SEED": training.seed,
+        **feeder_settings(
+            job.spec,
+            created=job.metadata.creation_timestamp or "",
+            max_model_length=endpoint.spec.model.max_model_length,
+            template_variables=template_variables(job, endpoint),
+        ),
     }
-    if training.epochs is not None:
-        settings["EPOCHS"] = training.epochs
-    elif training.max_steps is not None:
-        settings["MAX_STEPS"] = training.max_steps
-    # Only where they are set: what an older operator did not know must not make its feeders anew.
-    if job.spec.evaluation.uri is not None:
-        settings["EVAL_PATH"] = dataset_path(job.spec.evaluation.uri)
-        settings["EVAL_ROOT"] = dataset_root(job.spec.evaluation.uri)
-    if job.spec.evaluation.max_samples is not None:
-        settings["EVAL_MAX_SAMPLES"] = job.spec.evaluation.max_samples
+    if uris[1] is not None:
+        settings["EVAL_PATH"] = dataset_path(uris[1])
+        settings["EVAL_ROOT"] = dataset_root(uris[1])
     return settings

@@ -6,11 +6,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from redis.exceptions import RedisError
-
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.lifecycle import Lifecycle
-from coserve_contract.store import Store
+from coserve_contract.away import STORE_AWAY
+from coserve_contract.protocols import JobStore
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class AdapterFollower:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         registry: AdapterRegistry,
         lifecycle: Lifecycle,
         *,
@@ -54,7 +53,7 @@ class AdapterFollower:
             # Read after the adapters: an emptied Redis has no incarnation, and then an empty hash means nothing.
             if not await self._store.incarnation():
                 return
-        except (RedisError, OSError, TimeoutError):
+        except STORE_AWAY:
             return  # the heartbeat says so in the log
         complaint = "; ".join(map(str, broken))
         if complaint and complaint != self._complaint:
