@@ -86,10 +86,10 @@ def _figures(job: dict[str, Any]) -> list[str]:
 
 
 class _Lines:
-    """A line whenever the state changes, and every SAY_EVERY_S."""
+    """A line whenever the state changes, after the first step, and every SAY_EVERY_S."""
 
     def __init__(self) -> None:
-        self._said: tuple[str, str] = ("", "")
+        self._said: tuple[str, str, bool] = ("", "", False)
         self._said_s = 0.0
 
     def __enter__(self) -> _Lines:
@@ -99,7 +99,7 @@ class _Lines:
         pass
 
     def show(self, job: dict[str, Any]) -> None:
-        what, now_s = (job["state"], str(job.get("message") or "")), time.monotonic()
+        what, now_s = (job["state"], str(job.get("message") or ""), bool(job.get("step"))), time.monotonic()
         if what != self._said or now_s - self._said_s >= SAY_EVERY_S:
             self._said, self._said_s = what, now_s
             say(line(job))

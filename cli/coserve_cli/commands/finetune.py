@@ -21,6 +21,9 @@ from coserve_cli.options import Checked, MemorySize, names
 from coserve_cli.server import run_server, settings_of
 from coserve_cli.state import state_folder
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
+
 
 @click.command(
     epilog="Ctrl-C saves the job and ends; the same command goes on with it. Exit status: 0 it is complete, 1 it "
@@ -92,9 +95,9 @@ def finetune(
         statuses.append(await asyncio.to_thread(_follow, agent, name, spec, model, state))
 
     status = run_server(settings, ready, beside)
-    if not statuses:  # Ctrl-C: the server has saved it
+    if not statuses or statuses[0] == INTERRUPTED:  # the server has saved it
         say(f"job {name} is saved; go on with the same command")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     sys.exit(statuses[0] or status)
 
 
@@ -152,7 +155,7 @@ def _follow(agent: Agent, name: str, spec: dict[str, Any], model: str, state: Pa
         job = watch(server, begin(server, name, spec)["name"])
     except click.ClickException as error:
         if agent.lifecycle.draining:
-            return 130
+            return INTERRUPTED
         error.show()
         return error.exit_code
     where = "" if state is None else f" --state {state}"
@@ -169,13 +172,13 @@ def _run(server: Server, name: str, spec: dict[str, Any], url: str) -> int:
         job = suspend(server, name)
         say(line(job))
         say("go on with the same command")
-        return 130
+        return INTERRUPTED
     return _said(job, f"coserve chat --url {url} --model {name}")
 
 
 def _said(job: dict[str, Any], how: str) -> int:
-    say(line(job))
     if job["state"] != "Completed":
+        say(line(job))
         return 1
     if adapter := job.get("adapter"):
         click.echo(str(adapter["path"]))
