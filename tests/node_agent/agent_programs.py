@@ -58,13 +58,15 @@ class Programs:
     running: list[Program] = field(default_factory=list)
 
     def start(self, module: str, **variables: object) -> Program:
+        return self.run(module, ["-m", f"coserve_agent.{module}"], variables)
+
+    def run(self, name: str, arguments: list[str], variables: dict[str, object]) -> Program:
+        """Python with these arguments."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("COSERVE_")}
         environment |= {f"COSERVE_{key.upper()}": str(value) for key, value in variables.items()}
-        log_file = self.folder / f"{module}-{len(self.running)}.log"
+        log_file = self.folder / f"{name}-{len(self.running)}.log"
         with log_file.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"coserve_agent.{module}"], env=environment, stdout=output, stderr=output
-            )
+            process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=output, stderr=output)
         self.running.append(Program(process, log_file, variables))
         return self.running[-1]
 
