@@ -77,7 +77,9 @@ class Feeders:
 
     async def _start(self, fed: _Fed) -> Process:
         program = (sys.executable, "-m", "coserve_agent.feeder")
-        return await asyncio.create_subprocess_exec(*program, stdin=PIPE, env={**self._environment, **fed.settings})
+        environment = {**self._environment, **fed.settings}
+        # In a group of its own: a Ctrl-C in the terminal is the server's to act on.
+        return await asyncio.create_subprocess_exec(*program, stdin=PIPE, env=environment, process_group=0)
 
     async def _end(self, fed: _Fed) -> None:
         process = fed.process
