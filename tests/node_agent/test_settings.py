@@ -163,7 +163,7 @@ def test_the_state_of_jobs_is_in_one_place(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(StartError, match="COSERVE_DATA_ROOTS has 'b': name absolute folders"):
         read(AgentSettings)
     monkeypatch.setenv("COSERVE_REDIS_URL", "redis://redis:6379/0")
-    with pytest.raises(StartError, match="COSERVE_STATE is .* and COSERVE_REDIS_URL is set"):
+    with pytest.raises(StartError, match=r"COSERVE_STATE is .* and COSERVE_REDIS_URL is set"):
         read(AgentSettings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def test_a_server_that_is_told_to_end_gives_its_job_back_and_that_is_no_fault(
         jobs = job_client(http, rows)
         jobs.create("long", training={"maxSteps": 5000}, checkpoint={"everySteps": 1000})
         jobs.until("long", lambda job: job["step"] > 0)
-    assert first.program.terminate() == 0, first.program.log
+        with http.stream("GET", "/v1/finetune_jobs/long/events") as answer:
+            first.program.process.send_signal(signal.SIGTERM)
+            assert '{"type":"draining"}' in answer.read().decode(), "who watches holds nothing up"
+    assert first.program.process.wait(60) == 0, first.program.log
     assert "given back at step" in first.program.log
     again = when_ready(programs.start("main", **there))
     with httpx.Client(base_url=again.url, timeout=60) as http:
