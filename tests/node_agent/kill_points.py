@@ -1,5 +1,5 @@
-"""`python kill_points.py POINT before|after N`: an agent that is killed around the N-th call of one method, so that every
-boundary between what is on the disk and what is not yet can be met.
+"""`python kill_points.py POINT before|after N`: an agent that is killed around the N-th call of one method, so that
+every boundary between what is on the disk and what is not yet can be met.
 """
 
 from __future__ import annotations

@@ -151,3 +151,25 @@ def test_template_variables_are_a_json_object(monkeypatch: pytest.MonkeyPatch) -
         environment(monkeypatch, {"TEMPLATE_VARIABLES": wrong})
         with pytest.raises(StartError, match="COSERVE_TEMPLATE_VARIABLES"):
             read(AgentSettings)
+
+
+def test_the_state_of_jobs_is_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {"MODEL_PATH": "/models/m", "STATE": "state", "DATA_ROOTS": "/a,/b"})
+    settings = read(AgentSettings)
+    assert settings.state == Path("state").absolute()
+    assert settings.artifact_store == settings.state / "artifacts"
+    assert settings.data_roots == (Path("/a"), Path("/b"))
+    monkeypatch.setenv("COSERVE_DATA_ROOTS", "/a,b")
+    with pytest.raises(StartError, match="COSERVE_DATA_ROOTS has 'b': name absolute folders"):
+        read(AgentSettings)
+    monkeypatch.setenv("COSERVE_REDIS_URL", "redis://redis:6379/0")
+    with pytest.raises(StartError, match=r"COSERVE_STATE is .* and COSERVE_REDIS_URL is set"):
+        read(AgentSettings)
+
+
+def test_a_feeder_has_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {name: value for name, value in FEEDER.items() if name != "REDIS_URL"})
+    with pytest.raises(StartError, match="set COSERVE_REDIS_URL, or COSERVE_STATE"):
+        read(FeederSettings)
+    monkeypatch.setenv("COSERVE_STATE", "/state")
+    assert read(FeederSettings).state == Path("/state")

@@ -191,7 +191,7 @@ class JobRun:
             self.step = driver.state.step
             meter.begin(driver.state)
             for record in driver.evals.records[-1:]:
-                on_eval(record)
+                around.metrics.on_evaluation(self.name, record.loss)
             log.info("job %s: epoch %d, from step %d of %d", self.name, self.epoch, self.step, feed.total_steps)
             if self._stop_message is not None:
                 driver.request_stop()

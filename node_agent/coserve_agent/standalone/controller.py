@@ -22,7 +22,7 @@ from coserve_agent.standalone.history import History
 from coserve_agent.standalone.job import Job, JobTable
 from coserve_agent.standalone.queue import Places, Waiting, places
 from coserve_agent.standalone.spec import JobRequest
-from coserve_agent.standalone.told import binding_of, feeder_environment
+from coserve_agent.standalone.told import binding_of, feeder_environment, outside
 from coserve_agent.standalone.view import Place, view
 from coserve_api.endpoint import FinetuningPolicy
 from coserve_contract.away import STORE_AWAY
@@ -93,6 +93,10 @@ class Controller:
         last = files or record.checkpoint
         return None if last is None else self._settings.artifact_store / last.path
 
+    @property
+    def draining(self) -> bool:
+        return self._lifecycle.draining
+
     async def looked(self) -> None:
         """Wait for the next look at all jobs."""
         await self._looked.wait()
@@ -132,13 +136,14 @@ class Controller:
 
     async def start(self) -> None:
         """Read what is kept; from here on who wrote under an earlier start may write no more."""
-        self._jobs = {job.name: job for job in await self._table.all()}
-        await self._store.set_incarnation(self._agent)
-        kept = {job.uid for job in self._jobs.values()}
-        for uid in await self._store.job_uids() - kept:
-            await self._store.delete_job(uid)
-        for uid in kept:
-            self._records[uid] = await self._store.job(uid)
+        async with self._lock:
+            self._jobs = {job.name: job for job in await self._table.all()}
+            await self._store.set_incarnation(self._agent)
+            kept = {job.uid for job in self._jobs.values()}
+            for uid in await self._store.job_uids() - kept:
+                await self._store.delete_job(uid)
+            for uid in kept:
+                self._records[uid] = await self._store.job(uid)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -180,7 +185,7 @@ class Controller:
         seen = Seen(
             record,
             runs=job.uid in self._worker.beats(),
-            feeder_failed=self._feeders.failed(job.uid),
+            feeder_failed=outside(job, self._settings) or self._feeders.failed(job.uid),
             served=self._served(record),
         )
         decision = decide(job, seen, self._agent, self._now_s())

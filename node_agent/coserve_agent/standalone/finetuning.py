@@ -20,7 +20,8 @@ from coserve_agent.standalone.controller import Controller
 from coserve_agent.standalone.feeders import Feeders
 from coserve_agent.standalone.history import History
 from coserve_agent.telemetry.metrics import Metrics
-from coserve_contract.away import StoreAwayError
+from coserve_api.errors import MessageError
+from coserve_contract.away import STORE_AWAY, StoreAwayError
 from coserve_contract.keys import agent_id
 from coserve_contract.local.database import DATABASE, Database
 from coserve_contract.local.fencing import LocalFencing
@@ -52,6 +53,7 @@ class LocalFinetuning:
             self._database = Database(directory / DATABASE)
         except StoreAwayError as error:
             raise StartError(f"COSERVE_STATE is {directory}: {error}") from None
+        self._directory = directory
         store, history = LocalStore(self._database), History()
         agent = agent_id(settings.pod_uid, boot_id)
         fencing = LocalFencing(self._database, agent)
@@ -79,7 +81,11 @@ class LocalFinetuning:
         self._follower = AdapterFollower(store, registry, lifecycle, now_s=time.monotonic)
 
     async def run(self) -> None:
-        await self.controller.start()
+        """Raises StartError where what the directory holds cannot be read."""
+        try:
+            await self.controller.start()
+        except (*STORE_AWAY, MessageError) as error:
+            raise StartError(f"COSERVE_STATE is {self._directory}: {error}") from None
         await alongside(self.controller.run(), self.worker.run(), self._follower.run())
 
     async def leave(self) -> None:

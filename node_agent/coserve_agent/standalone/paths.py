@@ -40,7 +40,10 @@ def root_of(uri: str, roots: Sequence[Path]) -> Path:
     """
     if not roots:
         return EVERYWHERE
-    place = data_path(uri).resolve()
+    try:
+        place = data_path(uri).resolve()
+    except (OSError, RuntimeError) as error:  # the latter: links in a circle
+        raise InvalidValueError(f"{uri[:200]!r} does not lead anywhere ({error}); name another") from None
     for root in roots:
         if place.is_relative_to(root.resolve()):
             return root

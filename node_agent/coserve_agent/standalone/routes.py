@@ -78,7 +78,9 @@ def add(app: FastAPI, controller: Controller, max_body_bytes: int) -> None:
 
 
 async def told(controller: Controller, job: dict[str, Any], after: int) -> AsyncGenerator[bytes]:
-    """A job's steps and evaluations after step `after`, and each change of its state, until it is over."""
+    """A job's steps and evaluations after step `after`, and each change of its state, until it is over, or the server
+    drains.
+    """
     name, uid = job["name"], job["uid"]
     last, said = (after, 1), None
     while True:
@@ -94,6 +96,9 @@ async def told(controller: Controller, job: dict[str, Any], after: int) -> Async
             said = state
             yield event({"type": "state", **state, "step": found["step"], "total_steps": found["total_steps"]})
         if found["state"] in _OVER:
+            break
+        if controller.draining:  # a stream that goes on would hold the server up
+            yield event({"type": "draining"})
             break
         await controller.looked()
     yield DONE

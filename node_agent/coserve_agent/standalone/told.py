@@ -8,6 +8,7 @@ from coserve_agent.settings import PREFIX, AgentSettings
 from coserve_agent.standalone.job import Job
 from coserve_agent.standalone.paths import data_path, root_of
 from coserve_api.common import timestamp
+from coserve_api.errors import InvalidValueError
 from coserve_contract.messages import Binding, Desired
 from coserve_contract.told import binding_spec, feeder_settings
 
@@ -28,7 +29,7 @@ def binding_of(job: Job, epoch: int, settings: AgentSettings, desired: Desired =
 
 
 def feeder_environment(job: Job, settings: AgentSettings) -> dict[str, str]:
-    """The variables of its feeder. InvalidValueError where its data lie outside of what may be read now."""
+    """The variables of its feeder. InvalidValueError where its data are `outside`."""
     values: dict[str, object] = {
         "STATE": settings.state,
         "ENDPOINT_UID": settings.endpoint_uid,
@@ -48,6 +49,17 @@ def feeder_environment(job: Job, settings: AgentSettings) -> dict[str, str]:
         values["EVAL_PATH"] = data_path(job.spec.evaluation.uri)
         values["EVAL_ROOT"] = root_of(job.spec.evaluation.uri, settings.data_roots)
     return {PREFIX + name: str(value) for name, value in values.items()}
+
+
+def outside(job: Job, settings: AgentSettings) -> str | None:
+    """Why its data may not be read, where the server was started with other folders than the one that took it."""
+    for uri in (job.spec.dataset.uri, job.spec.evaluation.uri):
+        try:
+            if uri is not None:
+                root_of(uri, settings.data_roots)
+        except InvalidValueError as error:
+            return str(error)
+    return None
 
 
 def _variables(job: Job, settings: AgentSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from coserve_agent.standalone.admission import MOST_JOBS, There, admitted
 from coserve_agent.standalone.job import Ended, Job, State
 from coserve_agent.standalone.spec import parse_job
 from coserve_agent.standalone.told import binding_of, feeder_environment
+from coserve_agent.standalone.told import outside as outside_of
 from coserve_api.job import JobSpec
 from coserve_contract.messages import AdapterRecord
 
@@ -98,7 +99,11 @@ def test_data_lie_below_the_folders_that_may_be_read_by_real_path(tmp_path: Path
         assert "name its folder in COSERVE_DATA_ROOTS" in str(error)
     held_out = {"dataset": {"uri": f"{root}/x"}, "evaluation": {"uri": f"{outside}/x"}}
     assert refusal(held_out, data_roots=(root,)).param == "spec.evaluation.uri"
+    (root / "circle").symlink_to(root / "circle")
+    assert "does not lead anywhere" in str(refusal({"dataset": {"uri": f"{root}/circle"}}, data_roots=(root,)))
     made = taken({"dataset": {"uri": f"file://{root}/*.jsonl"}}, data_roots=(outside, root))
+    assert outside_of(made, settings(data_roots=(outside, root))) is None
+    assert "lies outside" in str(outside_of(made, settings(data_roots=(outside,)))), "as after another start"
     variables = feeder_environment(made, settings(data_roots=(outside, root)))
     assert variables["COSERVE_DATASET_PATH"] == f"{root}/*.jsonl"
     assert variables["COSERVE_DATASET_ROOT"] == str(root), "the feeder lets no link lead out of it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def check(
         job = jobs.over("killed")
         assert weights(job) == expected
         events = jobs.events("killed")
-        assert [one["step"] for one in events if one["type"] == "step"] == list(range(1, job["total_steps"] + 1))
+        assert [one["step"] for one in events if one["type"] == "step"] == list(range(1, 25))
         listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
         assert "undisturbed" in listed
 
@@ -71,6 +72,43 @@ def killed(programs: Programs, variables: dict[str, object], tmp_path: Path, row
 
 def test_a_checkpoint_that_was_written_and_not_accepted(killed: Any, expected: str) -> None:
     killed(("accept_checkpoint", "before", 2), expected)
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
+    programs: Programs, variables: dict[str, object], tmp_path: Path, rows: Path, job_client: Any, expected: str
+) -> None:
+    there = variables | {"state": tmp_path / "state"}
+    point = [str(SCRIPT), "accept_checkpoint", "after", "2"]
+    doomed = when_ready(programs.run("doomed", point, there))
+    with httpx.Client(base_url=doomed.url, timeout=60) as http:
+        uid = job_client(http, rows).create("corrupt", adapter="undisturbed")["uid"]
+    assert doomed.program.process.wait(90) == -9, doomed.program.log
+    corrupt = tmp_path / "state/artifacts/jobs" / uid / "e1/s10/optimizer.safetensors"
+    corrupt.write_bytes(corrupt.read_bytes()[:-1] + b"\x55")
+    again = when_ready(programs.start("main", **there))
+    with httpx.Client(base_url=again.url, timeout=60) as http:
+        assert weights(job_client(http, rows).over("corrupt")) == expected
+    assert "going on from the older checkpoint of step 5" in again.program.log
+
+
+def test_a_server_that_is_told_to_end_gives_its_job_back_and_that_is_no_fault(
+    programs: Programs, variables: dict[str, object], tmp_path: Path, rows: Path, job_client: Any
+) -> None:
+    there = variables | {"state": tmp_path / "state", "drain_s": 0}
+    first = when_ready(programs.start("main", **there))
+    with httpx.Client(base_url=first.url, timeout=60) as http:
+        jobs = job_client(http, rows)
+        jobs.create("long", training={"maxSteps": 5000}, checkpoint={"everySteps": 1000})
+        jobs.until("long", lambda job: job["step"] > 0)
+        with http.stream("GET", "/v1/finetune_jobs/long/events") as answer:
+            first.program.process.send_signal(signal.SIGTERM)
+            assert '{"type":"draining"}' in answer.read().decode(), "who watches holds nothing up"
+    assert first.program.process.wait(60) == 0, first.program.log
+    assert "given back at step" in first.program.log
+    again = when_ready(programs.start("main", **there))
+    with httpx.Client(base_url=again.url, timeout=60) as http:
+        job = job_client(http, rows).until("long", lambda job: job["state"] == "Running")
+        assert (job["restarts"], job["checkpoint"]["step"] > 0) == (0, True)
 
 
 @pytest.mark.nightly
