@@ -20,6 +20,7 @@ from coserve_operator.decide.stores import Folders
 from coserve_operator.kube import AUTOSCALER, BATCH_JOB, DEPLOYMENT, ENDPOINT, FINETUNE_JOB, POD, Kind, Manifest
 from coserve_operator.manifests.feeder import feeder_name
 from coserve_operator.manifests.metadata import APP, ENDPOINT_LABEL, FEEDER_APP, JOB_LABEL, JOB_UID_LABEL
+from coserve_operator.watch.slim import slim
 from coserve_operator.watch.views import feeder_view, rollout_view
 
 logger = logging.getLogger(__name__)
@@ -316,9 +317,9 @@ def _uid(stored: Stored | None) -> str:
 def _parse(kind: Kind, body: Manifest) -> Stored:
     try:
         if kind is ENDPOINT:
-            return InferenceEndpoint.from_dict(body)
+            return slim(InferenceEndpoint.from_dict(body))
         if kind is FINETUNE_JOB:
-            return FinetuneJob.from_dict(body)
+            return slim(FinetuneJob.from_dict(body))
     except ValidationError as error:
         logger.error("%s %s cannot be read and is left alone: %s", kind.name, "/".join(_name(body)), error)
         return _unreadable(kind, body, error)
