@@ -20,13 +20,13 @@ REFUSED = (NoPermissionError, ResponseError)
 
 
 @pytest.fixture
-async def tenant(redis_server, redis):
+async def tenant(redis_server, world):
     """The client of endpoint-1's user."""
-    await command(redis, *acl_setuser("endpoint-1", "secret"))
+    await command(world.redis, *acl_setuser("endpoint-1", "secret"))
     client = redis_server.connect(acl_username("endpoint-1"), "secret")
     yield client
     await client.aclose()
-    await command(redis, *acl_deluser("endpoint-1"))
+    await command(world.redis, *acl_deluser("endpoint-1"))
 
 
 async def test_agents_and_feeders_can_do_all_their_work(world, messages, tenant) -> None:
