@@ -17,6 +17,11 @@ COMMAND = [sys.executable, "-m", "coserve_cli.main"]
 WAIT_S = 180.0
 
 
+def _hear_ctrl_c() -> None:
+    """As in a terminal: who runs in the background of a shell, as the tests may, ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Running:
     """One that goes on; its output goes to files."""
@@ -87,6 +92,7 @@ class Cli:
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,
+                preexec_fn=_hear_ctrl_c,  # noqa: PLW1509  (no other thread starts programs)
             )
         self.running.append(Running(process, folder))
         return self.running[-1]
