@@ -6,11 +6,14 @@ Exit status: 0 it is done, 1 it could not be done (the message says why), 2 what
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import version
+from typing import Any
 
 import click
 
 from coserve_cli.needs import require_agent
+from coserve_cli.statuses import INTERRUPTED
 
 COMMANDS = {
     "serve": "Serve a model by OpenAI's API; it trains, too.",
@@ -25,7 +28,18 @@ COMMANDS = {
 
 
 class _Commands(click.Group):
-    """Its commands' modules are imported when they are needed."""
+    """Its commands' modules are imported when they are needed. Ctrl-C ends with INTERRUPTED; click's own is 1."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        try:
+            status = super().main(*args, **{**more, "standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("broken off", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

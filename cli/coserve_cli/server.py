@@ -23,6 +23,7 @@ from coserve_engine.formats.model_folder import read_model_config
 LONGEST = 8192
 """Tokens of prompt and answer where neither the user nor the model says less."""
 READY_EVERY_S = 0.05
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S, SHUTDOWN_S = 0.0, 20.0
 """Nobody sends new requests for a while, as a Service does; what runs may finish."""
 
@@ -66,19 +67,20 @@ def run_server(
         click.ClickException: it cannot start.
     """
     take_short_turns()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until `_run` listens: nothing is half made then
     try:
         return asyncio.run(_run(settings, ready, beside))
     except StartError as error:
         raise click.ClickException(str(error)) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 async def _run(
     settings: AgentSettings, ready: Callable[[Agent, float], None], beside: Callable[[Agent], Awaitable[None]] | None
 ) -> int:
     begun_s = time.monotonic()
-    agent = Agent(settings)
     loop = asyncio.get_running_loop()
-    running = asyncio.create_task(agent.run())
     asked = 0
 
     def stop() -> None:
@@ -89,8 +91,11 @@ async def _run(
         else:
             running.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         loop.add_signal_handler(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    agent = Agent(settings)  # holds the loop: `stop` is called after it
+    running = asyncio.create_task(agent.run())
 
     async def watch() -> None:
         while agent.lifecycle.not_ready() is not None:

@@ -57,7 +57,7 @@ class Running:
 
 @dataclass
 class Cli:
-    """Calls `coserve`. `environment` is added to the process's own, without its COSERVE_ variables."""
+    """Calls `coserve` with a home of its own. `environment` is added to the process's, without its COSERVE_ variables."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Cli:
 
     def _environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("COSERVE_", "OPENAI_"))}
-        return kept | self.environment
+        return kept | {"HOME": str(self.folder)} | self.environment
 
     def __call__(self, *arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """To its end; no traceback may be seen."""

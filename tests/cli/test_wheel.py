@@ -54,7 +54,7 @@ def test_with_the_agents_packages_it_serves(installed: Path, model_folder: Path,
     log = tmp_path / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [installed / "bin/coserve", "serve", model_folder, "--port", "0"],
+            [installed / "bin/coserve", "serve", model_folder, "--port", "0", "--state", tmp_path / "state"],
             stderr=output, cwd="/", env=bare(), start_new_session=True,
         )  # fmt: skip
     try:

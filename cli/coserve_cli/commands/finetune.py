@@ -20,9 +20,7 @@ from coserve_cli.models import find_model, short_name
 from coserve_cli.options import Checked, MemorySize, names
 from coserve_cli.server import run_server, settings_of
 from coserve_cli.state import state_folder
-
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
+from coserve_cli.statuses import INTERRUPTED
 
 
 @click.command(
