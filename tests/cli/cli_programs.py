@@ -57,7 +57,7 @@ class Running:
 
 @dataclass
 class Cli:
-    """Calls `coserve` with a home of its own. `environment` is added to the process's, without its COSERVE_ variables."""
+    """Calls `coserve` with a home of its own. `environment` is added to this process's, but for COSERVE_."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
