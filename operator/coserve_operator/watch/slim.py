@@ -1,5 +1,5 @@
 """What pydantic keeps of each model beside its values: the set of fields that were given. Of thousands of jobs that is
-two fifths of their memory (a set of six names takes 728 bytes, and a job has some twenty), and here nobody asks for it.
+a third of their memory (a set of six names takes 728 bytes, and a job has some twenty), and here nobody asks for it.
 """
 
 from collections.abc import Iterable, Mapping
