@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from coserve_api.errors import MessageError
 
+T = TypeVar("T")
 MESSAGE_BYTES = 128 << 10
 """A message is at most so long."""
 _FOREIGN = "the writer is broken or foreign: delete the key, and its writer writes it anew"
@@ -38,6 +40,19 @@ class Message(Part):
             return cls.model_validate(parsed(key, raw))
         except ValidationError as error:
             raise message_error(key, error) from None
+
+
+def loaded(
+    load: Callable[[str, bytes], T], rows: Iterable[tuple[str, str, bytes]]
+) -> tuple[dict[str, T], tuple[MessageError, ...]]:
+    """What each of the rows (name, key, message) holds, by name, and the faults of those that do not read."""
+    found, broken = {}, []
+    for name, key, raw in rows:
+        try:
+            found[name] = load(key, raw)
+        except MessageError as error:
+            broken.append(error)
+    return found, tuple(broken)
 
 
 def parsed(key: str, raw: bytes | str) -> Any:

@@ -15,6 +15,7 @@ from coserve_api.errors import InvalidValueError, MessageError, ShardError
 from coserve_contract import lua
 from coserve_contract.connect import command, run_script
 from coserve_contract.keys import ENDPOINT_INDEX, Keys
+from coserve_contract.message import loaded
 from coserve_contract.messages import (
     AdapterRecord,
     Binding,
@@ -180,13 +181,8 @@ class Store:
     async def published(self) -> tuple[dict[str, AdapterRecord], tuple[MessageError, ...]]:
         """The versions that agents are to serve, by name, and those that do not read."""
         key = self.keys.adapters()
-        records, broken = {}, []
-        for name, raw in await self._hash(key):
-            try:
-                records[name] = AdapterRecord.loads(f"{key}[{name}]", raw)
-            except MessageError as error:
-                broken.append(error)
-        return records, tuple(broken)
+        rows = ((name, f"{key}[{name}]", raw) for name, raw in await self._hash(key))
+        return loaded(AdapterRecord.loads, rows)
 
     async def set_adapters(self, records: Iterable[AdapterRecord]) -> Refused | None:
         """Operator: these are the published versions, and no others."""
@@ -196,13 +192,8 @@ class Store:
     async def bindings(self, agent: str) -> tuple[dict[str, Binding], tuple[MessageError, ...]]:
         """What `agent` should run, by job uid, and the bindings that do not read."""
         key = self.keys.bindings(agent)
-        bindings, broken = {}, []
-        for job, raw in await self._hash(key):
-            try:
-                bindings[job] = Binding.loads(f"{key}[{job}]", raw)
-            except MessageError as error:
-                broken.append(error)
-        return bindings, tuple(broken)
+        rows = ((job, f"{key}[{job}]", raw) for job, raw in await self._hash(key))
+        return loaded(Binding.loads, rows)
 
     # ---- a job ----
 

@@ -11,6 +11,7 @@ from functools import partial
 from coserve_api.errors import MessageError, ShardError
 from coserve_contract.local.database import Database
 from coserve_contract.local.rows import HELD_OUT, TRAINING, count, drop, first, key, put, record_of, said
+from coserve_contract.message import loaded
 from coserve_contract.messages import AdapterRecord, Binding, Checkpoint, FeedStatus
 from coserve_contract.packed import pack, read_packed
 from coserve_contract.shards import Shard
@@ -36,13 +37,7 @@ class LocalStore:
     async def published(self) -> tuple[dict[str, AdapterRecord], tuple[MessageError, ...]]:
         """The versions to serve, by name, and those that do not read."""
         rows = await self.database.read(lambda db: db.execute("SELECT name, message FROM adapter").fetchall())
-        records, broken = {}, []
-        for name, raw in rows:
-            try:
-                records[name] = AdapterRecord.loads(f"adapter {name}", raw)
-            except MessageError as error:
-                broken.append(error)
-        return records, tuple(broken)
+        return loaded(AdapterRecord.loads, ((name, f"adapter {name}", raw) for name, raw in rows))
 
     async def set_adapters(self, records: Iterable[AdapterRecord]) -> None:
         """Server: these are the published versions, and no others."""
@@ -58,13 +53,7 @@ class LocalStore:
         """What `agent` should run, by job uid, and the bindings that do not read."""
         statement = "SELECT job, message FROM binding WHERE agent = ?"
         rows = await self.database.read(lambda db: db.execute(statement, (agent,)).fetchall())
-        bindings, broken = {}, []
-        for job, raw in rows:
-            try:
-                bindings[job] = Binding.loads(f"binding of {job}", raw)
-            except MessageError as error:
-                broken.append(error)
-        return bindings, tuple(broken)
+        return loaded(Binding.loads, ((job, f"binding of {job}", raw) for job, raw in rows))
 
     # ---- a job ----
 
