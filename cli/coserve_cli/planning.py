@@ -12,10 +12,10 @@ from coserve_engine.config import DeviceChoice, EngineConfig, ModelConfig
 from coserve_engine.errors import EngineConfigError
 from coserve_engine.hardware import Hardware
 from coserve_engine.job_messages import LoraSpec
-from coserve_engine.memory import MemoryPlan, plan_memory, sequence_bytes
+from coserve_engine.memory import MemoryPlan, kept_of_pass, plan_memory, sequence_bytes
 from coserve_engine.startup import settle
 from coserve_engine.tensors.dtypes import Dtypes
-from coserve_engine.tensors.kept import levels, plan_kept, row_values
+from coserve_engine.tensors.kept import levels, row_values
 from coserve_engine.tensors.lora import LoraLayout
 
 SHORTEST = 512
@@ -126,18 +126,15 @@ def _fit(
         plan = plan_memory(model, config, hardware, kv_bytes, jobs)
     except EngineConfigError as error:
         refused = str(error)
-    rows, compute = config.numerics.pad(config.max_model_length), Dtypes.of(config.dtype).compute.itemsize
-    per_token = kept_bytes(model, adapter, config.dtype)
-    lse = per_token.everything - compute * row_values(levels(model)[0])
-    limit = None if config.pass_bytes is None else config.pass_bytes - rows * lse * model.layers
-    chosen = plan_kept(model, rows * compute, limit)
+    rows, per_token = config.numerics.pad(config.max_model_length), kept_bytes(model, adapter, config.dtype)
+    kept, recomputed = kept_of_pass(model, config, rows)
     return Fit(
         config.max_model_length,
         plan,
         refused,
         0 if plan is None else plan.kv_bytes // sequence_bytes(model, config),
-        rows * (sum(map(row_values, chosen)) * compute + lse * model.layers),
-        sum(layer != levels(model)[0] for layer in chosen),
+        kept,
+        recomputed,
         rows * model.layers * per_token.autograd,
         rows * (model.layers * per_token.checkpointing + per_token.autograd),
     )

@@ -21,7 +21,7 @@ from coserve_engine.model.graphs import buckets
 from coserve_engine.model.mixed import mixed_sizes
 from coserve_engine.numerics import HEAD_ROWS
 from coserve_engine.tensors.dtypes import Dtypes
-from coserve_engine.tensors.kept import plan_kept, row_values
+from coserve_engine.tensors.kept import levels, plan_kept, row_values
 from coserve_engine.tensors.kv_cache import KVCache
 from coserve_engine.tensors.lora import LoraLayout, padded
 from coserve_engine.training.jobs import MAX_LIVE
@@ -213,11 +213,21 @@ def lora_values(model: ModelConfig, rank: int) -> int:
 def pass_bytes(model: ModelConfig, config: EngineConfig, rows: int) -> int:
     """What a training pass of so many rows leases, with the gradient of the largest adapter."""
     compute, wide = _item_bytes(config)
+    kept, _ = kept_of_pass(model, config, rows)
+    ends = 2 * model.hidden * compute + 2 * model.kv_heads * model.head_size * wide
+    return kept + rows * ends + lora_values(model, config.max_rank) * wide
+
+
+def kept_of_pass(model: ModelConfig, config: EngineConfig, rows: int) -> tuple[int, int]:
+    """Bytes that a pass of so many rows keeps for its backward, within `pass_bytes`, and how many of the layers keep
+    less than everything.
+    """
+    compute, wide = _item_bytes(config)
     lse = model.layers * model.heads * (wide - compute)
     limit = None if config.pass_bytes is None else config.pass_bytes - rows * lse
-    kept = sum(map(row_values, plan_kept(model, rows * compute, limit)))
-    ends = 2 * model.hidden * compute + 2 * model.kv_heads * model.head_size * wide
-    return rows * (kept * compute + lse + ends) + lora_values(model, config.max_rank) * wide
+    chosen = plan_kept(model, rows * compute, limit)
+    everything = levels(model)[0]
+    return rows * (sum(map(row_values, chosen)) * compute + lse), sum(layer != everything for layer in chosen)
 
 
 def counts_bytes(model: ModelConfig, config: EngineConfig) -> int:
