@@ -46,6 +46,13 @@ class Server:
         """The names that it serves, the base model's first."""
         return [str(one["id"]) for one in self.get("/v1/models")["data"]]
 
+    def model(self, given: str | None) -> str:
+        """The name that was given, or the base model's; click.UsageError where the server lists no such name."""
+        names = self.models()
+        if given is not None and given not in names:
+            raise click.UsageError(f"--model is {given!r}; the server has {', '.join(names)}")
+        return given or names[0]
+
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer, without the last word."""
         with self._blaming(), self._http.stream("POST", path, json=body) as answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,7 +19,7 @@ SAY_EVERY_S = 15.0
 SAVE_S = 60.0
 
 
-def watch(server: Server, name: str, sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+def watch(server: Server, name: str) -> dict[str, Any]:
     """Show how the job goes until it is over; returns it then."""
     shown = _Bar() if console.is_terminal else _Lines()
     with shown:
@@ -29,15 +28,15 @@ def watch(server: Server, name: str, sleep: Callable[[float], None] = time.sleep
             shown.show(job)
             if job["state"] in OVER:
                 return dict(job)
-            sleep(LOOK_S)
+            time.sleep(LOOK_S)
 
 
-def suspend(server: Server, name: str, sleep: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+def suspend(server: Server, name: str) -> dict[str, Any]:
     """Have the job saved and given back; returns it once it is, or after SAVE_S."""
     job = server.post(f"{JOBS}/{name}/suspend", {})
     until_s = time.monotonic() + SAVE_S
     while job["state"] not in ("Suspended", *OVER) and time.monotonic() < until_s:
-        sleep(LOOK_S)
+        time.sleep(LOOK_S)
         job = server.get(f"{JOBS}/{name}")
     return dict(job)
 

@@ -17,7 +17,8 @@ by `python -m coserve_cli.reference`, and a test holds it to the code. How they 
 
 Completion: `eval "$(_COSERVE_COMPLETE=bash_source coserve)"` in bash; `zsh_source` and `fish_source` for the others.
 
-Exit status: 0 it is done, 1 it could not be done (the last line says why), 2 what was typed is wrong, 130 Ctrl-C.
+Exit status: 0 it is done, 1 it could not be done (the last line says why), 2 what was typed is wrong, 130 Ctrl-C; but
+Ctrl-C is how `serve` ends (0), and `bench` then says what it has seen (1).
 """
 
 

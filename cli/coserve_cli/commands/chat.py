@@ -25,17 +25,15 @@ def chat(
 ) -> None:
     """Talk to a model that is served. With MESSAGE, or text from a pipe, it answers that and ends."""
     server = Server(url, api_key)
-    names = server.models()
-    if model is not None and model not in names:
-        raise click.UsageError(f"--model is {model!r}; the server has {', '.join(names)}")
+    name = server.model(model)
     begin = [] if system is None else [{"role": "system", "content": system}]
-    options = {name: value for name, value in chosen.items() if value is not None} | {"model": model or names[0]}
+    options = {key: value for key, value in chosen.items() if value is not None} | {"model": name}
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read()
     if message is not None:
         _answer(server, [*begin, {"role": "user", "content": message}], options)
         return
-    say(f"{options['model']} at {server.url}; /new begins anew, Ctrl-D ends")
+    say(f"{name} at {server.url}; /new begins anew, Ctrl-D ends")
     turns = list(begin)
     while True:
         try:

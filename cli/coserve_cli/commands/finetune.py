@@ -69,8 +69,7 @@ def finetune(
     name = name or _name_of(data)
     spec = spec_of(data, name, chosen)
     if model.startswith(("http://", "https://")):
-        server = Server(model, api_key)
-        sys.exit(_run(server, name, spec, f"{server.url}"))
+        sys.exit(_run(Server(model, api_key), name, spec))
     say_log(verbose)
     folder = find_model(model)
     settings = settings_of(
@@ -160,7 +159,7 @@ def _follow(agent: Agent, name: str, spec: dict[str, Any], model: str, state: Pa
     return _said(job, f"coserve serve {model}{where}, then coserve chat --model {name}")
 
 
-def _run(server: Server, name: str, spec: dict[str, Any], url: str) -> int:
+def _run(server: Server, name: str, spec: dict[str, Any]) -> int:
     """In a server that runs."""
     begin(server, name, spec)
     try:
@@ -171,7 +170,7 @@ def _run(server: Server, name: str, spec: dict[str, Any], url: str) -> int:
         say(line(job))
         say("go on with the same command")
         return INTERRUPTED
-    return _said(job, f"coserve chat --url {url} --model {name}")
+    return _said(job, f"coserve chat --url {server.url} --model {name}")
 
 
 def _said(job: dict[str, Any], how: str) -> int:
