@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
+from coserve_api.common import ModelName
 from coserve_api.quantities import Memory, quantity_bytes
 
 
@@ -40,6 +42,20 @@ class MemorySize(Checked):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         checked = super().convert(value, param, ctx)
         return quantity_bytes(checked) if isinstance(checked, str) else checked
+
+
+class Named(click.ParamType[tuple[str, Path]]):
+    """NAME=FOLDER."""
+
+    name = "name=folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if not isinstance(value, str):
+            return cast(tuple[str, Path], value)
+        name, equals, folder = value.partition("=")
+        if not (name and equals and folder):
+            self.fail(f"{value!r}: give NAME=FOLDER, such as sql=adapters/sql", param, ctx)
+        return Checked("name", ModelName).convert(name, param, ctx), Path(folder)
 
 
 def names(kind: type[Enum]) -> click.Choice[str]:

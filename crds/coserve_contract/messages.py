@@ -205,9 +205,11 @@ class Binding(Message):
 
 
 class AdapterRecord(Message):
-    """A published version that every agent loads: `number` is N of vN, `path` its folder below the artifact store."""
+    """A published version that every agent loads: `number` is N of vN, `path` its folder below the artifact store. One
+    that no job published (`job_uid` is its own) may have a longer name.
+    """
 
-    name: Annotated[str, Field(min_length=1, max_length=63)]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
     number: Number
     path: RelativePath
     sha256: Sha256

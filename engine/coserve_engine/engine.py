@@ -22,6 +22,7 @@ from coserve_engine.messages import (
     AddRequest,
     Cancel,
     Command,
+    CopyAdapter,
     EngineReady,
     Event,
     ExportAdapter,
@@ -188,7 +189,7 @@ class Engine:
                 failed(AdapterFolderError(f"{command.path}: unloaded before it was loaded"))
                 return
             self._adapters[version] = weights
-            self._events.append(AdapterLoaded(version))
+            self._events.append(AdapterLoaded(version, weights.bytes))
 
         def failed(error: FileError) -> None:
             if self._wanted.get(version) == number:
@@ -196,6 +197,19 @@ class Engine:
             self._events.append(AdapterFailed(version, str(error)))
 
         self._files.defer(load, loaded, failed)
+
+    @_accept.register
+    def _(self, command: CopyAdapter) -> None:
+        version, job = command.version, self.jobs.get(command.job)
+        if version in self._wanted or job is None:
+            taken = f"version is {version}, which is loaded or being loaded already; unload it first"
+            message = f"job {command.job} does not run here" if job is None else taken
+            self._events.append(AdapterFailed(version, message))
+            return
+        self._loads += 1
+        self._wanted[version] = self._loads
+        weights = self._adapters[version] = job.served(self._loads)
+        self._events.append(AdapterLoaded(version, weights.bytes, job.step))
 
     @_accept.register
     def _(self, command: UnloadAdapter) -> None:

@@ -65,6 +65,7 @@ __all__ = [
     "CheckpointDone",
     "Command",
     "Continued",
+    "CopyAdapter",
     "Emission",
     "EngineFailed",
     "EngineReady",
@@ -122,6 +123,16 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyAdapter:
+    """Serve as `version` a copy of the adapter that `job` trains, as it is after its last optimizer step. Requests for
+    the version may follow at once. Answered by AdapterLoaded or AdapterFailed.
+    """
+
+    version: AdapterVersion
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadAdapter:
     """Drop `version` once no request uses it; new requests for it fail at once."""
 
@@ -149,14 +160,20 @@ class Shutdown:
     """End the engine process."""
 
 
-Command = AddRequest | Cancel | LoadAdapter | UnloadAdapter | JobCommand | SetReserve | SetSlowdown | Shutdown
+Command = (
+    AddRequest | Cancel | LoadAdapter | CopyAdapter | UnloadAdapter | JobCommand | SetReserve | SetSlowdown | Shutdown
+)
 
 # ---- events ----
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoaded:
+    """Its weights take so many `bytes`; of a copy, `step` optimizer steps were done."""
+
     version: AdapterVersion
+    bytes: int
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

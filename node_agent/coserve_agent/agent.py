@@ -9,8 +9,11 @@ import uuid
 from importlib.metadata import version
 from pathlib import Path
 
+from coserve_agent.adapters.live import LiveAdapters, Training
+from coserve_agent.adapters.names import Names
 from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.adapters.served import Served
+from coserve_agent.adapters.shelf import Shelf
 from coserve_agent.api import application
 from coserve_agent.chat.end_tokens import end_tokens
 from coserve_agent.chat.format import USER
@@ -28,6 +31,7 @@ from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.model.generation_config import SamplingDefaults, sampling_defaults
 from coserve_agent.redis.finetuning import Finetuning
 from coserve_agent.settings import PREFIX, AgentSettings
+from coserve_agent.standalone import adapter_routes
 from coserve_agent.standalone import routes as job_routes
 from coserve_agent.standalone.finetuning import LocalFinetuning
 from coserve_agent.standalone.lock import DirectoryLock
@@ -47,6 +51,10 @@ log = logging.getLogger(__name__)
 FLUSH_S = 0.5
 
 IN_A_CLUSTER = "in a cluster a job is a custom resource: kubectl apply a FinetuneJob that names this endpoint"
+LOADED_IN_A_CLUSTER = (
+    "in a cluster adapters are published: by a FinetuneJob that names this endpoint, and spec.adapters of the "
+    "InferenceEndpoint says which version is served"
+)
 SERVES_ONLY = "this server serves only: start it with COSERVE_STATE, the directory for its jobs, to train as well"
 
 WAY_SHARE = 0.1
@@ -90,16 +98,18 @@ class Agent:
             int(time.time()),
             variables=settings.template_variables,
         )
-        self.registry = AdapterRegistry(self.engine, base, settings.artifact_store)
+        self.registry = AdapterRegistry(Shelf(self.engine, settings.adapter_bytes), base, settings.artifact_store)
+        live = LiveAdapters(self.engine, self._training, base)
         self.generator = Generator(
             self.engine,
             self.tokenizer,
-            self.registry,
+            Names(self.registry, live),
             self.lifecycle,
             self.meter,
             self.metrics,
             max_model_length=settings.max_model_length,
             max_waiting=settings.max_waiting,
+            ttft_s=slo.ttft_s,
             now_s=time.monotonic,
             defaults=defaults,
         )
@@ -110,11 +120,14 @@ class Agent:
         if settings.state is not None:
             self.finetuning = local = self._local_finetuning(settings.state)
             job_routes.add(app, local.controller, settings.max_body_bytes)
+            adapter_routes.add(app, local.adapters, settings.max_body_bytes)
         elif settings.redis_url is not None:
             self.finetuning = self._finetuning(settings.redis_url)
             job_routes.refuse(app, IN_A_CLUSTER)
+            adapter_routes.refuse(app, LOADED_IN_A_CLUSTER)
         else:
             job_routes.refuse(app, SERVES_ONLY)
+            adapter_routes.refuse(app, SERVES_ONLY)
         api = wrap(app, settings.cors_origins)
         inside = admin.build(self.lifecycle, self.metrics, self.meter, self.engine)
         self.http = Server(CloseWhileDraining(api, lambda: self.lifecycle.draining), http_socket)
@@ -144,6 +157,9 @@ class Agent:
             metrics=self.metrics,
             meter=self.meter,
         )
+
+    def _training(self) -> list[Training]:
+        return [] if self.finetuning is None else self.finetuning.worker.training()
 
     def _on_iteration(self, event: IterationDone) -> None:
         self.metrics.on_iteration(event)

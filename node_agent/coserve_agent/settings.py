@@ -124,6 +124,8 @@ class AgentSettings(StoreSettings):
     DATA_ROOTS (none: from any path); with neither STATE nor REDIS_URL it serves only.
 
     Times in ms where not in seconds (_s), sizes in bytes, lengths in tokens; ports 0 are chosen by the kernel (tests).
+    `adapter_bytes` is what all loaded adapters may take; `adapters` (name -> folder) are loaded at the start, others by
+    requests from below `adapter_dir`, both only with STATE.
     From SIGTERM on new connections are accepted for `drain_s`, and requests and jobs are cut off after `shutdown_s`.
     """
 
@@ -158,6 +160,9 @@ class AgentSettings(StoreSettings):
     template_variables: Annotated[TemplateVariables, NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)
     tool_call_parser: Annotated[ToolCallParser | None, OrBlank] = None
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_comma_separated)] = ()
+    adapter_bytes: Annotated[Bytes | None, OrBlank] = None
+    adapters: Annotated[dict[str, Path], NoDecode, BeforeValidator(_json)] = Field(default_factory=dict)
+    adapter_dir: Annotated[Path | None, OrBlank, AfterValidator(_absolute)] = None
     artifacts: Path = Path("/artifacts")
     data_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_roots)] = ()
     pod_name: Subdomain = "local"

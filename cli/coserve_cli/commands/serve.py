@@ -13,7 +13,7 @@ from coserve_api.common import BatchTokens, ModelLength, ModelName, Origin, Rank
 from coserve_api.endpoint import Device, Dtype, FinetuningPolicy, NumericsMode, ToolCallParser
 from coserve_cli.console import say, say_log
 from coserve_cli.models import find_model, short_name
-from coserve_cli.options import Checked, MemorySize, names
+from coserve_cli.options import Checked, MemorySize, Named, names
 from coserve_cli.server import run_server, settings_of
 from coserve_cli.state import state_folder
 
@@ -40,6 +40,13 @@ from coserve_cli.state import state_folder
 @click.option("--kv-cache-memory", "kv_cache_bytes", type=MemorySize(), help="[default: 256Mi; what a GPU has left]")
 @click.option("--max-requests", type=Checked("requests", Requests), help="That run at once; others wait.")
 @click.option("--max-batch-tokens", type=Checked("tokens", BatchTokens), help="Of one forward.")
+@click.option("--adapter", "adapters", multiple=True, type=Named(), help="A PEFT folder to serve. May be repeated.")
+@click.option(
+    "--adapter-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Below it requests may load adapters, by /v1/load_lora_adapter.  [default: none may]",
+)
+@click.option("--adapter-memory", "adapter_bytes", type=MemorySize(), help="Of all adapters that are loaded at a time.")
 @click.option("--max-rank", type=Checked("rank", Rank), help="Of adapters.  [default: 64]")
 @click.option("--tool-call-parser", type=names(ToolCallParser), help="[default: found by the chat template]")
 @click.option("--cors-origin", "cors_origins", multiple=True, type=Checked("origin", Origin), help="May be repeated.")
@@ -52,6 +59,7 @@ def serve(model: str, verbose: bool, no_finetuning: bool, state: Path | None, **
     folder = find_model(model)
     chosen["model_name"] = chosen.pop("name") or short_name(model)
     chosen["http_port"] = chosen.pop("port")
+    chosen["adapters"] = dict(chosen["adapters"])
     chosen["state"] = state_folder(state, short_name(model))
     if no_finetuning:
         chosen["finetuning"] = FinetuningPolicy.DISABLED

@@ -4,7 +4,6 @@ manifest of checksums.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from safetensors.torch import save
 
 from coserve_engine.formats.adapter_config import ADAPTER_CONFIG
 from coserve_engine.formats.adapter_folder import ADAPTER_WEIGHTS, module_name, tensor_name
-from coserve_engine.formats.folders import MANIFEST, digest, replace_folder
+from coserve_engine.formats.folders import MANIFEST, digest, replace_folder, seal_folder
 from coserve_engine.formats.peft_config import config_text
 from coserve_engine.tensors.lora import LoraLayout
 
@@ -54,10 +53,8 @@ def _fill(scratch: Path, texts: Mapping[str, str], tensors: Mapping[str, dict[st
         (scratch / name).write_text(text)
     for name, values in tensors.items():
         (scratch / name).write_bytes(save(values))  # save_file would hold the interpreter while the disk is slow
-    names = sorted([*texts, *tensors])
-    files = {n: {"sha256": digest(scratch / n), "bytes": (scratch / n).stat().st_size} for n in names}
-    (scratch / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
-    for name in [*names, MANIFEST]:
+    seal_folder(scratch)
+    for name in [*texts, *tensors, MANIFEST]:
         _sync(scratch / name)
     _sync(scratch)
 

@@ -71,6 +71,14 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal_folder(path: Path) -> str:
+    """Write the manifest of all files in `path`; returns its sha256, which covers them."""
+    names = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
+    files = {name: {"sha256": digest(path / name), "bytes": (path / name).stat().st_size} for name in names}
+    (path / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1, sort_keys=True))
+    return digest(path / MANIFEST)
+
+
 def verify_folder(path: Path, sha256: str | None = None, root: Path | None = None) -> str:
     """Check every file of `path` against its manifest, and the manifest against `sha256` where given. No link is
     followed: of the files, of `path`, and of the folders from `root` down to it where that is given.

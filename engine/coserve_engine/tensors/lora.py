@@ -173,6 +173,11 @@ class LoraWeights:
         ]
         return LoraWeights(tuple(layers), self.load)
 
+    @property
+    def bytes(self) -> int:
+        """Of the factors of one that is served."""
+        return sum(part.nbytes for layer in self.layers for pair in layer.values() for part in pair.parts)
+
     def renew(self) -> None:
         """Take over the parameters, which an optimizer changed."""
         if self.copied is not None:

@@ -39,6 +39,7 @@ from coserve_engine.layout.passes import pages_of_pass
 from coserve_engine.model.executor import Executor
 from coserve_engine.model.passes import PassState
 from coserve_engine.tensors.adam import AdamW
+from coserve_engine.tensors.lora import Factors, LoraWeights
 from coserve_engine.training.beginning import Beginning
 from coserve_engine.training.checkpoint import Best, TrainingState, save_checkpoint
 from coserve_engine.training.job_limits import check_pass, check_step, refused
@@ -150,6 +151,14 @@ class Job:
                 defer(self.id, self._write(command))
             self._queue.popleft()
         return events
+
+    def served(self, load: int) -> LoraWeights:
+        """A copy of the adapter as it is after the last step, made as of one that is loaded from its export."""
+        e, spec = self._executor, self.layout.spec
+        layers = self.layout.views(self._state.param.to(e.dtype))
+        rank, scale = spec.rank, spec.scale
+        factors = ({name: Factors(a[:rank], b[:, :rank], scale) for name, (a, b) in layer.items()} for layer in layers)
+        return LoraWeights.served(factors, load, turned=e.kernels.turned)
 
     def _open(self, command: ForwardBackward) -> bool:
         work = command.work

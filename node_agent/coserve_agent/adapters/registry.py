@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coserve_agent.adapters.served import Served, Unloaded
+from coserve_agent.adapters.shelf import Shelf
 from coserve_agent.chat.variables import variables_of
-from coserve_agent.engine.client import AdapterLoadError, EngineClient
+from coserve_agent.engine.client import AdapterLoadError
 from coserve_agent.errors import EngineGoneError
 from coserve_contract.messages import MOST_FAILURES, MOST_REASON, AdapterFailure, AdapterRecord
 from coserve_engine.errors import CheckpointError
@@ -34,7 +35,7 @@ REMOVE_AFTER_S = 30.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version that the engine has."""
+    """A version that the engine has, or had before it made room for others."""
 
     record: AdapterRecord
     version: AdapterVersion
@@ -57,9 +58,9 @@ class AdapterRegistry:
     """
 
     def __init__(
-        self, engine: EngineClient, base: Served, artifacts: Path, now_s: Callable[[], float] = time.monotonic
+        self, shelf: Shelf, base: Served, artifacts: Path, now_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine = engine
+        self.shelf = shelf
         self._base = base
         self._artifacts = artifacts
         self._now_s = now_s
@@ -67,12 +68,28 @@ class AdapterRegistry:
         self._loaded: dict[str, Loaded] = {}
         self._failed: dict[str, Failed] = {}
         self._gone_since_s: dict[str, float] = {}
+        self._own: dict[str, AdapterRecord] = {}
+        """What is served though nobody published it."""
 
     def resolve(self, name: str) -> Served | None:
         if name == self._base.name:
             return self._base
         loaded = self._loaded.get(name)
         return None if loaded is None else loaded.served
+
+    async def bring(self, name: str, within_s: float) -> Served | None:
+        """As `Models.bring`."""
+        while (served := self.resolve(name)) is not None and served.version is not None:
+            try:
+                async with asyncio.timeout(within_s):
+                    await self.shelf.take(served.version, served.root)
+                break
+            except (AdapterLoadError, EngineGoneError) as error:
+                loaded = self._loaded.get(name)
+                if loaded is not None and loaded.served is served:  # else another version is served by now
+                    del self._loaded[name]
+                    self._give_up(loaded.record, str(error))
+        return served
 
     def unloaded(self, name: str) -> Unloaded | None:
         if name not in self._wanted:
@@ -102,18 +119,40 @@ class AdapterRegistry:
 
     def expect(self, records: Mapping[str, AdapterRecord]) -> None:
         """Note what is published; `sync` loads it."""
-        self._wanted = dict(records)
-        self._failed = {name: one for name, one in self._failed.items() if records.get(name) == one.record}
+        self._wanted = {**records, **self._own}
+        self._failed = {name: one for name, one in self._failed.items() if self._wanted.get(name) == one.record}
+
+    async def add(self, record: AdapterRecord) -> None:
+        """Serve a version that nobody published, in the place of what had its name.
+
+        Raises:
+            CheckpointError, AdapterLoadError, EngineGoneError, OSError: it cannot be loaded; nothing has changed.
+        """
+        await self._load(record)
+        self._own[record.name] = record
+        self.expect(self._wanted)
+
+    def published(self) -> dict[str, AdapterRecord]:
+        """What is wanted because it was published."""
+        return {name: record for name, record in self._wanted.items() if name not in self._own}
+
+    def discard(self, name: str) -> None:
+        """Serve no more what was added."""
+        del self._own[name]
+        self._wanted = {one: record for one, record in self._wanted.items() if one != name}
+        self._failed.pop(name, None)
+        if name in self._loaded:
+            self._unload(self._loaded.pop(name))
 
     async def sync(self, records: Mapping[str, AdapterRecord]) -> tuple[str, ...]:
         """Load what is new, drop what has gone. Returns the names whose version is not loaded."""
         self.expect(records)
-        for name, record in records.items():
+        for name, record in list(self._wanted.items()):
             self._gone_since_s.pop(name, None)
             failed = self._failed.get(name)
             if not self._has(record) and (failed is None or failed.retry_at_s <= self._now_s()):
-                await self._load(record)
-        for name in [name for name in self._loaded if name not in records]:
+                await self._try_load(record)
+        for name in [name for name in self._loaded if name not in self._wanted]:
             since_s = self._gone_since_s.setdefault(name, self._now_s())
             if self._now_s() - since_s >= REMOVE_AFTER_S:
                 del self._gone_since_s[name]
@@ -127,20 +166,22 @@ class AdapterRegistry:
         loaded = self._loaded.get(record.name)
         return loaded is not None and loaded.record.sha256 == record.sha256 and loaded.record.number == record.number
 
+    async def _try_load(self, record: AdapterRecord) -> None:
+        if record.name == self._base.name:
+            self._give_up(record, "it has the base model's name and cannot be served; publish it under another")
+            return
+        try:
+            await self._load(record)
+        except (CheckpointError, AdapterLoadError, EngineGoneError, OSError) as error:
+            self._give_up(record, str(error))
+
     async def _load(self, record: AdapterRecord) -> None:
         name, folder = record.name, self._artifacts / record.path
         # The checksum is part of the identity: a number that was used twice still names two versions.
         version = AdapterVersion(f"{name}@{record.sha256[:16]}", record.number)
-        if name == self._base.name:
-            self._give_up(record, "it has the base model's name and cannot be served; publish it under another")
-            return
-        try:
-            await asyncio.to_thread(verify_folder, folder, record.sha256, self._artifacts)
-            variables = await asyncio.to_thread(variables_of, folder)
-            await self._engine.load_adapter(version, str(folder))
-        except (CheckpointError, AdapterLoadError, EngineGoneError, OSError) as error:
-            self._give_up(record, str(error))
-            return
+        await asyncio.to_thread(verify_folder, folder, record.sha256, self._artifacts)
+        variables = await asyncio.to_thread(variables_of, folder)
+        await self.shelf.put(version, str(folder))
         old = self._loaded.get(name)
         served = Served(
             name, version, str(folder), int(time.time()), self._base.name, {**self._base.variables, **variables}
@@ -161,5 +202,4 @@ class AdapterRegistry:
 
     def _unload(self, loaded: Loaded) -> None:
         log.info("adapter %s v%d: unloaded", loaded.record.name, loaded.record.number)
-        if self._engine.alive:
-            self._engine.unload_adapter(loaded.version)
+        self.shelf.drop(loaded.version)

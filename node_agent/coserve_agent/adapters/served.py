@@ -36,6 +36,16 @@ class Models(Protocol):
 
     def resolve(self, name: str) -> Served | None: ...
 
+    async def bring(self, name: str, within_s: float) -> Served | None:
+        """What a request runs on that begins now, and keeps until it lets it go.
+
+        Raises:
+            TimeoutError: it is served, and is not loaded within that time.
+        """
+        ...
+
+    def let_go(self, served: Served) -> None: ...
+
     def unloaded(self, name: str) -> Unloaded | None:
         """What is known of a published name that `resolve` does not find."""
         ...

@@ -23,6 +23,7 @@ from coserve_engine.messages import (
     AddRequest,
     Cancel,
     Command,
+    CopyAdapter,
     EngineFailed,
     EngineReady,
     Event,
@@ -157,7 +158,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, TokenStream] = {}
         self._jobs: dict[str, JobChannel] = {}
-        self._loads: dict[AdapterVersion, asyncio.Future[None]] = {}
+        self._loads: dict[AdapterVersion, asyncio.Future[AdapterLoaded]] = {}
         self._ready: asyncio.Future[EngineReady] = self._loop.create_future()
         self._gone: asyncio.Future[EngineGoneError] = self._loop.create_future()
         self._refusal: RefusedError | None = None
@@ -229,13 +230,21 @@ class EngineClient:
         if known and cancel and self.alive:
             self._engine.submit(Cancel(request_id))
 
-    async def load_adapter(self, version: AdapterVersion, path: str) -> None:
+    async def load_adapter(self, version: AdapterVersion, path: str) -> AdapterLoaded:
         """Raises AdapterLoadError if the folder is no adapter for this model."""
         future = self._loads.get(version)
         if future is None:
             future = self._loads[version] = self._loop.create_future()
             self.submit(LoadAdapter(version, path))
-        await asyncio.shield(future)
+        return await asyncio.shield(future)
+
+    def copy_adapter(self, version: AdapterVersion, job: str) -> asyncio.Future[AdapterLoaded]:
+        """Have what `job` trains copied as `version`; requests for it may be sent at once. The future ends as
+        `load_adapter` does.
+        """
+        self.submit(CopyAdapter(version, job))
+        future = self._loads[version] = self._loop.create_future()
+        return future
 
     def unload_adapter(self, version: AdapterVersion) -> None:
         self.submit(UnloadAdapter(version))
@@ -311,7 +320,7 @@ class EngineClient:
             case LoadReport():
                 self._on_load(event)
             case AdapterLoaded():
-                self._settle_load(event.version, None)
+                self._settle_load(event.version, event)
             case AdapterFailed():
                 self._settle_load(event.version, AdapterLoadError(event.message))
             case EngineReady():
@@ -323,14 +332,14 @@ class EngineClient:
                 if (channel := self._jobs.get(event.job)) is not None:
                     channel.events.put_nowait(event)
 
-    def _settle_load(self, version: AdapterVersion, error: Exception | None) -> None:
+    def _settle_load(self, version: AdapterVersion, outcome: AdapterLoaded | AdapterLoadError) -> None:
         future = self._loads.pop(version, None)
         if future is None or future.done():
             return
-        if error is None:
-            future.set_result(None)
+        if isinstance(outcome, AdapterLoaded):
+            future.set_result(outcome)
         else:
-            future.set_exception(error)
+            future.set_exception(outcome)
 
     def _end(self, error: EngineGoneError) -> None:
         if self._gone.done():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from coserve_agent.adapters.served import Models, Served
@@ -33,6 +33,14 @@ T = TypeVar("T")
 SMALL_TEXT_CHARS = 8192
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a request runs on, and its choices."""
+
+    served: Served
+    generations: list[Generation]
+
+
 class Generator:
     """Admits requests and begins them."""
 
@@ -46,6 +54,7 @@ class Generator:
         metrics: Metrics,
         max_model_length: int,
         max_waiting: int,
+        ttft_s: float,
         now_s: Callable[[], float],
         defaults: SamplingDefaults,
     ) -> None:
@@ -57,6 +66,7 @@ class Generator:
         self._metrics = metrics
         self.max_model_length = max_model_length
         self._max_waiting = max_waiting
+        self._ttft_s = ttft_s
         self.now_s = now_s
         self.defaults = defaults
         self.in_flight = 0
@@ -79,16 +89,19 @@ class Generator:
         served = self.models.resolve(name)
         if served is not None:
             return served
+        raise self._not_served(name)
+
+    def _not_served(self, name: str) -> ApiError:
         unloaded = self.models.unloaded(name)
         if unloaded is not None and unloaded.failed:
             message = f"model {name!r} is published and could not be loaded here; it is tried again"
-            raise self._refused(503, message, "adapter_not_loaded", unloaded.retry_after_s)
+            return self._refused(503, message, "adapter_not_loaded", unloaded.retry_after_s)
         if unloaded is not None or not self._lifecycle.adapters_known:
-            raise self._refused(
+            return self._refused(
                 503, f"model {name!r} may be published but is not loaded yet; try again later", "loading"
             )
         known = ", ".join(one.name for one in self.models.listing())
-        raise ApiError(
+        return ApiError(
             404, f"model {name!r} is not served here; served are: {known}", param="model", code="model_not_found"
         )
 
@@ -107,16 +120,37 @@ class Generator:
         """Tokenise; long texts in a thread, so that nobody waits for them."""
         return encode() if chars < SMALL_TEXT_CHARS else await asyncio.to_thread(encode)
 
-    def begin(self, request_id: str, prompts: Sequence[Prompt], request: Common, arrival_s: float) -> list[Generation]:
-        """Hand the request to the engine, once for each choice it asks for: those of the first prompt, then others.
-
-        From resolving the name on nothing waits, so it keeps the version it got.
+    async def begin(self, request_id: str, prompts: Sequence[Prompt], request: Common, arrival_s: float) -> Begun:
+        """Hand the request to the engine, once for each choice it asks for: those of the first prompt, then others. It
+        keeps the version of an adapter with which it begins; one that made room for others is waited for.
 
         Raises:
             ApiError: 400 if it does not fit the context, 404, 429 if too many wait, 503.
         """
+        served = await self._bring(request.model, arrival_s)
+        try:
+            begun = Begun(served, self._begin_all(served, request_id, prompts, request, arrival_s))
+        except BaseException:
+            self.models.let_go(served)
+            raise
+        self.in_flight += 1
+        return begun
+
+    async def _bring(self, name: str, arrival_s: float) -> Served:
         self.check_open()
-        served = self.served(request.model)
+        try:
+            served = await self.models.bring(name, max(0.0, arrival_s + self._ttft_s - self.now_s()))
+        except TimeoutError:
+            message = f"model {name!r} is being loaded, and others are in use; send the request again"
+            raise self._refused(503, message, "loading") from None
+        if served is None:
+            raise self._not_served(name)
+        return served
+
+    def _begin_all(
+        self, served: Served, request_id: str, prompts: Sequence[Prompt], request: Common, arrival_s: float
+    ) -> list[Generation]:
+        self.check_open()
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         limits = [self._check_length(len(prompt.tokens), prompt.max_tokens, field) for prompt in prompts]
         choices = len(prompts) * (request.n or 1)
@@ -152,14 +186,14 @@ class Generator:
             for generation in begun:
                 self.end(generation)
             raise
-        self.in_flight += 1
         return begun
 
-    def finish(self, generations: Sequence[Generation]) -> None:
+    def finish(self, begun: Begun) -> None:
         """End all of a request that `begin` began."""
         self.in_flight -= 1
-        for generation in generations:
+        for generation in begun.generations:
             self.end(generation)
+        self.models.let_go(begun.served)
 
     def _begin(
         self,

@@ -52,12 +52,12 @@ async def respond(
     client.
     """
     name = uuid.uuid4().hex
-    generations = generator.begin(name, prompts, parsed, arrival_s)
+    begun = await generator.begin(name, prompts, parsed, arrival_s)
 
     def finish() -> None:
-        generator.finish(generations)
+        generator.finish(begun)
 
-    answer = written(name, generations)
+    answer = written(name, begun.generations)
     streaming = False
     try:
         if not parsed.stream:

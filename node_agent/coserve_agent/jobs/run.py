@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
+from coserve_agent.adapters.live import Training
 from coserve_agent.chat.variables import rendering_file
 from coserve_agent.concurrency import alongside
 from coserve_agent.errors import AgentError, EngineGoneError, FencedError, JobFailedError
@@ -65,7 +66,16 @@ class JobRun:
         self._driver: Driver | None = None
         self._held_out: HeldOut | None = None
         self._stop_message: str | None = None
+        self._trains_as: str | None = None
+        """What the engine calls the job, while it has it."""
         self.step = 0 if binding.resume is None else binding.resume.step
+
+    @property
+    def training(self) -> Training | None:
+        """What can be served of the job now."""
+        if self._trains_as is None:
+            return None
+        return Training(self._spec.adapter_name, self._trains_as, self.step, self._spec.template_variables)
 
     def update(self, binding: Binding) -> None:
         """Take over what has changed in the binding since, of what may change while the job runs."""
@@ -188,7 +198,7 @@ class JobRun:
         try:
             await reader.look_for_held_out()
             await driver.start(None if checkpoint is None else around.artifacts / checkpoint.path)
-            self.step = driver.state.step
+            self.step, self._trains_as = driver.state.step, engine_job
             meter.begin(driver.state)
             for record in driver.evals.records[-1:]:
                 around.metrics.on_evaluation(self.name, record.loss)
@@ -198,7 +208,7 @@ class JobRun:
             await self._lease.write(self._progress(driver, reader, meter))  # an attempt before may have told of more
             await alongside(self._drive(driver), reader.run(), self._report(driver, reader, meter))
         finally:
-            self._driver = None
+            self._driver = self._trains_as = None
             await driver.close()
             channel.close()
             if around.engine.alive:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from coserve_agent.adapters.live import Training
 from coserve_agent.concurrency import end
 from coserve_agent.jobs.run import JobRun
 from coserve_agent.jobs.surroundings import Surroundings
@@ -38,6 +39,10 @@ class Worker:
     def beats(self) -> dict[str, JobBeat]:
         """The jobs that run here, for the heartbeat."""
         return {job: JobBeat(epoch=one.run.epoch, step=one.run.step) for job, one in self._running.items()}
+
+    def training(self) -> list[Training]:
+        """The jobs whose adapters can be served as they are now, in the order in which they were bound."""
+        return [one for one in (each.run.training for each in self._running.values()) if one is not None]
 
     async def run(self) -> None:
         """Until cancelled; every run is dropped then."""

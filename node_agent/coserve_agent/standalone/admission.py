@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from coserve_agent.http.errors import ApiError, bad_request
@@ -23,11 +23,14 @@ MOST_JOBS = 1000
 
 @dataclass(frozen=True)
 class There:
-    """What there is: `jobs` by name, `published` versions by name, and the last checkpoint of each job by uid."""
+    """What there is: `jobs` by name, `published` versions by name, the last checkpoint of each job by uid, and the
+    names of adapters that were `loaded` by hand.
+    """
 
     jobs: Mapping[str, Job]
     published: Mapping[str, AdapterRecord]
     checkpoints: Mapping[str, Checkpoint]
+    loaded: Set[str] = frozenset()
 
 
 def admitted(request: JobRequest, there: There, settings: AgentSettings, now_s: float) -> Job:
@@ -46,6 +49,9 @@ def admitted(request: JobRequest, there: There, settings: AgentSettings, now_s: 
     if name in there.jobs:
         message = f"name is {name!r}, and there is a job of that name: choose another, or delete that one"
         raise ApiError(409, message, param="name", code="name_taken")
+    if spec.adapter.name in there.loaded:
+        message = f"spec.adapter.name is {spec.adapter.name!r}, which was loaded by hand: unload it, or choose another"
+        raise ApiError(409, message, param="spec.adapter.name", code="name_taken")
     _check_data(spec, settings)
     _check_limits(spec, settings)
     job = Job(name=name, uid=uid, created_s=now_s, spec=spec, number=_number(spec.adapter.name, there))

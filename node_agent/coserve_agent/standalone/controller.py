@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Controller:
 
     Args:
         agent: this start of the server.
+        loaded: the names of adapters that were loaded by hand.
         now_s: the time since 1970.
     """
 
@@ -55,6 +56,7 @@ class Controller:
         lifecycle: Lifecycle,
         feeders: Feeders,
         history: History,
+        loaded: Callable[[], Set[str]],
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self._settings = settings
@@ -66,6 +68,7 @@ class Controller:
         self._registry = registry
         self._lifecycle = lifecycle
         self._feeders = feeders
+        self._loaded = loaded
         self._now_s = now_s
         self._jobs: dict[str, Job] = {}
         self._records: dict[str, JobRecord] = {}
@@ -85,6 +88,11 @@ class Controller:
     def view(self, name: str) -> dict[str, Any] | None:
         job = self._jobs.get(name)
         return None if job is None else self._view(job)
+
+    def publishers(self) -> dict[str, str]:
+        """The names under which jobs publish, or did, each with the job's name, or its uid where it is gone."""
+        gone = {name: record.job_uid for name, record in self._registry.published().items()}
+        return gone | {job.spec.adapter.name: job.name for job in self._jobs.values()}
 
     def logs(self, uid: str) -> Path | None:
         """The folder with a job's training log as of its last checkpoint, or its end."""
@@ -106,7 +114,7 @@ class Controller:
         async with self._lock:
             published, _ = await self._store.published()
             checkpoints = {uid: record.checkpoint for uid, record in self._records.items() if record.checkpoint}
-            there = There(self._jobs, published, checkpoints)
+            there = There(self._jobs, published, checkpoints, self._loaded())
             job = admitted(request, there, self._settings, self._now_s())
             await self._keep(job)
         self._wake.set()

@@ -11,11 +11,12 @@ from coserve_agent.adapters.registry import AdapterRegistry
 from coserve_agent.chat.tokenizer import Tokenizer
 from coserve_agent.concurrency import alongside
 from coserve_agent.engine.client import EngineClient
-from coserve_agent.errors import StartError
+from coserve_agent.errors import EngineGoneError, StartError
 from coserve_agent.jobs.surroundings import surroundings
 from coserve_agent.jobs.worker import Worker
 from coserve_agent.lifecycle import Lifecycle
 from coserve_agent.settings import AgentSettings, inherited
+from coserve_agent.standalone.adapters import LoadedAdapters
 from coserve_agent.standalone.controller import Controller
 from coserve_agent.standalone.feeders import Feeders
 from coserve_agent.standalone.history import History
@@ -77,7 +78,12 @@ class LocalFinetuning:
             lifecycle=lifecycle,
             feeders=Feeders(inherited(), time.monotonic),
             history=history,
+            loaded=lambda: self.adapters.names,
         )
+        publishers = self.controller.publishers
+        self.adapters = LoadedAdapters(registry, settings.artifact_store, settings.adapter_dir, publishers)
+        self._named = settings.adapters
+        self._engine = engine
         self._follower = AdapterFollower(store, registry, lifecycle, now_s=time.monotonic)
 
     async def run(self) -> None:
@@ -86,7 +92,15 @@ class LocalFinetuning:
             await self.controller.start()
         except (*STORE_AWAY, MessageError) as error:
             raise StartError(f"COSERVE_STATE is {self._directory}: {error}") from None
-        await alongside(self.controller.run(), self.worker.run(), self._follower.run())
+        await alongside(self.controller.run(), self.worker.run(), self._serve_adapters())
+
+    async def _serve_adapters(self) -> None:
+        try:
+            await self._engine.ready()
+        except EngineGoneError:
+            return  # the agent says why
+        await self.adapters.start(self._named)
+        await self._follower.run()
 
     async def leave(self) -> None:
         """Let go of the directory."""

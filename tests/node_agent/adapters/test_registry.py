@@ -13,8 +13,11 @@ import httpx
 import pytest
 from peft_adapters import publish
 
+from coserve_agent.adapters.live import LiveAdapters
+from coserve_agent.adapters.names import Names
 from coserve_agent.adapters.registry import REMOVE_AFTER_S, RETRY_S, AdapterRegistry
 from coserve_agent.adapters.served import Served
+from coserve_agent.adapters.shelf import Shelf
 from coserve_contract.messages import AdapterRecord
 
 MakeRecord = Callable[..., AdapterRecord]
@@ -56,8 +59,9 @@ def clock() -> Clock:
 def sync(agent: Any, artifacts: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, ...]]:
     """A fresh registry in the agent; call with the published records."""
     base = Served("base", None, "/model", 0)
-    registry = AdapterRegistry(agent.agent.engine, base, artifacts, clock)
-    monkeypatch.setattr(agent.agent.generator, "models", registry)
+    registry = AdapterRegistry(Shelf(agent.agent.engine), base, artifacts, clock)
+    live = LiveAdapters(agent.agent.engine, lambda: [], base)
+    monkeypatch.setattr(agent.agent.generator, "models", Names(registry, live))
 
     def call(*records: AdapterRecord) -> tuple[str, ...]:
         future = asyncio.run_coroutine_threadsafe(registry.sync({one.name: one for one in records}), agent.loop)
