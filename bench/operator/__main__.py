@@ -22,8 +22,9 @@ from coserve_operator.process import first_of
 from . import objects, players, servers
 
 PATIENCE_S = 60.0
-LOOK_S = 0.05
-"""How often it is looked whether a change has come about: no figure is finer."""
+LOOK_S, SETTLED_S = 0.05, 15.0
+"""How often it is looked whether a change has come about: no figure is finer; and whether all jobs are as they should.
+"""
 
 
 async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -> dict[str, Any]:
@@ -41,7 +42,7 @@ async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -
     agents = [players.Agent(together, uid, places, number) for number, uid in enumerate(uids)]
     with servers.operator(folder, at, options.profile):
         told: dict[str, Any] = {}
-        measured = _run(kube, agents, jobs, options, told)
+        measured = _run(kube, agents, jobs, at, options, told)
         await first_of(measured, players.play(agents, options.progress_seconds), players.run_feeders(at))
     await redis.aclose()
     await kube.close()
@@ -49,13 +50,20 @@ async def main(options: argparse.Namespace, folder: Path, at: servers.Servers) -
 
 
 async def _run(
-    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], options: argparse.Namespace, told: dict[str, Any]
+    kube: Kube,
+    agents: list[players.Agent],
+    jobs: list[Manifest],
+    at: servers.Servers,
+    options: argparse.Namespace,
+    told: dict[str, Any],
 ) -> None:
     begun = time.monotonic()
     await _until(lambda: _all_run(agents, options.running), options.settle_seconds)
     told["all run after s"] = round(time.monotonic() - begun, 1)
+    await _until(lambda: _all_said(kube, options.running), options.settle_seconds, look_s=SETTLED_S)
+    told["all are said to run after s"] = round(time.monotonic() - begun, 1)
     await asyncio.sleep(options.calm_seconds)
-    told |= await _measure(kube, agents, jobs, options)
+    told |= await _measure(kube, agents, jobs, at, options)
 
 
 async def _finished(kube: Kube, options: argparse.Namespace) -> None:
@@ -70,11 +78,17 @@ async def _all_run(agents: list[players.Agent], running: int) -> bool:
     return sum(len(each.held) for each in agents) >= running
 
 
+async def _all_said(kube: Kube, running: int) -> bool:
+    states = [each.get("status", {}).get("state") async for page, _ in kube.pages(FINETUNE_JOB) for each in page]
+    return states.count("Running") >= running
+
+
 async def _measure(
-    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], options: argparse.Namespace
+    kube: Kube, agents: list[players.Agent], jobs: list[Manifest], at: servers.Servers, options: argparse.Namespace
 ) -> dict[str, Any]:
     pids = servers.programs()
     before, begun = {name: servers.cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
+    calls = servers.api_calls(at)
     rng, names = random.Random(1), {each["metadata"]["uid"]: each["metadata"]["name"] for each in jobs}
     edits, results = [], []
     while time.monotonic() - begun < options.seconds:
@@ -87,10 +101,12 @@ async def _measure(
         await asyncio.sleep(options.pause_seconds)
     minutes = (time.monotonic() - begun) / 60
     used = {name: round((servers.cpu_seconds(pid) - before[name]) / minutes, 2) for name, pid in pids.items()}
+    asked = servers.api_calls(at) - calls
     return {
         "edit of a spec to the agent's binding, ms": _percentiles(edits),
         "result of an agent to the status, ms": _percentiles(results),
         "CPU s a minute": used,
+        "API calls a second": {name: round(n / minutes / 60, 1) for name, n in asked.most_common(12)},
         "RSS MiB": {name: servers.memory_mib(pid) for name, pid in pids.items()},
         "measured s": round(minutes * 60, 1),
         "longest second of the agents, s": round(max(each.longest_s for each in agents), 1),
@@ -132,13 +148,16 @@ async def _state(kube: Kube, name: str) -> str:
 
 
 async def _until(
-    check: Callable[[], Awaitable[bool]], patience_s: float, state: Callable[[], Awaitable[str]] | None = None
+    check: Callable[[], Awaitable[bool]],
+    patience_s: float,
+    state: Callable[[], Awaitable[str]] | None = None,
+    look_s: float = LOOK_S,
 ) -> None:
     deadline = time.monotonic() + patience_s
     while not await check():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {patience_s} s: {await state() if state else ''}")
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(look_s)
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:

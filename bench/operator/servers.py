@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +39,9 @@ def _helpers() -> ModuleType:
 
 @dataclass(frozen=True)
 class Servers:
-    """Where they are; `redis` is (URL, password)."""
+    """Where they are; `redis` is (URL, password), `api` asks by kubectl."""
 
+    api: Any
     kubeconfig: Path
     redis: tuple[str, str]
 
@@ -59,7 +62,7 @@ def servers(folder: Path) -> Iterator[Servers]:
         _do(api, "create", "namespace", NAMESPACE)
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "coserve-operator"}}
         _do(api, "-n", NAMESPACE, "apply", "-f", "-", stdin=json.dumps(lease))
-        yield Servers(api.kubeconfig, (f"redis://127.0.0.1:{port}/0", password))
+        yield Servers(api, api.kubeconfig, (f"redis://127.0.0.1:{port}/0", password))
 
 
 async def api_client(at: Servers) -> ApiClient:
@@ -105,6 +108,17 @@ def programs() -> dict[str, int]:
             name = "operator" if b"coserve_operator.main" in words else Path(words[0].decode()).name
             found[name] = int(path.name)
     return found
+
+
+def api_calls(at: Servers) -> Counter[str]:
+    """How often the API server has answered so far, by verb and resource."""
+    calls = Counter[str]()
+    for line in at.api.kubectl("get", "--raw", "/metrics").stdout.splitlines():
+        if line.startswith("apiserver_request_total{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            name = "/".join(filter(None, (labels["resource"], labels["subresource"])))
+            calls[f"{labels['verb']} {name}"] += int(float(line.rsplit(" ", 1)[1]))
+    return calls
 
 
 def cpu_seconds(pid: int) -> float:

@@ -20,7 +20,7 @@ from coserve_operator.controller import Controller, ReconcileError
 from coserve_operator.kube import ENDPOINT, FINETUNE_JOB, Kind, Kube, KubeError, Manifest
 from coserve_operator.leader import Leader, LeadershipLostError
 from coserve_operator.process import first_of, serving
-from coserve_operator.queue import BackOff, KeyedQueue
+from coserve_operator.queue import BackOff, KeyedQueue, Lane
 from coserve_operator.redis.polling import Polling
 from coserve_operator.redis.store import OperatorStore, StoreError
 from coserve_operator.redis.stores import Stores
@@ -79,7 +79,9 @@ class Operator:
         name = (metadata["namespace"], metadata["name"])
         if kind in WATCHED:
             gone = type_ == "DELETED"
-            self._touch(self.cache.remove(kind, name, metadata["uid"]) if gone else self.cache.put(kind, body))
+            touched = self.cache.remove(kind, name, metadata["uid"]) if gone else self.cache.put(kind, body)
+            waits = kind in (ENDPOINT, FINETUNE_JOB) and (gone or _is_asked_for(body))
+            self._touch(touched, None if type_ is None else Lane.ASKED if waits else Lane.HAPPENED)
         if self._tenant_redis is not None:
             self._tenant_redis.on_event(kind, type_, body)
         if type_ != "DELETED":
@@ -197,9 +199,15 @@ class Operator:
         self._telemetry.beat("poll")
         self._telemetry.redis_up.set(readable)
 
-    def _touch(self, groups: set[Name]) -> None:
+    def _touch(self, groups: set[Name], lane: Lane | None = None) -> None:
         for group in groups:
-            self.queue.add(group)
+            self.queue.add(group) if lane is None else self.queue.hurry(group, lane)
+
+
+def _is_asked_for(body: Manifest) -> bool:
+    """Return whether somebody has changed an object of ours, and waits for what comes of it."""
+    metadata, seen = body["metadata"], (body.get("status") or {}).get("observedGeneration")
+    return "deletionTimestamp" in metadata or metadata.get("generation") != seen
 
 
 class Lifetime:

@@ -1,15 +1,30 @@
-"""The queue of reconciles: no key is worked on twice at once, and a key that fails waits longer each time.
+"""The queue of reconciles: no key is worked on twice at once, a key that fails waits longer each time, and what has
+just been changed does not stand behind thousands that are looked at anyway, as in controller-runtime.
 
 `Schedule` decides and knows no clock; `KeyedQueue` is the asyncio shell around it.
 """
 
 import asyncio
 import heapq
+import math
 import random
 from collections.abc import Callable, Hashable
+from enum import IntEnum
+from itertools import chain
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+IN_A_ROW = 3
+"""So many urgent keys are handed out before one that is due is: these must not starve."""
+
+
+class Lane(IntEnum):
+    """What is urgent, the first first."""
+
+    ASKED = 0
+    """Somebody has changed an object, and waits for what comes of it."""
+    HAPPENED = 1
+    """Something has changed by itself."""
 
 
 class Schedule(Generic[K]):
@@ -18,11 +33,14 @@ class Schedule(Generic[K]):
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, K]] = []
         self._due: dict[K, float] = {}
+        self._urgent: dict[Lane, dict[K, None]] = {lane: {} for lane in Lane}
+        """In the order in which they came."""
+        self._in_a_row = 0
         self._in_work: set[K] = set()
         self._sequence = 0
 
     def __len__(self) -> int:
-        return len(self._due)
+        return len(set(self._due).union(*self._urgent.values()))
 
     def add(self, key: K, due: float) -> None:
         """Ask for a reconcile at `due`; an earlier request for the same key stands."""
@@ -32,28 +50,54 @@ class Schedule(Generic[K]):
         if key not in self._in_work:
             self._push(key, due)
 
+    def hurry(self, key: K, lane: Lane) -> None:
+        """Ask for a reconcile now, before keys that are due."""
+        self._urgent[lane].setdefault(key)
+
     def pop(self, now: float) -> K | None:
-        """Return a key that is due and not in work, and take it into work."""
-        while self._heap and self._heap[0][0] <= now:
-            due, _, key = heapq.heappop(self._heap)
-            if self._due.get(key) != due or key in self._in_work:
-                continue  # an earlier request overtook this entry
-            del self._due[key]
-            self._in_work.add(key)
-            return key
-        return None
+        """Return a key that is due and not in work, and take it into work: it stands for all requests so far."""
+        urgent, due = self._first_urgent(), self._first_due()
+        if due is not None and due[0] > now:
+            due = None
+        if urgent is not None and (due is None or self._in_a_row < IN_A_ROW):
+            key = urgent
+            self._in_a_row += 1
+        elif due is not None:
+            key = due[1]
+            self._in_a_row = 0
+        else:
+            return None
+        for lane in self._urgent.values():
+            lane.pop(key, None)
+        self._due.pop(key, None)
+        self._in_work.add(key)
+        return key
 
     def next_due(self) -> float | None:
         """Return when `pop` may have something, or None when only new requests can change that."""
-        while self._heap and (self._due.get(self._heap[0][2]) != self._heap[0][0] or self._heap[0][2] in self._in_work):
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        if self._first_urgent() is not None:
+            return -math.inf
+        due = self._first_due()
+        return None if due is None else due[0]
 
     def done(self, key: K) -> None:
         """End the work on `key`; requests that came meanwhile count from now on."""
         self._in_work.remove(key)
         if key in self._due:
             self._push(key, self._due[key])
+
+    def _first_urgent(self) -> K | None:
+        lanes = chain(*self._urgent.values())
+        return next((key for key in lanes if key not in self._in_work), None)
+
+    def _first_due(self) -> tuple[float, K] | None:
+        """Return the first of the heap that still counts: a key may be in work, or was asked for earlier since."""
+        while self._heap:
+            due, _, key = self._heap[0]
+            if self._due.get(key) == due and key not in self._in_work:
+                return due, key
+            heapq.heappop(self._heap)
+        return None
 
     def _push(self, key: K, due: float) -> None:
         self._sequence += 1
@@ -95,6 +139,11 @@ class KeyedQueue(Generic[K]):
     def add(self, key: K, delay_s: float = 0.0) -> None:
         """Ask for a reconcile of `key` in `delay_s` seconds at the latest."""
         self._schedule.add(key, self._clock() + delay_s)
+        self._wake.set()
+
+    def hurry(self, key: K, lane: Lane) -> None:
+        """Ask for a reconcile of `key` now: something has changed."""
+        self._schedule.hurry(key, lane)
         self._wake.set()
 
     async def get(self) -> K:

@@ -81,8 +81,13 @@ class World:
 
     def due(self, within_s: float = 0.0) -> list[str]:
         """The endpoints that are to be reconciled by then."""
-        due = self.queue._schedule._due
-        return sorted(name for (_, name), at in due.items() if at <= self.clock[0] + within_s)
+        schedule, by = self.queue._schedule, self.clock[0] + within_s
+        due = {key for key, at in schedule._due.items() if at <= by}
+        return sorted(name for _, name in due.union(*schedule._urgent.values()))
+
+    def forget(self) -> None:
+        """Nothing is to be reconciled."""
+        self.queue._schedule.__init__()  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -143,7 +148,7 @@ async def test_figures_are_looked_at_as_often_as_they_are_written(world: World) 
     await world.beat("e-1", saturation=80.0)
     await world.beat("e-0", jobs={"j-1": (1, 0)})
     await world.poll()
-    world.queue._schedule._due.clear()
+    world.forget()
     keys = Keys("e-0")
     await command(world.redis, "SET", keys.progress("j-1"), world.make.progress(1, 5).dumps())
     world.clock[0] += Pace().progress_s()
@@ -180,7 +185,7 @@ async def test_what_does_not_read_is_read_again_in_time_whatever_it_marks(world:
     assert await world.poll() == []
     await command(world.redis, "DEL", keys.agents())
     await command(world.redis, "RESTORE", keys.agents(), 0, agents)
-    world.queue._schedule._due.clear()
+    world.forget()
     world.clock[0] += FULL_S
     assert (await world.poll(), world.due()) == (["e-0", "e-1", "e-2"], ["end-1"])
     found = await world.store.read({"e-1": []})

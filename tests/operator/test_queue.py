@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coserve_operator.queue import BackOff, KeyedQueue, Schedule
+from coserve_operator.queue import IN_A_ROW, BackOff, KeyedQueue, Lane, Schedule
 
 
 def test_a_key_comes_when_it_is_due() -> None:
@@ -41,8 +42,54 @@ def test_a_key_in_work_waits_until_it_is_done() -> None:
     assert schedule.pop(1.0) == "a"
 
 
+def test_what_was_changed_comes_before_what_is_merely_due() -> None:
+    schedule: Schedule[str] = Schedule()
+    for n in range(9):
+        schedule.add(f"listed-{n}", 0.0)
+    schedule.hurry("b", Lane.ASKED)
+    schedule.hurry("a", Lane.ASKED)
+    assert schedule.next_due() == -math.inf
+    assert [schedule.pop(1.0) for _ in range(3)] == ["b", "a", "listed-0"]
+
+
+def test_what_somebody_asked_for_comes_before_what_happened() -> None:
+    schedule: Schedule[str] = Schedule()
+    schedule.hurry("happened", Lane.HAPPENED)
+    schedule.hurry("asked", Lane.ASKED)
+    schedule.hurry("both", Lane.HAPPENED)
+    schedule.hurry("both", Lane.ASKED)
+    assert [schedule.pop(1.0) for _ in range(4)] == ["asked", "both", "happened", None]
+
+
+def test_an_urgent_key_stands_for_what_was_due_too() -> None:
+    schedule: Schedule[str] = Schedule()
+    schedule.add("a", 0.0)
+    schedule.hurry("a", Lane.ASKED)
+    assert len(schedule) == 1
+    assert [schedule.pop(1.0), schedule.pop(1.0)] == ["a", None]
+    schedule.hurry("a", Lane.ASKED)  # in work
+    assert schedule.pop(1.0) is None
+    assert schedule.next_due() is None
+    schedule.done("a")
+    assert schedule.pop(1.0) == "a"
+
+
+def test_changes_without_end_starve_nothing() -> None:
+    schedule: Schedule[str] = Schedule()
+    schedule.add("due", 0.0)
+    came = []
+    for n in range(2 * IN_A_ROW):
+        schedule.hurry(f"changed-{n}", Lane.ASKED)
+        schedule.hurry(f"changed-too-{n}", Lane.HAPPENED)
+        came.append(schedule.pop(1.0))
+    assert came.index("due") == IN_A_ROW
+
+
 @given(
-    st.lists(st.tuples(st.sampled_from(["add", "pop", "done"]), st.sampled_from("abc"), st.integers(0, 9)), max_size=60)
+    st.lists(
+        st.tuples(st.sampled_from(["add", "hurry", "pop", "done"]), st.sampled_from("abc"), st.integers(0, 9)),
+        max_size=60,
+    )
 )
 def test_no_key_is_ever_in_work_twice_and_none_is_forgotten(steps: list[tuple[str, str, int]]) -> None:
     schedule: Schedule[str] = Schedule()
@@ -51,6 +98,9 @@ def test_no_key_is_ever_in_work_twice_and_none_is_forgotten(steps: list[tuple[st
     for now, (what, key, delay) in enumerate(steps):
         if what == "add":
             schedule.add(key, now + delay)
+            wanted.add(key)
+        elif what == "hurry":
+            schedule.hurry(key, Lane(delay % 2))
             wanted.add(key)
         elif what == "done" and key in working:
             working.remove(key)

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from coserve_operator.decide.observed import RedisView, Unreadable
-from coserve_operator.queue import KeyedQueue
+from coserve_operator.queue import KeyedQueue, Lane
 from coserve_operator.redis.store import OperatorStore
 from coserve_operator.watch.cache import Cache, Name
 
 BATCH = 100
 """Endpoints read at once."""
-SOON_S = 1.0
-"""After this time an endpoint is read again that is not yet as it is to be."""
+SOON_S, SOON_PER_S = 1.0, 200
+"""After this time an endpoint is read again that is not yet as it is to be; of many, so many a second: after a start it
+is a pass that they wait for, and reading them again and again would take its time.
+"""
 ASKED = 500
 """Endpoints whose marks are asked for at once."""
 
@@ -102,24 +104,26 @@ class Poller:
         self.store.written.difference_update(uids)
         wants = {uid: self._cache.living(names[uid]) for uid in uids}
         for uid, view in (await self.store.read(wants)).items():
-            self._due[uid] = self.store.clock() + self._wait_s(view)
+            self._due[uid] = self.store.clock() + self._wait_s(view, max(SOON_S, len(names) / SOON_PER_S))
             before = self._seen.get(uid)
             seen = (view, None, None)
             if not isinstance(view, Unreadable):
                 seen = (state_of(view), load_of(view), progress_of(view))
             self._seen[uid] = seen
-            if before is None or before[0] != seen[0]:
+            if before is None:
                 self._queue.add(names[uid])
+            elif before[0] != seen[0]:
+                self._queue.hurry(names[uid], Lane.HAPPENED)
             elif before[2] != seen[2]:
                 self._queue.add(names[uid], self._pace.progress_s())
             elif before[1] != seen[1]:
                 self._queue.add(names[uid], self._pace.load_s())
 
-    def _wait_s(self, view: RedisView | Unreadable) -> float:
+    def _wait_s(self, view: RedisView | Unreadable, soon_s: float) -> float:
         """Return when to read again, if nothing says that it has changed."""
         if isinstance(view, Unreadable):
             return self._full_s
         if not view.settled or view.incarnation is None:
-            return SOON_S
+            return min(self._full_s, soon_s)
         runs = any(beat.jobs for beat in view.agents.values())
         return min(self._full_s, self._pace.progress_s()) if runs else self._full_s
